@@ -62,11 +62,19 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Replace every batch norm by one that uses the statistics of the whole batch; changes nothing in a single process."""
+    """Replace every batch norm by one that uses the statistics of the whole batch; changes nothing in a single process.
+
+    Batch norm of timm includes its activation, which the replacement applies too.
+    """
     if rank_count() == 1:
         return module
     if device.type == "cuda":
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+        if any(isinstance(layer, nn.BatchNorm2d) and hasattr(layer, "act") for layer in module.modules()):
+            from timm.layers.norm_act import convert_sync_batchnorm
+
+            convert = convert_sync_batchnorm  # PyTorch's would drop the activation
+        converted: nn.Module = convert(module)
         return converted
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -79,8 +87,11 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Synchronised batch norm on the CPU, where torch.nn.SyncBatchNorm is not supported.
 
-    Inputs of at least 2 dimensions.
+    Inputs of at least 2 dimensions. drop, act: of timm's batch norm, applied to the result.
     """
+
+    drop: nn.Module
+    act: nn.Module
 
     @classmethod
     def of(cls, original: nn.modules.batchnorm._BatchNorm) -> SharedBatchNorm:
@@ -91,6 +102,7 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         layer.weight, layer.bias = original.weight, original.bias
         layer.running_mean, layer.running_var = original.running_mean, original.running_var
         layer.num_batches_tracked = original.num_batches_tracked
+        layer.drop, layer.act = (getattr(original, name, nn.Identity()) for name in ("drop", "act"))
         return layer.train(original.training)
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -99,6 +111,9 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise input [N,C,...]; in training by the mean and variance of the samples of all ranks."""
+        return self.act(self.drop(self._normalised(input)))  # type: ignore[no-any-return]
+
+    def _normalised(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
         axes = [axis for axis in range(input.dim()) if axis != 1]

@@ -68,7 +68,11 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     data, image, settings = params.data, params.image, params.evaluate
     device, labels = choose_device(params.device), test.labels.numpy()
     champion, notes = _champion(settings.champion, test, labels, prior)
-    logits = {name: network_logits(folder, name, test, image, prior, device) for name, folder in NETWORKS.items()}
+    # The teacher takes stored features also where the student tunes the encoder and takes images.
+    inputs = {"student": test, "teacher": evaluation_inputs(params, "test", "teacher") if params.encoder else test}
+    logits = {
+        name: network_logits(folder, name, inputs[name], image, prior, device) for name, folder in NETWORKS.items()
+    }
     probabilities = {name: probabilities_by_target_prior(values, prior) for name, values in logits.items()}
     metrics = {name: network_metrics(values, labels, prior, settings) for name, values in logits.items()}
     parts = student_parts(STUDENT, test, image, prior, device)

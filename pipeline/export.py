@@ -14,8 +14,7 @@ from models.preprocess import ImageError, decode
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
 from pipeline.data.dataset import evaluation_images
-from pipeline.model_io.checkpoint import check_image, load_model
-from pipeline.model_io.encoder import attach_encoder
+from pipeline.model_io.checkpoint import attach_encoder, check_image, load_model
 from pipeline.onnx_export.float16 import to_float16
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_float16, check_parity

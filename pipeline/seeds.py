@@ -137,11 +137,15 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
 
 def _evaluate(params: Params, folder: Path) -> Metrics:
     prior, test = load_prior(), evaluation_inputs(params, "test")
+    teachers = evaluation_inputs(params, "test", "teacher") if params.encoder else test
     device, labels = choose_device(params.device), test.labels.numpy()
     networks = {"teacher": folder / "teacher", "student": folder / "student"}
     if (folder / "student" / BEST).is_dir():
         networks["student_best_epoch"] = folder / "student" / BEST
-    logits = {name: network_logits(path, name, test, params.image, prior, device) for name, path in networks.items()}
+    logits = {
+        name: network_logits(path, name, teachers if name == "teacher" else test, params.image, prior, device)
+        for name, path in networks.items()
+    }
     logits |= student_parts(folder / "student", test, params.image, prior, device)
     return {name: network_metrics(values, labels, prior, params.evaluate) for name, values in logits.items()}
 

@@ -39,7 +39,8 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
     with joined_ranks(params.device) as device:
         if section.memory and memory_alone(section):
             return Result(*write_memory(section.memory, config, params, prior, output))
-        objective = build_objective(section, image, config, prior, stage_seed(params.seed, "student"), teacher)
+        seed = stage_seed(params.seed, "student")
+        objective = build_objective(section, image, config, prior, seed, teacher, params.encoder)
         inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS_INDEX] if config.encoder else [])]
         inputs += [teacher / WEIGHTS] if objective.teacher is not None else []
         return train_network("student", objective, config, params, prior, device, output, inputs)

@@ -35,6 +35,11 @@ class BackboneWithInput(Backbone):
         return torch.cat([full_precision(features), full_precision(super().forward(features))], 1)
 
 
+def with_encoder(encoder: Backbone, head: Backbone) -> Backbone:
+    """An encoder, and the trained part between its features and the classifier, as one backbone of images [B,3,H,W]."""
+    return Backbone(nn.Sequential(encoder, head), head.feature_dim)
+
+
 def feature_backbone(width: int, adapter: int, with_input: bool = False) -> Backbone:
     """The trained part between features [B,width] and the classifier. adapter: its hidden units; 0 for no adapter.
 

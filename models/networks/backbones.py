@@ -35,6 +35,10 @@ class Backbone(nn.Module):
         features: Tensor = self.network(images)
         return features
 
+    def rate_factors(self) -> dict[nn.Parameter, float]:
+        """Weights with another learning rate than the classifier, as multiples of it: none; see TunedBackbone."""
+        return {}
+
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Load pretrained weights: a state_dict of the same network from its library, or of a classifier written by Tailor.
 

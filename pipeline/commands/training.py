@@ -47,9 +47,10 @@ def memory(
         raise ParamsError(f"--card is {card:g}; expected more than 0")
     recipe = load_params(params)
     if recipe.encoder:
-        raise ParamsError(
-            f"encoder is {recipe.encoder.name}: {stage} trains on its stored features, not on images, and needs no estimate"
-        )
+        trains = f"{stage} trains on its stored features, not on images, and needs no estimate"
+        if stage.value == "student" and recipe.student.tune != "none":
+            trains = "there is no estimate for a student that tunes it"
+        raise ParamsError(f"encoder is {recipe.encoder.name}: {trains}")
     needed = estimate_memory(recipe, stage.value, choose_prior(recipe, classes, images))
     section = getattr(recipe, stage.value)
     console = Console(width=100)

@@ -168,18 +168,23 @@ def stored_encoder(params: Params) -> dict[str, Any] | None:
     return read_index(params.encoder, params.image) if params.encoder else None
 
 
+def takes_features(params: Params, stage: str) -> bool:
+    """Whether the network of a stage takes stored features: if params have an encoder, which the stage does not tune."""
+    return params.encoder is not None and (stage != "student" or params.student.tune == "none")
+
+
 def training_inputs(
-    params: Params, device: torch.device, *, augment: AugmentParams, views: int
+    params: Params, stage: str, device: torch.device, *, augment: AugmentParams, views: int
 ) -> tuple[AnyImages, AnyImages, str | None]:
-    """The training and the validation split: features if params have an encoder, else as `training_images`."""
-    if params.encoder is None:
+    """The training and the validation split of a stage: features if its network takes them, else as `training_images`."""
+    if not takes_features(params, stage):
         return training_images(params, device, augment=augment, views=views)
     return load_features(params, "train"), load_features(params, "validation"), None
 
 
-def evaluation_inputs(params: Params, split: str) -> AnyImages:
-    """What the trained network takes of a split: features if params have an encoder, else as `evaluation_images`."""
-    return evaluation_images(params, split) if params.encoder is None else load_features(params, split)
+def evaluation_inputs(params: Params, split: str, stage: str = "student") -> AnyImages:
+    """What the network of a stage takes of a split: features, or images as of `evaluation_images`."""
+    return load_features(params, split) if takes_features(params, stage) else evaluation_images(params, split)
 
 
 def load_features(params: Params, split: str, folder: Path = SPLIT, embeddings: Path = EMBEDDINGS) -> FeatureImages:

@@ -67,9 +67,10 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
             objective = teacher_objective(plain, config, prior, stage_seed(params.seed, "teacher"))
             train_network("teacher", objective, config, recipe, prior, device, output, inputs)
     device, image = choose_device(params.device), params.image
+    plain_test = evaluation_inputs(params, "test", "teacher") if params.encoder else test
     predictions = {
-        PLAIN: _predict(output, "teacher", image, test, prior, device, "train"),
-        CORRECTED: _predict(output, "teacher", image, test, prior, device, "balanced"),
+        PLAIN: _predict(output, "teacher", image, plain_test, prior, device, "train"),
+        CORRECTED: _predict(output, "teacher", image, plain_test, prior, device, "balanced"),
         STUDENT_ROW: _predict(STUDENT, "student", image, test, prior, device, "balanced"),
     }
     measures = {

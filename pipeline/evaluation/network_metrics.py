@@ -13,7 +13,7 @@ from models.networks.cosine_classifier import ImageClassifier
 from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import AnyImages
 from pipeline.evaluation.metrics import adjusted_probabilities, prediction_metrics
-from pipeline.model_io.checkpoint import ModelConfig, check_encoder, check_image, load_config, load_model
+from pipeline.model_io.checkpoint import ModelConfig, check_image, check_inputs, load_config, load_model
 from pipeline.model_io.inference import EVALUATION_BATCH, NotFiniteError, balanced_logits
 from pipeline.params import EvaluateParams, ImageParams
 from pipeline.shared.errors import StageError
@@ -65,7 +65,7 @@ def network_logits(
     if part:
         config = take_part(model, config, part)
     check_image(config, image, folder)
-    check_encoder(config, getattr(test, "encoder", None), folder)
+    check_inputs(config, getattr(test, "encoder", None), folder)
     model = model.to(device, memory_format=torch.channels_last)
     images = test.batches(torch.arange(len(test)), EVALUATION_BATCH)
     try:

@@ -13,11 +13,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from models.networks.adapters import feature_backbone
+from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import UnknownBackboneError
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.memory import FeatureMemory, empty_rows
-from pipeline.params import ImageParams
+from pipeline.model_io.encoder import build_encoder, load_encoder
+from pipeline.params import ImageParams, Params
 from pipeline.shared.artifacts import write_file, write_json
 from pipeline.shared.errors import ParamsError, StageError
 from serving.shared.terminal import counted
@@ -34,7 +35,8 @@ class ModelConfig:
     adjustment: strength of the logit adjustment in the L_cls that trained it; see Prior.balanced_shift. encoder: the
     record of the frozen encoder whose features the network takes in the place of images; None for images. adapter:
     hidden units of the residual adapter on these features; 0 for none. memory: record of the memory of training features
-    (training/student_memory.py); None for none.
+    (training/student_memory.py); None for none. tune: `none`, or how the encoder was tuned: it is then part of the
+    network, which takes images.
     """
 
     backbone: str
@@ -47,6 +49,7 @@ class ModelConfig:
     encoder: dict[str, Any] | None = None
     adapter: int = 0
     memory: dict[str, Any] | None = None
+    tune: str = "none"
 
 
 def build_model(config: ModelConfig, key: str) -> ImageClassifier:
@@ -56,10 +59,11 @@ def build_model(config: ModelConfig, key: str) -> ImageClassifier:
         if stored:
             rows = empty_rows(stored["rows"], width)
             memory = FeatureMemory(rows, config.classes, stored["tau"], stored["weight"])
-        return ImageClassifier(
-            feature_backbone(width, config.adapter, with_input=memory is not None), config.classes, config.tau_s,
-            memory=memory, cosine=not stored or stored["classifier"] == "both",
-        )  # fmt: skip
+        backbone = feature_backbone(width, config.adapter, with_input=memory is not None)
+        if config.tune != "none":
+            backbone = with_encoder(build_encoder(config.encoder["name"], config.encoder["size"]), backbone)
+        cosine = not stored or stored["classifier"] == "both"
+        return ImageClassifier(backbone, config.classes, config.tau_s, memory=memory, cosine=cosine)
     try:
         return ImageClassifier(config.backbone, config.classes, config.tau_s, config.image_size)
     except UnknownBackboneError as error:
@@ -120,6 +124,31 @@ def _damaged(folder: Path, stage: str, error: Exception) -> StageError:
     return StageError(
         f"{folder}: damaged or of another version: {str(error).splitlines()[0]}; run `dvc repro -f {stage}`"
     )
+
+
+def check_inputs(config: ModelConfig, features: dict[str, Any] | None, folder: Path) -> None:
+    """Raise ParamsError when a network does not take the inputs of a split: images, or features of the encoder `features`."""
+    if config.tune == "none":
+        check_encoder(config, features, folder)
+    elif features:
+        raise ParamsError(
+            f"student.tune is none, but {folder} was trained with {config.tune}; run `dvc repro` to train again"
+        )
+
+
+def attach_encoder(model: ImageClassifier, config: ModelConfig, params: Params, folder: Path) -> None:
+    """Put the encoder before a network that was trained on its features, which then takes images; else do nothing.
+
+    folder: of the network, for the message. Raises ParamsError when params name another encoder than it was trained
+    with, and as `load_encoder` does.
+    """
+    if params.encoder is None:
+        check_encoder(config, None, folder)
+        return
+    loaded = load_encoder(params.encoder, params.image)
+    check_encoder(config, asdict(loaded.record), folder)
+    if config.tune == "none":
+        model.backbone = with_encoder(loaded.network, model.backbone)
 
 
 def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:

@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.networks.backbones import Backbone, UnknownBackboneError, build_backbone
-from models.networks.cosine_classifier import ImageClassifier
 from models.networks.encoders import Encoder, UnknownEncoderError, find_encoder
 from pipeline.augment import Draws, apply_views, draw_views
 from pipeline.data.dataset import normalise
-from pipeline.model_io.checkpoint import ModelConfig, check_encoder
 from pipeline.model_io.pretrained import read_weights
-from pipeline.params import AugmentParams, EncoderParams, ImageParams, Params
+from pipeline.params import AugmentParams, EncoderParams, ImageParams
 from pipeline.shared.artifacts import sha256_of_json
 from pipeline.shared.errors import ParamsError
 from pipeline.shared.fingerprint import sha256_of_sources
@@ -78,20 +76,6 @@ class LoadedEncoder:
         return torch.stack(features, 1)
 
 
-def attach_encoder(model: ImageClassifier, config: ModelConfig, params: Params, folder: Path) -> None:
-    """Put the encoder before a network that was trained on its features, which then takes images; else do nothing.
-
-    folder: of the network, for the message. Raises ParamsError when params name another encoder than it was trained
-    with, and as `load_encoder` does.
-    """
-    if params.encoder is None:
-        check_encoder(config, None, folder)
-        return
-    loaded = load_encoder(params.encoder, params.image)
-    check_encoder(config, asdict(loaded.record), folder)
-    model.backbone = Backbone(nn.Sequential(loaded.network, model.backbone), model.feature_dim)
-
-
 def describe(params: EncoderParams) -> Encoder:
     """The entry of `tailor encoders`; for timm/<model> an entry made from timm's own description of it."""
     try:
@@ -147,6 +131,14 @@ def load_encoder(params: EncoderParams, image: ImageParams) -> LoadedEncoder:
     recorded = source if source.startswith((HUB, PACKAGE)) else path.name
     record = EncoderRecord(encoder.name, encoder.licence, recorded, expected, image.size, network.feature_dim)
     return LoadedEncoder(network.requires_grad_(False).eval(), record)
+
+
+def build_encoder(name: str, size: int) -> Backbone:
+    """An encoder by name for images of `size` pixels a side, with random weights. Raises ParamsError as `load_encoder`."""
+    encoder = describe(EncoderParams(name=name))
+    network = _built(encoder, size)
+    _fit_size(network, encoder, size)
+    return network
 
 
 def load_encoder_weights(network: Backbone, weights: dict[str, Tensor], by_order: bool = False) -> None:

@@ -117,7 +117,7 @@ def build_manifest(
         code_sha256=code_sha256(),
         versions={"tailor": TAILOR_VERSION} | {name: version(name) for name in ("torch", "onnx", "onnxruntime")},
         metrics=metrics,
-        encoder=config.encoder,
+        encoder={**config.encoder, "tune": config.tune} if config.encoder else None,
         memory=config.memory,
         half=HalfPrecision(**asdict(half)) if half else None,
         limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from pipeline.params.data import ImageParams
 from pipeline.params.section import Count, Section
-from pipeline.params.training import AugmentParams, TrainingParams
+from pipeline.params.training import AugmentParams, StudentParams, TrainingParams
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -44,6 +44,7 @@ def check_encoder_sections(
     if encoder is None and image.interpolation != "bilinear":
         raise ValueError(f"image.interpolation is {image.interpolation!r}; without an encoder, expected bilinear")
     for name, section in sections.items():
+        tune = section.tune if isinstance(section, StudentParams) else "none"
         if (section.backbone == "encoder") != (encoder is not None):
             raise ValueError(
                 f"{name}.backbone is {section.backbone!r}, but section encoder is {'null' if encoder is None else 'set'}; "
@@ -52,9 +53,18 @@ def check_encoder_sections(
         if encoder is None:
             if section.adapter:
                 raise ValueError(f"{name}.adapter is {section.adapter}, but there is no encoder; set adapter: 0")
+            if tune != "none":
+                raise ValueError(f"{name}.tune is {tune}, but there is no encoder; set tune: none")
             continue
         if section.pretrained is not None:
             raise ValueError(f"{name}.pretrained is set; the weights of an encoder are encoder.weights")
+        if tune != "none":
+            if encoder.views:
+                raise ValueError(
+                    f"encoder.views is {encoder.views}, but {name}.tune is {tune}, which draws views of the images; set "
+                    "encoder.views: 0"
+                )
+            continue
         for key in FIXED:
             value, allowed = getattr(section.augment, key), getattr(NO_AUGMENT, key)
             if value != allowed:

@@ -75,14 +75,15 @@ class PretrainedParams(Section):
 
 
 class TrainingParams(Section):
-    """Params shared by teacher and student training: network, SGD, schedule, augmentation.
+    """Params shared by teacher and student training: network, optimiser, schedule, augmentation.
 
     adjustment: strength of the logit adjustment in L_cls; 1 is Eq. 6, 0 plain cross-entropy. Evaluation and export add
     the difference, so that `balanced` and `train` mean the same for every strength. ema_decay: decay of the moving
     average of weights, which is evaluated and saved instead of the last step's weights; 0 for none. accumulate: number
     of parts of a batch (gradient accumulation), for batches that do not fit into the device's memory. pretrained:
     initial weights. backbone `encoder`: the features of section encoder, which stay as they are; adapter: hidden units
-    of a residual adapter on them, 0 for none.
+    of a residual adapter on them, 0 for none. momentum: of sgd; of adamw the first beta (the second is 0.999).
+    gradient_clip: largest norm of the gradient of a step; 0 for no limit.
     """
 
     backbone: str
@@ -94,9 +95,11 @@ class TrainingParams(Section):
     epochs: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
     accumulate: PositiveInt = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Positive
     momentum: Annotated[Number, Field(ge=0, lt=1)]
     weight_decay: NonNegative
+    gradient_clip: NonNegative = 0.0
     schedule: LearningRateParams
     augment: AugmentParams
 
@@ -119,6 +122,11 @@ class StudentParams(TrainingParams):
     `momentum` copy of the student, updated with encoder_momentum in each step; with `momentum` and alpha 0 no teacher
     is used. projection_hidden: hidden units of the projection heads, which embed all queue_total rows in each step; null:
     the feature width. memory: null for no memory.
+
+    tune: `none` trains on the stored features of section encoder. `last_blocks` trains the last tune_blocks blocks of the
+    encoder, `lora` a low-rank update (rank tune_rank) of its linear layers and convolutions, `all` the whole encoder; the
+    student then takes images, and the teacher stays on the frozen encoder. tune_rate: learning rate of the encoder's
+    last block as a multiple of learning_rate; tune_decay: multiplies it once more for each block before the last.
     """
 
     gamma: NonNegative
@@ -135,11 +143,33 @@ class StudentParams(TrainingParams):
     projection_dim: PositiveInt
     projection_hidden: PositiveInt | None = None
     memory: MemoryParams | None = None
+    tune: Literal["none", "last_blocks", "lora", "all"] = "none"
+    tune_blocks: PositiveInt = 2
+    tune_rank: PositiveInt = 8
+    tune_rate: Positive = 0.1
+    tune_decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _classifier_is_trained(self) -> StudentParams:
         if not (self.gamma or self.alpha):
             raise ValueError("gamma and alpha are both 0, so no term trains the classifier; set one of them above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _memory_has_the_frozen_features(self) -> StudentParams:
+        if self.tune != "none" and self.memory:
+            raise ValueError(
+                f"memory is set, but tune is {self.tune}, and a memory holds features of a frozen encoder; set memory: null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tuned_encoder_has_a_frozen_teacher(self) -> StudentParams:
+        if self.tune != "none" and self.contrast_encoder == "momentum":
+            raise ValueError(
+                f"contrast_encoder is momentum, but tune is {self.tune}, where the frozen encoder fills the queues; expected "
+                "contrast_encoder: teacher"
+            )
         return self
 
 

@@ -123,7 +123,7 @@ def _to_fake_tensors(module: nn.Module) -> None:
 
 
 def _declare_state(live: LiveMemory, step: Step) -> None:
-    """Declare the tensors that exist before a step: weights, momentum, queues and so on."""
+    """Declare the tensors that exist before a step: weights, optimiser, queues and so on."""
     objective = step.objective
     kinds: dict[str, nn.Module | None] = {
         "frozen teacher": getattr(objective, "teacher", None),
@@ -135,7 +135,7 @@ def _declare_state(live: LiveMemory, step: Step) -> None:
     for kind, module in kinds.items():
         if module is not None:
             live.declare(kind, [*module.parameters(), *module.buffers()])
-    live.declare("momentum", step.optimiser.momentum())
+    live.declare("optimiser", step.optimiser.state())
 
 
 @contextlib.contextmanager

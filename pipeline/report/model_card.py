@@ -95,8 +95,8 @@ def model_facts(
 ) -> list[tuple[str, str]]:
     """Facts about the model as (term, text) pairs. size: of an image; strength: the default of serving.
 
-    encoder: the record of the frozen encoder whose features were trained on; None for a network trained on images.
-    memory: ModelConfig.memory of the student.
+    encoder: the record of the pretrained encoder, frozen or tuned; None for a network without one. memory:
+    ModelConfig.memory of the student.
     """
     network, facts = student.backbone, []
     classifier, trained = (
@@ -111,7 +111,8 @@ def model_facts(
     if alone:
         classifier, trained = f"a memory of {counted(len(prior.classes), 'class')}", "none: the memory answers alone"
     if encoder:
-        network = f"frozen {encoder['name']}{', a residual adapter' if student.adapter and not alone else ''}"
+        adapter = ", a residual adapter" if student.adapter and not alone else ""
+        network = f"{tuned_name(encoder['name'], student)}{adapter}"
         text = (
             f"{encoder['name']}, licence {encoder['licence']}; weights {encoder['source']}, sha256 {encoder['sha256']}"
         )
@@ -126,6 +127,16 @@ def model_facts(
         ("Default strength", f"{strength:g}"),
         *facts,
     ]
+
+
+def tuned_name(name: str, student: StudentParams) -> str:
+    """Name of an encoder with how it was tuned, such as `efficientnet_lite0 (last 2 blocks tuned)`."""
+    how = {
+        "last_blocks": f"last {counted(student.tune_blocks, 'block')} tuned",
+        "lora": f"tuned by LoRA of rank {student.tune_rank}, merged into the weights",
+        "all": "all weights tuned",
+    }
+    return f"frozen {name}" if student.tune == "none" else f"{name} ({how[student.tune]})"
 
 
 def as_cell(text: str) -> str:

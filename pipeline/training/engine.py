@@ -16,6 +16,7 @@ from torch import Tensor
 from models.distributed import rank, rank_count, synchronise_batch_norm
 from models.networks.activation_checkpointing import NoBlocksError
 from models.networks.cosine_classifier import ImageClassifier
+from models.networks.tuning import merged_state
 from models.objectives.student import StudentObjective
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.dataset import AnyImages
@@ -28,7 +29,7 @@ from pipeline.shared.progress import progress_bar
 from pipeline.training.cuda_graph import CapturedStep, CaptureError
 from pipeline.training.history import History, epoch_line
 from pipeline.training.non_finite import Failure, NonFiniteMonitor, dump_failure
-from pipeline.training.optimiser import learning_rate
+from pipeline.training.optimiser import ADAM_CAPTURE_RATE, learning_rate
 from pipeline.training.resume import RunFolder, Snapshot
 from pipeline.training.state import (
     Best,
@@ -140,6 +141,8 @@ class Training:
         example = self.step.draw(chosen, torch.Generator().manual_seed(self.seed))
         if self._train.images is None:
             example = replace(example, pixels=self._train.pixels(chosen, example.draws))
+        if self.params.optimizer == "adamw":
+            self.step.optimiser.set_rate(ADAM_CAPTURE_RATE)
         try:
             return CapturedStep(self.step, example)
         except CaptureError as error:
@@ -211,7 +214,7 @@ class Training:
 
     def _update_best(self, record: dict[str, float]) -> None:
         if self.best is None or record["validation_accuracy"] > self.best.accuracy:
-            weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in merged_state(self.model).items()}
             self.best = Best(int(record["epoch"]), record["validation_accuracy"], weights)
 
     def _fail(self, failure: Failure, steps: int, rate: float) -> None:

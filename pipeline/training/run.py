@@ -17,6 +17,7 @@ from torch import Tensor
 from models.contrast.queues import queue_lengths
 from models.distributed import rank
 from models.networks.backbones import UnknownBackboneError, check_backbone
+from models.networks.tuning import merged_state
 from models.objectives.student import StudentObjective
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.class_prior import Prior
@@ -67,7 +68,7 @@ def model_config(
     """The config of the network that a params section trains. encoder: record of the encoder whose features it takes."""
     return ModelConfig(
         section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment,
-        encoder, section.adapter,
+        encoder, section.adapter, section.tune if isinstance(section, StudentParams) else "none",
     )  # fmt: skip
 
 
@@ -112,7 +113,7 @@ def train_network(
     training = Training(
         name, objective, section, params.image, seed, device, folder, params.engine, record, shift=shift
     )
-    train, validation, notice = training_inputs(params, device, augment=section.augment, views=objective.views)
+    train, validation, notice = training_inputs(params, name, device, augment=section.augment, views=objective.views)
     if notice and rank() == 0:
         print(f"{name}  {notice}", flush=True)
     memory = None
@@ -166,7 +167,7 @@ def save_run(
     saved = config
     if rank() == 0:
         with whole_folder(output) as folder:
-            weights: Mapping[str, Tensor] = training.model.state_dict()
+            weights: Mapping[str, Tensor] = merged_state(training.model)
             if memory:
                 weights, saved = memory.add(weights, config)
             save_model(weights, saved, folder)

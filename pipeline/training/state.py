@@ -38,7 +38,7 @@ class Best:
 
 
 def create_snapshot(at: Position, step: Step, generator: torch.Generator, best: Best | None) -> Snapshot:
-    """Take a snapshot of a run: objective, momentum, EMA, generators, order and loss sums of the epoch, the best network."""
+    """Take a snapshot of a run: objective, optimiser, EMA, generators, order and loss sums of the epoch, the best network."""
     tensors = {
         **step.state(),
         **{f"sums.{name}": value for name, value in at.sums.items()},
@@ -62,7 +62,7 @@ def create_snapshot(at: Position, step: Step, generator: torch.Generator, best: 
 def restore_snapshot(snapshot: Snapshot, step: Step, generator: torch.Generator) -> tuple[Position, Best | None]:
     """Restore a snapshot into the step and the generators. Raises StageError when it belongs to another network."""
     tensors, state = snapshot.tensors, snapshot.state
-    wrong = step.load_state(part(tensors, ("objective.", "momentum.", "average.")))
+    wrong = step.load_state(part(tensors, ("objective.", "optimiser.", "average.")))
     if wrong:
         raise StageError(f"the checkpoint does not fit the network ({wrong[0]}); remove it and start again")
     generator.set_state(tensors["generator"])

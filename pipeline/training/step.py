@@ -51,7 +51,7 @@ class StepInputs:
 
 
 class Step:
-    """The training step of a run: views of the batch, the objective's loss, SGD, moving average of the weights.
+    """The training step of a run: views of the batch, the objective's loss, the optimiser, moving average of the weights.
 
     precision: the dtype of convolutions and matrix products; norms, softmax and losses are always float32. The images
     are on the device as uint8, or are part of the inputs. With several ranks, each processes its share of the batch,
@@ -72,7 +72,7 @@ class Step:
         self.objective = objective
         self.device = device
         self.precision = precision
-        self.optimiser = Optimiser(objective, params)
+        self.optimiser = Optimiser(objective, params, objective.model.backbone.rate_factors())
         self.average = WeightAverage(objective.model, params.ema_decay) if params.ema_decay else None
         if checkpoint_activations:
             recompute_blocks(objective.model.backbone)
@@ -166,7 +166,7 @@ class Step:
         average = {} if self.average is None else self.average.state_dict()
         return {
             **{f"objective.{name}": tensor for name, tensor in trained_state(self.objective).items()},
-            **{f"momentum.{i}": tensor for i, tensor in enumerate(self.optimiser.momentum())},
+            **{f"optimiser.{i}": tensor for i, tensor in enumerate(self.optimiser.state())},
             **{f"average.{name}": tensor for name, tensor in average.items()},
         }
 

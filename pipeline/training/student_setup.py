@@ -6,33 +6,61 @@ from pathlib import Path
 
 import torch
 
+from models.networks.adapters import with_encoder
+from models.networks.backbones import Backbone
 from models.networks.cosine_classifier import ImageClassifier
+from models.networks.tuning import TunedBackbone, TuneError, Tuning
 from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
 from pipeline.data.class_prior import Prior
 from pipeline.model_io.checkpoint import ModelConfig, build_model, check_encoder, check_image, load_model
+from pipeline.model_io.encoder import load_encoder
 from pipeline.model_io.pretrained import load_pretrained
-from pipeline.params import ImageParams, StudentParams
+from pipeline.params import EncoderParams, ImageParams, StudentParams
+from pipeline.shared.errors import ParamsError
 
 
 def build_objective(
-    section: StudentParams, image: ImageParams, config: ModelConfig, prior: Prior, seed: int, teacher: Path
+    section: StudentParams,
+    image: ImageParams,
+    config: ModelConfig,
+    prior: Prior,
+    seed: int,
+    teacher: Path,
+    encoder: EncoderParams | None = None,
 ) -> StudentObjective:
     """Build the student's objective from the stage's seed.
 
-    The teacher is loaded from its folder if a loss term needs it.
+    The teacher is loaded from its folder if a loss term needs it. A student that tunes the encoder takes images, and so
+    does its teacher, whose encoder is frozen. Raises ParamsError when the encoder cannot be tuned as section.tune.
     """
     weights, frozen, teacher_adjustment = weights_of(section), None, None
+    pretrained = load_encoder(encoder, image).network if encoder and section.tune != "none" else None
     if weights.needs_teacher(section.contrast_encoder):
         frozen, trained = load_model(teacher, "teacher")
         check_image(trained, image, teacher)
         check_encoder(trained, config.encoder, teacher)
         teacher_adjustment = trained.adjustment
+        if pretrained:
+            frozen.backbone = with_encoder(pretrained, frozen.backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(config, "student.backbone")
         load_pretrained(model.backbone, section.pretrained, "student.pretrained")
+        if pretrained:
+            model.backbone = tuned_backbone(model.backbone, pretrained, section)
         return student_objective(section, weights, prior, model, frozen, teacher_adjustment)
+
+
+def tuned_backbone(built: Backbone, pretrained: Backbone, section: StudentParams) -> TunedBackbone:
+    """A student's backbone of `build_model` with the weights of the pretrained encoder, which section.tune trains."""
+    encoder, head = built.network
+    encoder.load_state_dict(pretrained.state_dict())
+    tuning = Tuning(section.tune, section.tune_blocks, section.tune_rank, section.tune_rate, section.tune_decay)
+    try:
+        return TunedBackbone(encoder, head, tuning)
+    except TuneError as error:
+        raise ParamsError(f"student.tune is {section.tune}, but {error}") from None
 
 
 def student_objective(

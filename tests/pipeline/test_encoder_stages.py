@@ -19,8 +19,7 @@ import pipeline.teacher
 from models.networks.adapters import ResidualAdapter, feature_backbone
 from pipeline.augment import draw_stored, take_stored
 from pipeline.data.dataset import load_images
-from pipeline.model_io.checkpoint import load_model
-from pipeline.model_io.encoder import attach_encoder
+from pipeline.model_io.checkpoint import attach_encoder, load_model
 from pipeline.onnx_export.release import open_session
 from pipeline.shared.artifacts import EXPORT, STUDENT, TEACHER, sha256_of
 from pipeline.shared.errors import ParamsError

@@ -10,8 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 
-from models.distributed import SharedBatchNorm, gather_batch, mean_over_ranks
+from models.distributed import SharedBatchNorm, gather_batch, mean_over_ranks, synchronise_batch_norm
 from pipeline.model_io.devices import joined_ranks
 from pipeline.model_io.inference import accuracy
 from pipeline.params import AugmentParams
@@ -31,8 +32,11 @@ def ten_steps(stage: str) -> dict:
     In double precision: in single precision, ten steps amplify the rounding of a sum in another order, on some CPUs
     beyond any bound that could still detect a fault.
     """
-    changes = {"ema_decay": 0.9, "augment": MIXED} if stage == "mixed" else {}
-    training = made_training("student" if stage == "mixed" else stage, epochs=2, **changes)
+    changes = {
+        "mixed": {"ema_decay": 0.9, "augment": MIXED},
+        "adamw": {"optimizer": "adamw", "learning_rate": 1e-3, "gradient_clip": 1.0},
+    }.get(stage, {})
+    training = made_training("student" if changes else stage, epochs=2, **changes)
     training.objective.double()
     for name in ("model", "teacher", "momentum_encoder"):
         network = getattr(training.objective, name, None)
@@ -52,7 +56,7 @@ def ten_steps(stage: str) -> dict:
     return {"losses": losses, "queues": queues, "state": dict(training.model.state_dict())}
 
 
-@pytest.mark.parametrize("stage", ["teacher", "student", "momentum", "mixed"])
+@pytest.mark.parametrize("stage", ["teacher", "student", "momentum", "mixed", "adamw"])
 def test_ten_steps_on_two_ranks_give_the_losses_and_queues_of_one(stage, tmp_path):
     alone = ten_steps(stage)
     first, second = in_ranks(ten_steps, tmp_path, stage)
@@ -120,6 +124,20 @@ def test_the_shared_batch_norm_is_the_batch_norm_of_the_whole_batch(tmp_path):
     assert torch.allclose(first[2] + second[2], layer.weight.grad, rtol=0, atol=1e-12)
     for actual, expected in zip(first[3:], (layer.running_mean, layer.running_var), strict=True):
         assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
+
+
+def converted_act_norm() -> torch.Tensor:
+    """Run timm's batch norm with activation on this rank's half of a batch after its conversion."""
+    batch = torch.randn(8, 5, 4, 4, generator=torch.Generator().manual_seed(3))
+    network = synchronise_batch_norm(torch.nn.Sequential(BatchNormAct2d(5)), CPU)
+    return gather_batch(network(batch[dist.get_rank() * 4 :][:4]).detach())
+
+
+def test_a_batch_norm_of_timm_keeps_its_activation_on_two_ranks(tmp_path):
+    batch = torch.randn(8, 5, 4, 4, generator=torch.Generator().manual_seed(3))
+    expected = torch.relu(torch.nn.BatchNorm2d(5)(batch))
+    for actual in in_ranks(converted_act_norm, tmp_path):
+        assert torch.allclose(actual, expected, atol=1e-5)
 
 
 def ragged_accuracy() -> float:

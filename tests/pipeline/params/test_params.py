@@ -47,6 +47,7 @@ TOO_LOW = {
     "retrain.stage_hours": 0.0, "retrain.watch_seconds": -1,
     "teacher.tau_s": 0.0, "teacher.epochs": 0, "teacher.batch_size": 1, "teacher.learning_rate": 0.0,
     "teacher.accumulate": 0, "student.accumulate": 0, "teacher.adapter": -1, "student.adapter": -1,
+    "teacher.gradient_clip": -0.1, "student.gradient_clip": -0.1,
     "teacher.momentum": -0.1, "teacher.weight_decay": -0.1, "teacher.schedule.warmup_epochs": -1,
     "teacher.schedule.factor": 0.0, "teacher.augment.crop_padding": -1, "teacher.augment.cutout": -1,
     "teacher.augment.jitter": -0.1, "teacher.augment.mix_alpha": 0.0,
@@ -55,6 +56,7 @@ TOO_LOW = {
     "student.schedule.factor": 0.0, "student.augment.crop_padding": -1, "student.augment.cutout": -1,
     "student.augment.jitter": -0.1, "student.augment.mix_alpha": 0.0,
     "student.gamma": -0.1, "student.beta": -0.1, "student.alpha": -0.1, "student.distillation_temperature": 0.0,
+    "student.tune_blocks": 0, "student.tune_rank": 0, "student.tune_rate": 0.0, "student.tune_decay": 0.0,
     "student.encoder_momentum": -0.1, "student.prior_strength": -0.1, "student.tau_g": 0.0, "student.queue_total": 0,
     "student.queue_minimum": 0, "student.projection_dim": 0, "evaluate.ece_bins": 1, "evaluate.top_k": 0,
     "evaluate.samples": 0,
@@ -67,6 +69,7 @@ TOO_HIGH = {
     "image.size": 1025, "image.resize_to": 2049,
     "teacher.ema_decay": 1.0, "student.ema_decay": 1.0,
     "teacher.momentum": 1.0, "teacher.schedule.factor": 1.0, "student.momentum": 1.0, "student.schedule.factor": 1.0,
+    "student.tune_decay": 1.01,
     "student.encoder_momentum": 1.0, "evaluate.ece_bins": 1001, "export.opset": 21, "export.max_batch_size": 1025,
     "ingest.min_good_share": 1.01, "stream.prefetch": 65,
 }  # fmt: skip

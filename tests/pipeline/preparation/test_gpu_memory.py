@@ -51,7 +51,7 @@ def measure_allocated(given, prior, stage: str) -> int:
 
 def state_tensors(step: Step) -> list[torch.Tensor]:
     average = [] if step.average is None else list(step.average.state_dict().values())
-    return [*step.objective.parameters(), *step.objective.buffers(), *step.optimiser.momentum(), *average]
+    return [*step.objective.parameters(), *step.objective.buffers(), *step.optimiser.state(), *average]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_every_kind_is_counted_at_its_size():
         for p in pipeline.preparation.gpu_memory.new_objective(given, "student", prior).model.backbone.parameters()
     )
     assert largest["queue"] == pytest.approx(4096 * 512 * 4, rel=0.02)
-    assert network < largest["gradients"] <= largest["weights"] and largest["momentum"] == largest["gradients"]
+    assert network < largest["gradients"] <= largest["weights"] and largest["optimiser"] == largest["gradients"]
     assert largest["activations: similarity"] >= 16 * 4096 * 4
     assert largest["activations: logits"] >= 16 * 30 * 4
 

@@ -12,6 +12,7 @@ from models.objectives.teacher import Mixed
 from pipeline.augment import apply_views
 from pipeline.params import AugmentParams
 from pipeline.training.cuda_graph import CapturedStep, CaptureError
+from pipeline.training.optimiser import ADAM_CAPTURE_RATE
 from pipeline.training.step import Step
 from tests.support.small_training import CPU, IMAGE, made_images, made_objective, training_params
 
@@ -99,10 +100,14 @@ def test_bfloat16_keeps_losses_weights_and_queues_in_float32_and_near_the_float3
     assert {t.dtype for t in half.state().values() if t.is_floating_point()} == {torch.float32}
 
 
+ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3, "gradient_clip": 1.0}
+
+
 @pytest.mark.parametrize("mix", list(MIXES))
-@pytest.mark.parametrize("stage", ["teacher", "student", "momentum"])
+@pytest.mark.parametrize("stage", ["teacher", "student", "momentum", "adamw"])
 def test_a_captured_step_does_what_the_plain_one_does(stage, mix):
-    plain, recorded = (made_step(stage, mix=mix, ema_decay=0.9) for _ in range(2))
+    changes = {"stage": "student", **ADAMW} if stage == "adamw" else {"stage": stage}
+    plain, recorded = (made_step(mix=mix, ema_decay=0.9, **changes) for _ in range(2))
     batches = drawn(plain, 4)
     before = {name: tensor.clone() for name, tensor in recorded.state().items()}
     captured = CapturedStep(recorded, batches[3], replaying)
@@ -140,14 +145,17 @@ def test_an_operation_that_cannot_be_captured_is_named_and_leaves_the_run_as_it_
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stage", ["teacher", "student", "momentum"])
+@pytest.mark.parametrize("stage", ["teacher", "student", "momentum", "adamw"])
 @pytest.mark.parametrize(("accumulate", "recompute"), [(1, False), (4, False), (2, True)])
 def test_a_cuda_graph_does_what_the_plain_step_does(stage, accumulate, recompute):
     device = torch.device("cuda")
     steps = []
     for _ in range(2):
-        objective = made_objective(stage).to(device, memory_format=torch.channels_last)
-        params = training_params(ema_decay=0.9, accumulate=accumulate)
+        objective = made_objective("student" if stage == "adamw" else stage)
+        objective.to(device, memory_format=torch.channels_last)
+        # At the rate at which the engine captures.
+        changes = {**ADAMW, "learning_rate": ADAM_CAPTURE_RATE} if stage == "adamw" else {}
+        params = training_params(ema_decay=0.9, accumulate=accumulate, **changes)
         steps.append(Step(objective, params, IMAGE, made_images(32), device, torch.bfloat16, recompute))
     batches = drawn(steps[0], 4)
     captured = CapturedStep(steps[1], batches[3])

@@ -1,0 +1,153 @@
+"""Tune a pretrained encoder: choose the trained weights, add low-rank updates, set learning rates by layer.
+
+What is frozen does not change by one bit: its weights have no gradient, and its modules stay in eval mode, in which
+batch norm uses its running statistics and does not update them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from models.networks.adapters import with_encoder
+from models.networks.backbones import Backbone
+
+Tune = Literal["none", "last_blocks", "lora", "all"]
+
+
+class TuneError(ValueError):
+    """An encoder cannot be tuned in the requested way; the message states why."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How an encoder is tuned.
+
+    tune: its last `blocks` blocks, a low-rank update of every linear layer and convolution, or all of it. rank: of the
+    updates. rate: learning rate of its last block as a multiple of that of the classifier; each block before it has
+    `decay` times the rate of the next.
+    """
+
+    tune: Tune
+    blocks: int
+    rank: int
+    rate: float
+    decay: float
+
+
+class TunedBackbone(Backbone):
+    """An encoder that is trained in part, and the part between its features and the classifier, trained as a whole.
+
+    Raises TuneError when the encoder cannot be tuned in this way.
+    """
+
+    def __init__(self, encoder: Backbone, head: Backbone, tuning: Tuning) -> None:
+        chained = with_encoder(encoder, head)
+        super().__init__(chained.network, chained.feature_dim)
+        self.tuning = tuning
+        network = encoder.network
+        network.requires_grad_(tuning.tune == "all")
+        if tuning.tune == "last_blocks":
+            first = _last_layer(network) - tuning.blocks
+            if first < 0:
+                raise TuneError(
+                    f"its network has {first + tuning.blocks} blocks, not {tuning.blocks}; tune `all` of it"
+                )
+            layers = layers_of(network)
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(layers[name] > first)
+        elif tuning.tune == "lora":
+            add_low_rank_updates(network, tuning.rank)
+        if tuning.decay != 1:
+            layers_of(network)  # raises TuneError before training
+
+    def train(self, mode: bool = True) -> TunedBackbone:
+        """Set training mode for the modules that have trained weights; all others are in eval mode."""
+        super().train(mode)
+        _keep_frozen(self)
+        return self
+
+    def rate_factors(self) -> dict[nn.Parameter, float]:
+        """Learning rate of each trained weight of the encoder, as a multiple of the rate of the classifier."""
+        network, tuning = self.network.get_submodule("0.network"), self.tuning
+        trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+        if tuning.decay == 1:
+            return dict.fromkeys(trained.values(), tuning.rate)
+        layers, last = layers_of(network), _last_layer(network)
+        return {weight: tuning.rate * tuning.decay ** (last - layers[name]) for name, weight in trained.items()}
+
+
+def _keep_frozen(module: nn.Module) -> None:
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        for child in module.children():
+            _keep_frozen(child)
+    elif any(True for _ in itertools.chain(module.parameters(), module.buffers())):
+        module.eval()
+
+
+def layers_of(network: nn.Module) -> dict[str, int]:
+    """Layer of each weight of a timm network: 0 for the stem, then a number for each block; what follows the last block
+    belongs to it. Raises TuneError for a network that does not describe its blocks."""
+    from timm.models import group_parameters
+
+    matcher: Any = getattr(network, "group_matcher", None)
+    described = matcher(coarse=False) if matcher else None
+    if not isinstance(described, dict):
+        raise TuneError(f"timm does not describe the blocks of {type(network).__name__}")
+    # Weights that no pattern names, such as the norm before a classifier, belong to the layer before them.
+    rest = {"rest": [(r"", (99999,))]}
+    layers: dict[str, int] = group_parameters(network, {**described, **rest}, reverse=True)
+    return layers
+
+
+def _last_layer(network: nn.Module) -> int:
+    return max(layers_of(network).values())
+
+
+class LowRankUpdate(nn.Module):
+    """W + up · down, an update of a weight W [out,...] of rank `rank` (LoRA, Hu et al. 2022); up starts at 0.
+
+    down: [rank,in], up: [out,rank]; of a convolution, `in` is input channels times the area of its kernel. The scale
+    alpha / rank of the paper is 1.
+    """
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        flat = weight.flatten(1)
+        self.down = nn.Parameter(torch.empty(rank, flat.shape[1], dtype=weight.dtype))
+        self.up = nn.Parameter(torch.zeros(flat.shape[0], rank, dtype=weight.dtype))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W [out,...] → W + up · down, of the same shape."""
+        return weight + (self.up @ self.down).view_as(weight)
+
+
+def add_low_rank_updates(network: nn.Module, rank: int) -> None:
+    """Add an update to the weight of every linear layer and every convolution over all channels, the first one excepted.
+
+    Raises TuneError when there is none.
+    """
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    chosen: list[nn.Linear | nn.Conv2d] = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    chosen += [layer for layer in convolutions[1:] if layer.groups == 1]
+    if not chosen:
+        raise TuneError("its network has no linear layer and no convolution that LoRA could update")
+    for layer in chosen:
+        parametrize.register_parametrization(layer, "weight", LowRankUpdate(layer.weight, rank))
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a network with its low-rank updates added to the weights, by the names of the plain network."""
+    state = model.state_dict()
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            for name in module.parametrizations.weight.state_dict():
+                del state[f"{path}.parametrizations.weight.{name}"]
+            state[f"{path}.weight"] = module.weight.detach()
+    return state
