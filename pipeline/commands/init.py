@@ -131,6 +131,9 @@ def init(
         print(f"→ {output}; next: {''.join(f'{step}, ' for step in steps)}tailor data check, then: dvc repro")
     for line in summary.remarks:
         print(f"init: {line}", file=sys.stderr)
+    if choice.sample and not choice.sample.above_chance:
+        chance = f"not above chance, which is {100 / choice.sample.classes:.0f} %"
+        print(f"init: warning: {choice.sample}; {chance}: add images, or pass --no-encoder", file=sys.stderr)
     few = warnings_of(expected_tests(summary))
     for line in [*few, *([f"too few test images: {ADVICE}"] if few else [])]:
         print(f"init: warning: {line}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +65,7 @@ def measure_sample(source: Source, encoder: LoadedEncoder, image: ImageParams, d
     rows = stratified_sample([row for row in source.rows if row.split == "train"], len(source.classes))
     features, labels, speed = _features(source, rows, encoder, image, device)
     _, numbered = np.unique(labels, return_inverse=True)
-    accuracy = knn_accuracy(torch.cat(features), numbered)
+    accuracy = knn_accuracy(features, numbered)
     return SampleResult(len(labels), int(numbered.max()) + 1, len(source.classes), accuracy, speed)
 
 
@@ -83,27 +84,28 @@ def stratified_sample(rows: list[Row], classes: int, seed: int = 0) -> list[Row]
 
 def _features(
     source: Source, rows: list[Row], encoder: LoadedEncoder, image: ImageParams, device: torch.device
-) -> tuple[list[Tensor], np.ndarray, float]:
-    """Features [b,D] of batches, labels [n], and images/s without the first batch, which allocates memory."""
+) -> tuple[Tensor, np.ndarray, float]:
+    """Features float32 [n,D], labels [n], and images/s."""
     encoder.network.to(device, memory_format=torch.channels_last)
+
+    def compute(pixels: Tensor) -> Tensor:
+        return encoder.features(pixels.to(device), image, EncoderParams(name="sample"), torch.Generator())[:, 0].float()
+
+    compute(torch.zeros(1, 3, image.size, image.size, dtype=torch.uint8))  # the first pass allocates memory
     features: list[Tensor] = []
     labels: list[int] = []
-    started = first = 0
+    started = time.perf_counter()
     with ThreadPoolExecutor(default_workers()) as pool:
         decoded = pool.map(lambda row: _decoded(source, row, image), rows)
         for part, pixels in _batches(rows, decoded, BATCH[device.type]):
-            computed = encoder.features(pixels.to(device), image, EncoderParams(name="sample"), torch.Generator())
-            features.append(computed[:, 0].float())
+            features.append(compute(pixels))
             labels += [row.label for row in part]
-            if not first:
-                started, first = time.perf_counter(), len(labels)
             if time.perf_counter() - started > SECONDS:
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
     if not labels:
-        raise DataError(f"{source.origin}: none of {len(rows)} sampled images can be read")
-    seconds = time.perf_counter() - started
-    return features, np.array(labels), (len(labels) - first) / seconds
+        raise DataError(f"{source.origin}: none of {counted(len(rows), 'sampled image')} can be read")
+    return torch.cat(features), np.array(labels), len(labels) / (time.perf_counter() - started)
 
 
 def _decoded(source: Source, row: Row, image: ImageParams) -> Tensor | None:
@@ -115,13 +117,9 @@ def _decoded(source: Source, row: Row, image: ImageParams) -> Tensor | None:
 
 def _batches(rows: list[Row], decoded: Iterator[Tensor | None], size: int) -> Iterator[tuple[list[Row], Tensor]]:
     """The readable images in batches, the last one smaller."""
-    part: list[tuple[Row, Tensor]] = []
-    for number, (row, pixels) in enumerate(zip(rows, decoded, strict=True), start=1):
-        if pixels is not None:
-            part.append((row, pixels))
-        if part and (len(part) == size or number == len(rows)):
-            yield [row for row, _ in part], torch.stack([pixels for _, pixels in part])
-            part = []
+    readable = ((row, pixels) for row, pixels in zip(rows, decoded, strict=True) if pixels is not None)
+    while part := list(itertools.islice(readable, size)):
+        yield [row for row, _ in part], torch.stack([pixels for _, pixels in part])
 
 
 def knn_accuracy(features: Tensor, labels: np.ndarray, seed: int = 0) -> Estimate:
