@@ -53,6 +53,17 @@ demo: install ## train, evaluate, export and serve the embedded data in a projec
 	@[ -f $(DEMO)/params.yaml ] || python -m pipeline.commands new $(DEMO) > /dev/null
 	@cd $(DEMO) && export PYTHONPATH="$(CURDIR)" && dvc repro && python -m pipeline.demo.baseline && python -m pipeline.commands demo
 
+PHOTOS := build/demo-photos
+
+.PHONY: demo-photos
+demo-photos: install ## the same on your photographs, with a pretrained encoder: make demo-photos FOLDER=photos (a folder per class)
+	@[ -d "$(FOLDER)" ] || { echo "make: FOLDER is '$(FOLDER)'; expected a folder that holds a folder of images for each class," \
+		"as in: make demo-photos FOLDER=photos" >&2; exit 2; }
+	@[ -f $(PHOTOS)/params.yaml ] || python -m pipeline.commands new $(PHOTOS) > /dev/null
+	@folder=$$(realpath "$(FOLDER)") && cd $(PHOTOS) && export PYTHONPATH="$(CURDIR)" && \
+		python -m pipeline.commands init "$$folder" --force && dvc repro && \
+		python -m pipeline.demo.baseline && python -m pipeline.commands demo
+
 .PHONY: retrain-demo
 retrain-demo: install ## two rounds of retraining on the embedded data: one promoted, one refused
 	@python -m pipeline.demo.retraining

@@ -25,6 +25,11 @@ Images = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of imag
 Output = Annotated[Path, typer.Option(help="The file to write; its current content is the template.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite a file with uncommitted changes.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the file, write nothing.")]
+EncoderName = Annotated[
+    str | None,
+    typer.Option("--encoder", help="A name of `tailor encoders`, instead of the proposed one.", metavar="NAME"),
+]
+FromScratch = Annotated[bool, typer.Option("--no-encoder", help="Train from scratch, without a pretrained encoder.")]
 
 
 def new(folder: Folder, recipe: Recipes = None, debug: Debug = False) -> None:
@@ -67,6 +72,8 @@ def recipe(
 def init(
     folder: Images,
     output: Output = PARAMS_FILE,
+    encoder: EncoderName = None,
+    no_encoder: FromScratch = False,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -74,13 +81,16 @@ def init(
 ) -> int:
     """Write a params.yaml for your own images.
 
-    Counts the images of each class, reads their sizes, and chooses network, epochs, queues and held-out images; a comment
-    beside each value gives the reason. Nothing is trained, and every value can be changed. Outside a project it first makes
-    the working folder a project, as `tailor new` does.
+    Counts the images of each class, reads their sizes, and chooses encoder or network, epochs, queues and held-out
+    images; a comment beside each value gives the reason. Features of a sample of images, computed in seconds, give the
+    time on this machine and an accuracy to expect. Nothing is trained, and every value can be changed. Outside a project
+    it first makes the working folder a project, as `tailor new` does.
     """
     from models.sample_size import ADVICE, warnings_of
     from pipeline.model_io.devices import choose_device
-    from pipeline.preparation.first_params import expected_tests, inspect_folder, suggest_params, write_text
+    from pipeline.preparation.encoder_choice import choose_encoder
+    from pipeline.preparation.first_params import FROM_SCRATCH, suggest_params, write_text
+    from pipeline.preparation.folder_summary import expected_tests, inspect_folder
     from pipeline.preparation.project import create_project, default_params, enclosing_project, keep_out_of_git
     from pipeline.shared.errors import ParamsError
 
@@ -98,24 +108,32 @@ def init(
             f"{folder}: is the project's folder or contains it; expected a folder of images inside the project or "
             "elsewhere, such as data/source: move the class folders there, or run `tailor new DIR` elsewhere"
         )
-    summary = inspect_folder(folder)
-    chosen = suggest_params(summary, folder.as_posix(), choose_device("auto").type == "cuda")
+    if encoder and no_encoder:
+        raise ParamsError("--encoder and --no-encoder: expected one of the two")
+    summary, device = inspect_folder(folder), choose_device("auto")
+    choice = FROM_SCRATCH if no_encoder else choose_encoder(summary, encoder, device)
+    chosen = suggest_params(summary, folder.as_posix(), device.type == "cuda", choice)
     text, _ = write_text(template, chosen)
     steps = create_project(Path()) if not (dry_run or output.is_file()) else []
     if not dry_run:
         write_file(output, text)
         keep_out_of_git(folder)
     if as_json:
-        print_json({key: {"value": value, "why": why} for key, (value, why) in chosen.items()})
+        listed = {key: {"value": value, "why": why} for key, (value, why) in chosen.items()}
+        print_json(listed | {"estimate": choice.estimate()})
     elif dry_run:
         print(text, end="")
     else:
         print(f"{folder}: {summary}")
         for key, (value, why) in chosen.items():
             print(f"  {key} = {value}  # {why}")
+        print(f"encoder {choice.encoder.name if choice.encoder else 'none'}: {choice.reason}")
         print(f"→ {output}; next: {''.join(f'{step}, ' for step in steps)}tailor data check, then: dvc repro")
     for line in summary.remarks:
         print(f"init: {line}", file=sys.stderr)
+    if choice.sample and not choice.sample.above_chance:
+        chance = f"not above chance, which is {100 / choice.sample.classes:.0f} %"
+        print(f"init: warning: {choice.sample}; {chance}: add images, or pass --no-encoder", file=sys.stderr)
     few = warnings_of(expected_tests(summary))
     for line in [*few, *([f"too few test images: {ADVICE}"] if few else [])]:
         print(f"init: warning: {line}", file=sys.stderr)

@@ -3,103 +3,44 @@
 from __future__ import annotations
 
 import math
-import statistics
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from models.preprocess import ImageError, decode
-from models.prior import GROUPS, shot_group
-from models.sample_size import SampleSize, sample_sizes
-from pipeline.data.profiles import test_size, validation_size
 from pipeline.params import Params, parse_params
+from pipeline.preparation.encoder_choice import EncoderChoice, Suggestions, encoder_values
+from pipeline.preparation.folder_summary import (
+    MOST_TESTED,
+    MOST_VALIDATED,
+    TEST_SHARE,
+    VALIDATION_SHARE,
+    FolderSummary,
+)
 from pipeline.shared.errors import DataError, ParamsError
-from pipeline.sources.folder import FolderSource
-from pipeline.sources.source import Row
 from serving.shared.terminal import counted
 
-DECODED_IMAGES = 300  # at most about this number
 SMALL, TINY_PHOTOGRAPH = 40, 96  # pixels of the shorter side
 LARGEST_QUEUE = 65536  # the paper's value for iNaturalist 2018
-TEST_SHARE, MOST_TESTED = 0.2, 50  # per class; 50 at most, because all classes have equal weight in the metrics
-VALIDATION_SHARE, MOST_VALIDATED = 0.1, 20
+FROM_SCRATCH = EncoderChoice(None, "--no-encoder")
+# Values without an encoder; a params.yaml of before the encoders lacks these keys.
+NO_ENCODER: dict[str, Any] = {
+    "encoder": None,
+    "image.interpolation": "bilinear",
+    "teacher.adapter": 0,
+    "student.adapter": 0,
+    "student.projection_hidden": None,
+}
 
 
-@dataclass(frozen=True)
-class FolderSummary:
-    """Summary of a folder of images. counts: training images of each class; shorter: median shorter side in pixels.
-
-    tested: images of each class in a test folder; None if there is no test folder.
-    """
-
-    classes: list[str]
-    counts: list[int]
-    tested: list[int] | None
-    own_validation: bool
-    shorter: int
-    unreadable: list[str]
-    remarks: list[str] = field(default_factory=list)
-
-    @property
-    def imbalance(self) -> float:
-        """Images of the largest class / images of the smallest class."""
-        return max(self.counts) / min(self.counts)
-
-    def __str__(self) -> str:
-        groups = [shot_group(count) for count in self.counts]
-        shots = ", ".join(f"{groups.count(group)} {group}" for group in GROUPS)
-        return (
-            f"{counted(sum(self.counts), 'image')} of {counted(len(self.counts), 'class')} "
-            f"({max(self.counts):,} to {min(self.counts):,} a "
-            f"class, imbalance factor {self.imbalance:,.1f}; {shots}); shorter side {self.shorter} pixels in the median"
-        )
-
-
-def inspect_folder(folder: Path) -> FolderSummary:
-    """Count a folder's images, and decode about 300 of them, evenly spread, to measure their sizes.
-
-    Raises ParamsError if the folder does not exist, DataError if it has no classes or no readable image.
-    """
-    if not folder.is_dir():
-        raise ParamsError(f"{folder}: no such folder; expected one that holds a folder of images for each class")
-    source = FolderSource(folder)
-    train = [row for row in source.rows if row.split == "train"]
-    counts = np.bincount([row.label for row in train], minlength=len(source.classes)).tolist()
-    sides, unreadable = [], []
-    for row in source.rows[:: max(1, len(source.rows) // DECODED_IMAGES)]:
-        side = _shorter_side(source, row)
-        if side is None:
-            unreadable.append(row.reference)
-        else:
-            sides.append(side)
-    if not sides:
-        raise DataError(
-            f"{folder}: none of {counted(len(unreadable), 'inspected image')} can be read; the first: {unreadable[0]}"
-        )
-    test = [row.label for row in source.rows if row.split == "test"]
-    tested = np.bincount(test, minlength=len(source.classes)).tolist() if test else None
-    own_validation = any(row.split == "validation" for row in source.rows)
-    median = round(statistics.median(sides))
-    return FolderSummary(source.classes, counts, tested, own_validation, median, unreadable, source.remarks)
-
-
-def _shorter_side(source: FolderSource, row: Row) -> int | None:
-    try:
-        return min(decode(source.read(row.reference)).size)
-    except (DataError, ImageError):
-        return None
-
-
-def suggest_params(summary: FolderSummary, location: str, gpu: bool) -> dict[str, tuple[Any, str]]:
+def suggest_params(
+    summary: FolderSummary, location: str, gpu: bool, choice: EncoderChoice = FROM_SCRATCH
+) -> Suggestions:
     """Choose params: dotted key of params.yaml → (value, reason). gpu: whether training will run on a GPU.
 
-    Raises DataError if a class is too small to hold out a test image.
+    choice: an encoder, or training from scratch. Raises DataError if a class is too small to hold out a test image.
     """
-    total, classes, smallest = sum(summary.counts), len(summary.counts), min(summary.counts)
+    classes, smallest, total = len(summary.counts), min(summary.counts), sum(summary.split_sizes()[0])
     tail = f"your own class sizes: {counted(max(summary.counts), 'image')} to {smallest:,}"
-    suggested: dict[str, tuple[Any, str]] = {
+    suggested: Suggestions = {
         "data.source": ("folder", "a folder per class"),
         "data.location": (location, "your images"),
         "data.profile": ("natural", tail),
@@ -111,33 +52,33 @@ def suggest_params(summary: FolderSummary, location: str, gpu: bool) -> dict[str
                 f"class {name!r} has 1 image: none remains for training after one is held out; add images, merge the "
                 "class into another, or add a test/ folder of your own"
             )
-        total -= sum(test_size(count, MOST_TESTED, TEST_SHARE) for count in summary.counts)
         reason = "of each class, at least one image; see docs/own-images.md"
         suggested["data.test_per_class"] = (MOST_TESTED, "at most; fewer for small classes, see the next line")
         suggested["data.test_share"] = (TEST_SHARE, reason)
     if not summary.own_validation:
         suggested["data.validation_per_class"] = (MOST_VALIDATED, "at most; fewer for small classes, see the next line")
         suggested["data.validation_share"] = (VALIDATION_SHARE, "of the training images of a class")
-    suggested |= _network(summary, total, gpu) | _queues(total, classes)
+    if choice.encoder:
+        suggested |= encoder_values(choice, choice.encoder, _batch_size(total))
+    else:
+        suggested |= {key: (value, "without an encoder") for key, value in NO_ENCODER.items()}
+        suggested["encoder"] = (None, choice.reason)
+        suggested |= _network(summary, total, gpu)
+    suggested |= _queues(total, classes)
     top = min(5, classes)
     return suggested | {"evaluate.top_k": (top, "of your classes"), "serving.top_k": (top, "classes per response")}
 
 
-def expected_tests(summary: FolderSummary) -> dict[str, SampleSize]:
-    """Sample sizes of the test split that results from `suggest_params`, for all classes and by its shot groups."""
-    counts, tested = summary.counts, summary.tested
-    if tested is None:
-        tested = [test_size(count, MOST_TESTED, TEST_SHARE) for count in counts]
-        counts = [count - size for count, size in zip(counts, tested, strict=True)]
-    if not summary.own_validation:
-        counts = [count - validation_size(count, 0, MOST_VALIDATED, VALIDATION_SHARE) for count in counts]
-    return sample_sizes(tested, [shot_group(count) for count in counts])
+def _batch_size(total: int) -> int:
+    """Batch size for a number of training images: an eighth of them, at least 8 and at most 64 or, for many, 128."""
+    power = 2 ** int(math.log2(max(total / 8, 1)))
+    return min(total, max(8, min(128 if total >= 50_000 else 64, power)))
 
 
-def _network(summary: FolderSummary, total: int, gpu: bool) -> dict[str, tuple[Any, str]]:
+def _network(summary: FolderSummary, total: int, gpu: bool) -> Suggestions:
     """Choose image size, backbone, batch size, epochs, learning rate, augmentation; equal for teacher and student."""
     size, resize, backbone, why = _backbone(summary.shorter, total, gpu)
-    batch = max(8, min(128 if total >= 50_000 else 64, 2 ** int(math.log2(max(total / 8, 1)))))
+    batch = _batch_size(total)
     epochs = max(20, min(200 if gpu else 60, round(40_000 * batch / total)))
     photograph = size >= 128
     steps = f"{counted(epochs * max(1, total // batch), 'step')} of {batch} images; more epochs rarely reduce accuracy"
@@ -155,7 +96,7 @@ def _network(summary: FolderSummary, total: int, gpu: bool) -> dict[str, tuple[A
         "augment.policy": ("randaugment", "colour and shape; none if your classes differ only by colour"),
         "augment.cutout": (0 if photograph else size // 4, "a quarter of a small image; none with crop: resized"),
     }
-    suggested: dict[str, tuple[Any, str]] = {
+    suggested: Suggestions = {
         "image.size": (size, f"the median of your images' shorter sides is {summary.shorter} pixels"),
         "image.resize_to": (resize, "before the centre crop"),
         "image.mean": ([0.485, 0.456, 0.406], "ImageNet's, suitable for photographs"),
@@ -177,7 +118,7 @@ def _backbone(shorter: int, total: int, gpu: bool) -> tuple[int, int, str, str]:
     return 224, 256, "torchvision/resnet18", "photographs, too few for a larger network"
 
 
-def _queues(total: int, classes: int) -> dict[str, tuple[Any, str]]:
+def _queues(total: int, classes: int) -> Suggestions:
     """Choose K and k_m of Eq. 5 within the paper's ratios: 0.3 of the training images, at least 8 rows per class."""
     target = max(0.3 * total, 8 * classes, 256)
     rows = max(min(2 ** round(math.log2(target)), LARGEST_QUEUE), 2 ** math.ceil(math.log2(2 * classes)))
@@ -192,7 +133,7 @@ def _queues(total: int, classes: int) -> dict[str, tuple[Any, str]]:
     }
 
 
-def write_text(template: str, suggested: dict[str, tuple[Any, str]]) -> tuple[str, Params]:
+def write_text(template: str, suggested: Suggestions) -> tuple[str, Params]:
     """Write the suggested values into the template (text of a params.yaml), each with its reason as a comment.
 
     Returns the text and its validated params. Raises ParamsError if the template lacks a key.
@@ -201,7 +142,10 @@ def write_text(template: str, suggested: dict[str, tuple[Any, str]]) -> tuple[st
 
     from pipeline.params.recipe import dump_document, load_document
 
-    template = dump_document(load_document(template))  # puts each key on one line, also lists
+    document = load_document(template)  # puts each key on one line, also lists
+    for key in suggested:
+        _clear_mapping(document, key)
+    template = dump_document(document)
     remaining, lines, path = dict(suggested), [], []
     for line in template.splitlines():
         body = line.split(" #")[0]
@@ -214,9 +158,19 @@ def write_text(template: str, suggested: dict[str, tuple[Any, str]]) -> tuple[st
                 text = yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
                 line = f"{'  ' * depth}{name}: {text} # {reason}"
         lines.append(line)
-    if remaining:
+    missing = [key for key, (value, _) in remaining.items() if (key, value) not in NO_ENCODER.items()]
+    if missing:
         raise ParamsError(
-            f"params.yaml: has no key {next(iter(remaining))}; restore the original file, then run this command again"
+            f"params.yaml: has no key {missing[0]}; restore the original file, then run this command again"
         )
     text = "\n".join(lines) + "\n"
     return text, parse_params(yaml.safe_load(text), Path("params.yaml"))
+
+
+def _clear_mapping(document: Any, key: str) -> None:
+    """Replace a mapping at a dotted key, such as section `encoder`, by null: a value is written on the line of its key."""
+    *sections, last = key.split(".")
+    for section in sections:
+        document = document.get(section) or {}
+    if isinstance(document.get(last), dict):
+        document[last] = None

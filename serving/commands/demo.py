@@ -75,8 +75,8 @@ def explanation(images: list[Sample], predictions: dict[str, list[Prediction]], 
     return (
         f"Of these {len(changed)}, balanced is right for {correct['balanced']}, train for {correct['train']}. Images with "
         "changed answers were selected for this table,\nso it shows what the prior does, not how accurate the model is. "
-        "balanced is for data whose classes are equally\nfrequent, as in the embedded data's test split; train is for data "
-        "whose classes are as frequent as in training."
+        "balanced is for data whose classes are equally\nfrequent; train is for data whose classes are as frequent as in "
+        "training."
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.params import Params
-from pipeline.preparation.first_params import FolderSummary, suggest_params, write_text
+from pipeline.preparation.first_params import suggest_params, write_text
+from pipeline.preparation.folder_summary import FolderSummary
 from tests.support.making import ROOT
 
 TEMPLATE = (ROOT / "params.yaml").read_text(encoding="utf-8")

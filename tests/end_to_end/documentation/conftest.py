@@ -133,7 +133,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def write_images(project: Project) -> None:
     """Write the images of a project's classes, images for requests, and other files that the pages require."""
     scans = load_digits()
-    images = [[Image.fromarray((scan * 15.9).astype("uint8")).resize((32, 32)) for scan in scans.images[scans.target == c]]
+    images = [[Image.fromarray((scan * 15.9).astype("uint8")).resize((28, 28)) for scan in scans.images[scans.target == c]]
                 for c in range(10)]  # fmt: skip
     for (name, count), class_images in zip(SIZES.items(), images, strict=True):
         folder = project.root / "data/source" / name

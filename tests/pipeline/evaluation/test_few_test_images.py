@@ -23,7 +23,7 @@ from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.run_comparison import as_json, compare_runs
 from pipeline.params import GateParams
 from pipeline.preparation.check import sample_sizes
-from pipeline.preparation.first_params import expected_tests
+from pipeline.preparation.folder_summary import expected_tests
 from pipeline.report import render_comparison
 from tests.support.chosen_params import chosen_params, folder_summary
 from tests.support.data_commands import command, report

@@ -12,7 +12,8 @@ from ruamel.yaml import YAML
 from pipeline.commands.app import main
 from pipeline.params import load_params
 from pipeline.params.recipe import apply_recipe
-from pipeline.preparation.first_params import FolderSummary, suggest_params, write_text
+from pipeline.preparation.first_params import suggest_params, write_text
+from pipeline.preparation.folder_summary import FolderSummary
 
 ROOT = Path(__file__).parents[3]
 

@@ -17,7 +17,8 @@ from benchmarks.made_imagenet import class_counts
 from pipeline.commands.app import main
 from pipeline.data.assignment import assign
 from pipeline.params.recipe import apply_recipe
-from pipeline.preparation.first_params import inspect_folder, suggest_params, write_text
+from pipeline.preparation.first_params import suggest_params, write_text
+from pipeline.preparation.folder_summary import inspect_folder
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.shared.fingerprint import ROOT
 from pipeline.sources.source import Row

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.command_line import stage_main
-from pipeline.preparation.first_params import inspect_folder
+from pipeline.preparation.folder_summary import inspect_folder
 from pipeline.preparation.long_tail_chart import show_long_tail
 from pipeline.shared.errors import DataError, DataProblems
 from pipeline.sources import open_source

@@ -1,0 +1,176 @@
+"""`tailor init`: choose a frozen encoder for a folder of images, or training from scratch; the rule is in SIZES and below."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from models.networks.encoders import Encoder, UnknownEncoderError, find_encoder
+from pipeline.params import EncoderParams, ImageParams
+from pipeline.params.recipe import RECIPES, resolve
+from pipeline.preparation.folder_summary import FolderSummary
+from pipeline.shared.errors import ParamsError
+from serving.shared.terminal import counted
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.preparation.encoder_sample import SampleResult
+
+Suggestions = dict[str, tuple[Any, str]]
+
+RECIPE = "photographs-lite0.yaml"
+DEFAULT = "efficientnet_lite0"  # `make install` installs its weights
+# The rule by the median of the images' shorter sides, in pixels: (from, image size, reason); the last row that applies.
+# `full`: the encoder's own size; `reduced`: that of REDUCED; None: training from scratch. Five-fold kNN on Lite0's features
+# of 665 plankton images of 55 pixels: 79.1 % at 128 pixels and 79.0 % at 224, 95 % intervals of 10 points.
+SIZES = (
+    (0, None, "images below 32 pixels have no details of photographs"),
+    (32, "reduced", "small images: enlarged further, they take longer and are not more accurate"),
+    (64, "full", "the size of the pretraining"),
+)
+REDUCED = {"efficientnet_lite0": 128, "efficientnet_lite2": 128}  # a third of the time
+LONGEST_MINUTES = 20  # of `embed` with the full size; above, the reduced size
+# Training images from which a folder is trained from scratch if kNN on the features is not above chance.
+MANY = 20_000
+# Seconds of `dvc repro` besides `embed`, on two cores: the start of the stages, report and export; for each training
+# image, both trainings of the recipe.
+START_SECONDS, TRAINING_SECONDS = 60, 0.005
+WHY = "pretrained features need fewer images than training from scratch"
+
+
+@dataclass(frozen=True)
+class EncoderChoice:
+    """The encoder of a project, or None for training from scratch, with the reason.
+
+    size: image side in pixels. size_reason: its reason. sample: measured features; None without an encoder. seconds: of
+    the first `dvc repro` on this machine, estimated.
+    """
+
+    encoder: Encoder | None
+    reason: str
+    size: int = 0
+    size_reason: str = ""
+    sample: SampleResult | None = None
+    seconds: float = 0
+
+    def estimate(self) -> dict[str, Any]:
+        """The measured figures as JSON values."""
+        if self.sample is None:
+            return {}
+        accuracy = self.sample.accuracy
+        return {
+            "minutes": round(self.seconds / 60, 1), "images_per_second": round(self.sample.images_per_second, 1),
+            "accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high,
+            "images": self.sample.images, "classes": self.sample.classes,
+        }  # fmt: skip
+
+
+def choose_encoder(summary: FolderSummary, name: str | None, device: torch.device) -> EncoderChoice:
+    """Choose by the size and number of images, the time of `embed` here, and kNN on the features of a sample.
+
+    name: an encoder that the user gave, which is never replaced by training from scratch. Raises ParamsError if its
+    weights cannot be loaded.
+    """
+    size, reason = _size(summary.shorter, name)
+    if size is None:
+        return EncoderChoice(None, reason)
+    encoder = _listed(name or DEFAULT)
+    reduced = REDUCED.get(encoder.name, encoder.size)
+    pixels = reduced if size == "reduced" else encoder.size
+    try:
+        sample = _measured(summary, encoder, pixels, device)
+    except ParamsError as error:
+        if name:
+            raise
+        return EncoderChoice(None, f"{error}; then run this command again")
+    images, training = len(summary.source.rows), sum(summary.split_sizes()[0])
+    if (minutes := images / sample.images_per_second / 60) > LONGEST_MINUTES and pixels > reduced:
+        reason = f"at {pixels} pixels `embed` would take {minutes:,.0f} minutes here, above {LONGEST_MINUTES}"
+        pixels, sample = reduced, _measured(summary, encoder, reduced, device)
+    if not name and training >= MANY and not sample.above_chance:
+        number = counted(training, "training image")
+        return EncoderChoice(None, f"{number}, and kNN on features of {encoder.name} is not above chance")
+    seconds = images / sample.images_per_second + START_SECONDS + training * TRAINING_SECONDS
+    why = f"{'--encoder' if name else WHY}; about {counted(max(1, round(seconds / 60)), 'minute')} on this machine; {sample}"
+    return EncoderChoice(encoder, why, pixels, reason, sample, seconds)
+
+
+def _size(shorter: int, name: str | None) -> tuple[str | None, str]:
+    size, reason = next((size, reason) for start, size, reason in reversed(SIZES) if shorter >= start)
+    return ("reduced", SIZES[1][2]) if name and size is None else (size, reason)
+
+
+def _listed(name: str) -> Encoder:
+    try:
+        encoder = find_encoder(name)
+    except UnknownEncoderError as error:
+        raise ParamsError(f"--encoder {name!r}: {error}") from None
+    if encoder is None:
+        raise ParamsError(f"--encoder {name!r}: expected a name that `tailor encoders` lists; see docs/encoders.md")
+    return encoder
+
+
+def _measured(summary: FolderSummary, encoder: Encoder, size: int, device: torch.device) -> SampleResult:
+    from pipeline.model_io.encoder import load_encoder
+    from pipeline.preparation.encoder_sample import measure_sample
+
+    image = ImageParams.model_validate(image_values(encoder, size))
+    return measure_sample(summary.source, load_encoder(EncoderParams(name=encoder.name), image), image, device)
+
+
+def image_values(encoder: Encoder, size: int) -> dict[str, Any]:
+    """Section image for an encoder at a side in pixels."""
+    return {
+        "size": size, "resize_to": size, "mean": list(encoder.mean), "std": list(encoder.std),
+        "interpolation": encoder.interpolation,
+    }  # fmt: skip
+
+
+def _recipe() -> dict[str, Any]:
+    return resolve(RECIPES / RECIPE, set())
+
+
+REASONS = {
+    "pretrained": "the encoder has its own weights",
+    "image.mean": "of the encoder's pretraining",
+    "image.std": "of the encoder's pretraining",
+    "image.interpolation": "of the encoder's pretraining",
+    "image.resize_to": "the whole shorter side; the centre of the longer one",
+    "backbone": "a cosine classifier on the encoder's features",
+    "adapter": "hidden units of a residual adapter on the features",
+    "projection_hidden": "the heads embed the whole queue in each step: ten times as fast as with the feature width",
+    "epochs": "an epoch reads stored features: seconds",
+    "learning_rate": "in proportion to the batch",
+    "batch_size": "64; smaller for few images",
+}
+
+
+def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Suggestions:
+    """The recipe's values for an encoder: dotted key → (value, reason).
+
+    batch: at most that of the recipe, the learning rate in proportion to it.
+    """
+    recipe = _recipe() | {"image": image_values(encoder, choice.size)}
+    del recipe["encoder"]
+    values: Suggestions = {"encoder": ({"name": encoder.name}, choice.reason)}
+    for key, value in _flat(recipe).items():
+        part, _, last = key.rpartition(".")
+        if last == "learning_rate":
+            value *= min(1, batch / recipe[part]["batch_size"])
+        elif last == "batch_size":
+            value = min(batch, value)
+        reason = REASONS.get(key) or REASONS.get(last) or f"recipes/{RECIPE}"
+        if ".augment." in key:
+            reason = "stored features cannot be augmented in training; encoder.views stores augmented views"
+        values[key] = (value, reason)
+    values["image.size"] = (choice.size, choice.size_reason)
+    return values
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,145 @@
+"""`tailor init`: features of a sample of images, their five-fold kNN accuracy, and the encoder's speed on this machine."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.preprocess import ImageError
+from pipeline.data.profiles import class_members
+from pipeline.data.stream_decoding import decode_exact
+from pipeline.data.stream_prefetch import default_workers
+from pipeline.evaluation.intervals import Estimate, weighted_accuracy
+from pipeline.model_io.embedding import BATCH
+from pipeline.model_io.encoder import LoadedEncoder
+from pipeline.params import EncoderParams, ImageParams
+from pipeline.shared.errors import DataError
+from pipeline.sources import Row, Source
+from serving.shared.terminal import counted
+
+IMAGES, FEWEST_OF_A_CLASS, SECONDS = 400, 4, 10.0  # of a sample; its forward passes stop after SECONDS
+FOLDS, NEIGHBOURS, TEMPERATURE = 5, 10, 0.07
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """Mean per-class accuracy of kNN on a sample of images, its 95 % interval, and images/s of decoding and encoder.
+
+    images, classes: of the sample. of_classes: classes of the folder. accuracy: NO_ESTIMATE if no class has two images.
+    """
+
+    images: int
+    classes: int
+    of_classes: int
+    accuracy: Estimate
+    images_per_second: float
+
+    @property
+    def above_chance(self) -> bool:
+        """Whether the interval of the accuracy excludes that of equally likely classes."""
+        return self.accuracy.low is not None and self.accuracy.low > 1 / self.classes
+
+    def __str__(self) -> str:
+        accuracy, of = self.accuracy, f" of {self.of_classes:,}" if self.classes < self.of_classes else ""
+        if accuracy.value is None:
+            return "no class of the sample has two images, so no accuracy can be estimated"
+        value, low, high = (100 * value for value in (accuracy.value, accuracy.low, accuracy.high))
+        return (
+            f"five-fold kNN on {counted(self.images, 'image')} of {counted(self.classes, 'class')}{of}: mean per-class "
+            f"accuracy {value:.0f} %, 95 % interval {low:.0f} to {high:.0f}"
+        )
+
+
+def measure_sample(source: Source, encoder: LoadedEncoder, image: ImageParams, device: torch.device) -> SampleResult:
+    """Compute the features of a stratified sample of the training images, at most IMAGES in about SECONDS seconds.
+
+    Images that cannot be read are left out. Raises DataError if none can be read.
+    """
+    rows = stratified_sample([row for row in source.rows if row.split == "train"], len(source.classes))
+    features, labels, speed = _features(source, rows, encoder, image, device)
+    _, numbered = np.unique(labels, return_inverse=True)
+    accuracy = knn_accuracy(features, numbered)
+    return SampleResult(len(labels), int(numbered.max()) + 1, len(source.classes), accuracy, speed)
+
+
+def stratified_sample(rows: list[Row], classes: int, seed: int = 0) -> list[Row]:
+    """At most IMAGES rows, the same number of each class where it has them; the first rows are a sample too.
+
+    Of more than IMAGES / FEWEST_OF_A_CLASS classes a random choice is taken, because kNN needs several images of a class.
+    """
+    generator = np.random.default_rng(seed)
+    members = [generator.permutation(own) for own in class_members(np.array([row.label for row in rows]), classes)]
+    chosen = generator.permutation(classes)[: IMAGES // FEWEST_OF_A_CLASS]
+    turns = max(len(members[label]) for label in chosen)
+    dealt = (members[label][turn] for turn in range(turns) for label in chosen if turn < len(members[label]))
+    return [rows[index] for index, _ in zip(dealt, range(IMAGES), strict=False)]
+
+
+def _features(
+    source: Source, rows: list[Row], encoder: LoadedEncoder, image: ImageParams, device: torch.device
+) -> tuple[Tensor, np.ndarray, float]:
+    """Features float32 [n,D], labels [n], and images/s."""
+    encoder.network.to(device, memory_format=torch.channels_last)
+
+    def compute(pixels: Tensor) -> Tensor:
+        return encoder.features(pixels.to(device), image, EncoderParams(name="sample"), torch.Generator())[:, 0].float()
+
+    compute(torch.zeros(1, 3, image.size, image.size, dtype=torch.uint8))  # the first pass allocates memory
+    features: list[Tensor] = []
+    labels: list[int] = []
+    started = time.perf_counter()
+    with ThreadPoolExecutor(default_workers()) as pool:
+        decoded = pool.map(lambda row: _decoded(source, row, image), rows)
+        for part, pixels in _batches(rows, decoded, BATCH[device.type]):
+            features.append(compute(pixels))
+            labels += [row.label for row in part]
+            if time.perf_counter() - started > SECONDS:
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
+    if not labels:
+        raise DataError(f"{source.origin}: none of {counted(len(rows), 'sampled image')} can be read")
+    return torch.cat(features), np.array(labels), len(labels) / (time.perf_counter() - started)
+
+
+def _decoded(source: Source, row: Row, image: ImageParams) -> Tensor | None:
+    try:
+        return decode_exact(source.read(row.reference), image)
+    except (DataError, ImageError):
+        return None
+
+
+def _batches(rows: list[Row], decoded: Iterator[Tensor | None], size: int) -> Iterator[tuple[list[Row], Tensor]]:
+    """The readable images in batches, the last one smaller."""
+    readable = ((row, pixels) for row, pixels in zip(rows, decoded, strict=True) if pixels is not None)
+    while part := list(itertools.islice(readable, size)):
+        yield [row for row, _ in part], torch.stack([pixels for _, pixels in part])
+
+
+def knn_accuracy(features: Tensor, labels: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean per-class accuracy of cosine kNN in FOLDS folds, with the interval of `weighted_accuracy`.
+
+    features: float [N,D]; labels: int [N], 0..C-1. Each image is classified by its NEIGHBOURS nearest images of the other
+    folds, weighted by exp(cosine / TEMPERATURE) as by Wu et al. 2018 (Unsupervised Feature Learning via Non-Parametric
+    Instance Discrimination). The folds are stratified; classes of one image are left out.
+    """
+    classes = int(labels.max()) + 1
+    fold, generator = np.zeros(len(labels), np.int64), np.random.default_rng(seed)
+    for members in class_members(labels, classes):
+        fold[generator.permutation(members)] = np.arange(len(members)) % FOLDS
+    unit = torch.nn.functional.normalize(features, dim=1)
+    cosine = unit @ unit.T
+    same = torch.from_numpy(fold[:, None] == fold)
+    nearest = cosine.masked_fill(same, -torch.inf).topk(min(NEIGHBOURS, len(labels)), dim=1)
+    votes = torch.zeros(len(labels), classes)
+    votes.scatter_add_(1, torch.from_numpy(labels)[nearest.indices], (nearest.values / TEMPERATURE).exp())
+    correct = votes.argmax(1).numpy() == labels
+    tested = np.bincount(labels, minlength=classes)
+    tested[tested < 2] = 0
+    return weighted_accuracy(np.bincount(labels[correct], minlength=classes), tested, np.ones(classes))

@@ -1,0 +1,105 @@
+"""`tailor init`: number and size of the images in a user's folder, and the sizes of the splits held out of them."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from models.preprocess import ImageError, decode
+from models.prior import GROUPS, shot_group
+from models.sample_size import SampleSize, sample_sizes
+from pipeline.data.profiles import test_size, validation_size
+from pipeline.shared.errors import DataError, ParamsError
+from pipeline.sources.folder import FolderSource
+from pipeline.sources.source import Row
+from serving.shared.terminal import counted
+
+DECODED_IMAGES = 300  # at most about this number
+TEST_SHARE, MOST_TESTED = 0.2, 50  # per class; 50 at most, because all classes have equal weight in the metrics
+VALIDATION_SHARE, MOST_VALIDATED = 0.1, 20
+
+
+@dataclass(frozen=True)
+class FolderSummary:
+    """Summary of a folder of images. counts: training images of each class; shorter: median shorter side in pixels.
+
+    tested: images of each class in a test folder; None if there is no test folder. source: the folder that was read.
+    """
+
+    classes: list[str]
+    counts: list[int]
+    tested: list[int] | None
+    own_validation: bool
+    shorter: int
+    unreadable: list[str]
+    remarks: list[str] = field(default_factory=list)
+    source: FolderSource | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def imbalance(self) -> float:
+        """Images of the largest class / images of the smallest class."""
+        return max(self.counts) / min(self.counts)
+
+    def split_sizes(self) -> tuple[list[int], list[int]]:
+        """Training and test images of each class, after `suggest_params` has held out what the folder does not."""
+        training, tested = self.counts, self.tested
+        if tested is None:
+            tested = [test_size(count, MOST_TESTED, TEST_SHARE) for count in training]
+            training = [count - size for count, size in zip(training, tested, strict=True)]
+        if not self.own_validation:
+            held = [validation_size(count, 0, MOST_VALIDATED, VALIDATION_SHARE) for count in training]
+            training = [count - size for count, size in zip(training, held, strict=True)]
+        return training, tested
+
+    def __str__(self) -> str:
+        groups = [shot_group(count) for count in self.counts]
+        shots = ", ".join(f"{groups.count(group)} {group}" for group in GROUPS)
+        return (
+            f"{counted(sum(self.counts), 'image')} of {counted(len(self.counts), 'class')} "
+            f"({max(self.counts):,} to {min(self.counts):,} a "
+            f"class, imbalance factor {self.imbalance:,.1f}; {shots}); shorter side {self.shorter} pixels in the median"
+        )
+
+
+def inspect_folder(folder: Path) -> FolderSummary:
+    """Count a folder's images, and decode about 300 of them, evenly spread, to measure their sizes.
+
+    Raises ParamsError if the folder does not exist, DataError if it has no classes or no readable image.
+    """
+    if not folder.is_dir():
+        raise ParamsError(f"{folder}: no such folder; expected one that holds a folder of images for each class")
+    source = FolderSource(folder)
+    train = [row for row in source.rows if row.split == "train"]
+    counts = np.bincount([row.label for row in train], minlength=len(source.classes)).tolist()
+    sides, unreadable = [], []
+    for row in source.rows[:: max(1, len(source.rows) // DECODED_IMAGES)]:
+        side = _shorter_side(source, row)
+        if side is None:
+            unreadable.append(row.reference)
+        else:
+            sides.append(side)
+    if not sides:
+        raise DataError(
+            f"{folder}: none of {counted(len(unreadable), 'inspected image')} can be read; the first: {unreadable[0]}"
+        )
+    test = [row.label for row in source.rows if row.split == "test"]
+    tested = np.bincount(test, minlength=len(source.classes)).tolist() if test else None
+    own_validation = any(row.split == "validation" for row in source.rows)
+    median = round(statistics.median(sides))
+    return FolderSummary(source.classes, counts, tested, own_validation, median, unreadable, source.remarks, source)
+
+
+def _shorter_side(source: FolderSource, row: Row) -> int | None:
+    try:
+        return min(decode(source.read(row.reference)).size)
+    except (DataError, ImageError):
+        return None
+
+
+def expected_tests(summary: FolderSummary) -> dict[str, SampleSize]:
+    """Sample sizes of the test split that results from `suggest_params`, for all classes and by its shot groups."""
+    training, tested = summary.split_sizes()
+    return sample_sizes(tested, [shot_group(count) for count in training])
