@@ -5,6 +5,7 @@ median over rounds, with the smallest and the largest. The bare forward pass has
 batch size. `embed` reads, decodes and resizes the JPEGs besides, and writes shards. Goal: at least 0.9.
 
   python -m benchmarks.encoders --encoder efficientnet_lite0 --size 224 --images 512
+  python -m benchmarks.encoders --heads           # training on stored features: benchmarks/encoder_heads.py
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from torch import Tensor
 
 import pipeline.embed
 import pipeline.split
+from benchmarks import encoder_heads
 from models.networks.encoders import ENCODERS
 from pipeline.model_io.encoder import LoadedEncoder, load_encoder
 from pipeline.params import Params, parse_params
 from pipeline.shared.artifacts import EMBEDDINGS
+from pipeline.shared.host_memory import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
 BATCHES = (8, 16, 32, 64)
@@ -82,7 +85,12 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--heads", action="store_true", help="time the training on features instead")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/photographs-lite0.yaml", help="of --heads")
     options = parser.parse_args()
+    if options.heads:
+        return 0 if encoder_heads.report(options.recipe) else 1
+    keep_freed_memory()  # as embed does, for both sides
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         params = prepared(options.encoder, options.size, options.images, Path(folder))
         encoder = load_encoder(params.encoder, params.image)
@@ -100,7 +108,7 @@ def main() -> int:
     for label, column in (("embed", 0), (f"bare forward, batch {best}", 1)):
         print(f"{label}: {statistics.median(side[column] for side in sides):,.1f} images/s")
     spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    print(f"ratio {spread}, goal {GOAL}; {os.cpu_count()} cores")
+    print(f"ratio {spread}, goal {GOAL}; {os.cpu_count()} CPU cores")
     return 0 if statistics.median(ratios) >= GOAL else 1
 
 

@@ -1,0 +1,112 @@
+"""Projects of the encoder benchmarks: a data set's split, prior and stored features, made by Tailor's own stages.
+
+    python -m benchmarks.encoder_projects plankton --data DIR --encoder efficientnet_lite0 --size 112
+
+A project lies in WORK/<data set>-<encoder>-<size>. Finished stages are not repeated, and an interrupted `embed` resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.accuracy import merged
+from models.networks.encoders import ENCODERS
+from pipeline import embed, prior, split
+from pipeline.params import Params, parse_params
+from pipeline.params.recipe import apply_recipe
+from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes/photographs-lite0.yaml"
+WORK = Path("build/encoders")
+CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+# Changes of section `data`. Validation is held out of train: at most 10 images and a fifth of a class; of CIFAR-10 100
+# of a class, which come from the images that the profile drops, but for the largest class.
+HELD_OUT = {"validation_per_class": 10, "validation_share": 0.2}
+DATA_SETS: dict[str, dict[str, Any]] = {
+    "plankton": {
+        "profile": "natural",
+        "table": {"train": "plankton-train.parquet", "test": "plankton-test.parquet", "id": "name"},
+        **HELD_OUT,
+    },
+    "tiny-imagenet-lt": {
+        "profile": "natural",
+        "table": {"train": "tiny-imagenet-lt-train.parquet", "test": "tiny-imagenet-val.parquet", "id": "name"},
+        **HELD_OUT,
+    },
+    "cifar10-if100": {
+        "profile": "exponential",
+        "imbalance_factor": 100,
+        "table": {
+            "train": "cifar10-train.parquet",
+            "test": "cifar10-test.parquet",
+            "id": "name",
+            "class_names": CIFAR_CLASSES,
+        },
+        "validation_per_class": 100,
+        "validation_share": 0.02,
+    },
+}
+
+
+def project_params(data_set: str, location: Path, encoder: str, size: int, views: int = 0) -> Params:
+    """Params of a data set with the recipe of a frozen encoder. location: folder of the Parquet files."""
+    text, _ = apply_recipe([RECIPE], ROOT / "params.yaml")
+    known = ENCODERS[encoder]
+    changes = {
+        "data": {"source": "table", "location": str(location.absolute()), **DATA_SETS[data_set]},
+        "image": {"size": size, "resize_to": size, "mean": list(known.mean), "std": list(known.std)},
+        "encoder": {"name": encoder, "views": views, "crop_padding": size // 8},
+        "device": "cpu",
+    }
+    return merged(parse_params(yaml.safe_load(text), RECIPE), changes)
+
+
+def project_folder(work: Path, data_set: str, params: Params) -> Path:
+    """Folder of a project; features with augmented views have one of their own."""
+    assert params.encoder is not None
+    views = f"-views{params.encoder.views}" if params.encoder.views else ""
+    return work / f"{data_set}-{params.encoder.name.replace('_', '-')}-{params.image.size}{views}"
+
+
+def prepare(params: Params, folder: Path) -> None:
+    """Run the stages split, prior and embed in `folder` where their output does not exist."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.chdir(folder):
+        for stage, output in ((split, SPLIT / "classes.json"), (prior, PRIOR), (embed, EMBEDDINGS_INDEX)):
+            if not output.is_file():
+                print(stage.run(params), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.encoder_projects", description=__doc__.splitlines()[0])
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    params = project_params(options.data_set, options.data, options.encoder, options.size, options.views)
+    prepare(params, project_folder(options.work, options.data_set, params))
+    return 0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a project."""
+    parser.add_argument("data_set", choices=list(DATA_SETS))
+    parser.add_argument("--data", type=Path, required=True, help="folder of the Parquet files")
+    parser.add_argument("--encoder", default="efficientnet_lite0", choices=list(ENCODERS))
+    parser.add_argument("--size", type=int, default=224, help="image side in pixels (default: %(default)s)")
+    parser.add_argument("--views", type=int, default=0, help="stored augmented views of a training image (default: 0)")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the projects (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
