@@ -68,7 +68,7 @@ def model_config(
     """The config of the network that a params section trains. encoder: record of the encoder whose features it takes."""
     return ModelConfig(
         section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment,
-        encoder, section.adapter, section.tune if isinstance(section, StudentParams) else "none",
+        encoder, section.adapter, tune=section.tune if isinstance(section, StudentParams) else "none",
     )  # fmt: skip
 
 

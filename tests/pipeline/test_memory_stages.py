@@ -170,3 +170,10 @@ def test_a_memory_without_an_encoder_is_refused():
         match=r"^params\.yaml: student\.memory is set, but section encoder is null; a memory holds features",
     ):
         params({"student.memory": {"classifier": "both"}})
+
+
+def test_a_memory_with_a_tuned_encoder_is_refused(weights):
+    with pytest.raises(
+        ParamsError, match=r"student: memory is set, but tune is all, and a memory holds features of a frozen"
+    ):
+        until((), weights, {**BOTH, "student.tune": "all"})
