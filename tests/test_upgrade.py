@@ -40,7 +40,9 @@ def test_params_of_the_release_before_load_with_their_values() -> None:
 def test_a_key_that_this_release_does_not_have_is_named_in_one_line(tmp_path: Path) -> None:
     text = (OLD / "params.yaml").read_text(encoding="utf-8").replace("\nserving:\n", "\nserving:\n  retired: 1\n")
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ParamsError, match=r"params\.yaml: serving\.retired is not a key; (did you mean|allowed:) ") as error:
+    with pytest.raises(
+        ParamsError, match=r"params\.yaml: serving\.retired is not a key; (did you mean|allowed:) "
+    ) as error:
         load_params(tmp_path / "params.yaml")
     assert "\n" not in str(error.value)
 
