@@ -46,27 +46,23 @@ class Step(NamedTuple):
     resumes: bool = False
 
 
+SPEED, RUNS = "benchmarks.gpu_speed:", "benchmarks.gpu_runs:"
 STEPS = [
-    Step("tests", 1, "gpu_speed:gpu_tests", "every test that needs a GPU"),
-    Step("gml-loss", 1, "gpu_speed:gml_loss", "GML loss, forward and backward, against the one-hot form"),
-    Step("engine", 3, "gpu_speed:engine", "training engine against the plain baseline: steps and epochs"),
-    Step("variants", 1.5, "gpu_speed:variants", "student with and without CUDA graph, bfloat16, fused kernels"),
-    Step("kernels", 0.5, "gpu_speed:kernels", "the ten most costly kernels of a student step"),
-    Step("cifar10", 4, "gpu_runs:cifar10", "CIFAR-10, IF 100: ResNet-56 teacher, ResNet-32 student, 200 epochs"),
-    Step("batch-sizes", 1.5, "gpu_speed:batch_sizes", "batch size at which the throughput of a step saturates"),
+    Step("tests", 1, SPEED + "gpu_tests", "every test that needs a GPU"),
+    Step("gml-loss", 1, SPEED + "gml_loss", "GML loss, forward and backward, against the one-hot form"),
+    Step("engine", 3, SPEED + "engine", "training engine against the plain baseline: steps and epochs"),
+    Step("variants", 1.5, SPEED + "variants", "student with and without CUDA graph, bfloat16, fused kernels"),
+    Step("kernels", 0.5, SPEED + "kernels", "the ten most costly kernels of a student step"),
+    Step("cifar10", 4, RUNS + "cifar10", "CIFAR-10, IF 100: ResNet-56 teacher, ResNet-32 student, 200 epochs"),
+    Step("batch-sizes", 1.5, SPEED + "batch_sizes", "batch size at which the throughput of a step saturates"),
     Step(
-        "imagenet",
-        3,
-        "gpu_speed:imagenet_recipe",
-        "ResNeXt-50 with ResNeXt-101 teacher: images/s, memory and its estimate",
+        "imagenet", 3, SPEED + "imagenet_recipe", "ResNeXt-50, ResNeXt-101 teacher: images/s, memory and its estimate"
     ),
-    Step("loader", 2, "gpu_speed:streaming_loader", "streaming loader, and the share of waiting with nvJPEG"),
-    Step("encoders", 1, "gpu_speed:encoders", "embedding images/s of timm networks"),
-    Step(
-        "cifar10-methods", 14, "gpu_runs:cifar10_methods", "CIFAR-10, IF 100: four methods, 3 seeds side by side", True
-    ),
-    Step("plankton-32", 12, "gpu_runs:plankton_32", "plankton from scratch at 32 pixels: four methods, 3 seeds", True),
-    Step("plankton-48", 18, "gpu_runs:plankton_48", "plankton from scratch at 48 pixels: four methods, 3 seeds", True),
+    Step("loader", 2, SPEED + "streaming_loader", "streaming loader, and the share of waiting with nvJPEG"),
+    Step("encoders", 1, SPEED + "encoders", "embedding images/s of timm networks"),
+    Step("cifar10-methods", 14, RUNS + "cifar10_methods", "CIFAR-10, IF 100: four methods, 3 seeds", True),
+    Step("plankton-32", 12, RUNS + "plankton_32", "plankton from scratch at 32 pixels: four methods, 3 seeds", True),
+    Step("plankton-48", 18, RUNS + "plankton_48", "plankton from scratch at 48 pixels: four methods, 3 seeds", True),
 ]
 ENOUGH = 1.0  # minutes with which a step that resumes may start
 
@@ -96,8 +92,7 @@ class Results:
 def table(records: dict[str, dict[str, Any]]) -> str:
     """Markdown table: a row per figure, with the card, the version of torch and the command of its step."""
     lines = ["| step | figure | value | goal | card | torch | command |", "|---|---|--:|--:|---|---|---|"]
-    for step in (step.name for step in STEPS if step.name in records):
-        record = records[step]
+    for step, record in records.items():
         rows = list(record.get("figures", []))
         if record["status"] != "done":
             rows.append([record["status"], record.get("error", ""), ""])
@@ -126,7 +121,7 @@ def measure(step: Step, options: argparse.Namespace) -> None:
 
     results = Results(options.output)
     module, _, function = step.work.partition(":")
-    work = getattr(importlib.import_module(f"benchmarks.{module}"), function)
+    work = getattr(importlib.import_module(module), function)
     device = "" if options.device == "cuda" else f"--device {options.device} "
     small = "--tiny " if options.tiny else ""
     results.update(
@@ -172,7 +167,7 @@ def run_step(step: Step, options: argparse.Namespace, seconds: float) -> None:
     elif code is None:
         ending = {"status": "failed", "error": f"took more than {limit:.0f} s, {LIMIT} times its estimate"}
     elif code:
-        last = log.read_text(errors="replace")[start:].split("\n")
+        last = log.read_bytes()[start:].decode(errors="replace").split("\n")
         ending = {
             "status": "failed",
             "error": f"exit code {code}: {next(filter(str.strip, reversed(last)), '').strip()}",

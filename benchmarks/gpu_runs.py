@@ -92,7 +92,10 @@ def cifar10(options: argparse.Namespace) -> Figures:
 
 def cifar10_methods(options: argparse.Namespace) -> Figures:
     """Compare METHODS on CIFAR-10; the runs of step cifar10 are used."""
-    return compare_methods(options, params_of(options, CIFAR10, {}), "all", SEEDS[:2] if options.tiny else SEEDS)
+    params = params_of(options, CIFAR10, {})
+    if options.tiny:
+        return compare_methods(options, params, "all", SEEDS[:2], METHODS[:2])
+    return compare_methods(options, params, "all", SEEDS, METHODS)
 
 
 def plankton_32(options: argparse.Namespace) -> Figures:
@@ -107,11 +110,13 @@ def plankton_48(options: argparse.Namespace) -> Figures:
 
 def _plankton(options: argparse.Namespace, size: int) -> Figures:
     params = params_of(options, PLANKTON, {"image": {"size": size, "resize_to": size}})
-    return compare_methods(options, params, "balanced_accuracy", SEEDS[:1] if options.tiny else SEEDS)
+    return compare_methods(options, params, "balanced_accuracy", SEEDS[:1] if options.tiny else SEEDS, METHODS)
 
 
-def compare_methods(options: argparse.Namespace, params: Params, measure: str, seeds: list[int]) -> Figures:
-    """Train METHODS, the seeds of a method side by side; mean ± std over seeds of `measure` and its differences.
+def compare_methods(
+    options: argparse.Namespace, params: Params, measure: str, seeds: list[int], names: tuple[str, ...]
+) -> Figures:
+    """Train methods, the seeds of each side by side; mean ± std over seeds of `measure` and its differences.
 
     Finished runs are stored and not repeated.
     """
@@ -122,7 +127,7 @@ def compare_methods(options: argparse.Namespace, params: Params, measure: str, s
         if len(seeds) > 1:
             pool = ProcessPoolExecutor(len(seeds), multiprocessing.get_context("spawn"))  # CUDA cannot be forked
             side_by_side = stack.enter_context(pool).map
-        for name in METHODS:
+        for name in names:
             count = len(seeds)
             runs = list(side_by_side(train_one, [params] * count, [name] * count, seeds, [plus] * count))
             for column in dict.fromkeys((measure, "many", "medium", "few")):

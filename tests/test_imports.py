@@ -12,6 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Packages of a training machine; their dependencies are added.
 TRAINING = ["torch", "torchvision", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "rich", "jinja2", "pillow"]
+# Packages of the GPU machine of docs/gpu.md: its own, and those that the carried folder installs.
+GPU_MACHINE = [
+    *("torch", "torchvision", "timm", "numpy", "pyarrow", "pillow", "safetensors", "rich", "pytest", "pyyaml"),
+    *("pydantic", "psutil", "ruamel.yaml", "hypothesis"),
+]
 NEEDS_MORE = {
     "pipeline.commands.doctor_checks",
     "pipeline.export",
@@ -108,6 +113,20 @@ def test_models_and_training_stages_import_with_only_the_training_packages():
     assert {"sklearn", "timm", "onnx", "onnxruntime", "dvc", "prefect", "tritonclient", "typer"} <= set(
         result["hidden"]
     )
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_and_the_tests_it_runs_import_with_the_packages_of_its_machine():
+    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.gpu" in path.read_text("utf-8")]
+    assert len(tests) >= 2
+    modules = ["benchmarks.gpu", "benchmarks.gpu_runs", "benchmarks.gpu_speed", "ruamel.yaml", "tests.conftest"]
+    modules += [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in tests]
+    result = run_program(BARE_MACHINE, GPU_MACHINE, modules)
+    assert result["failed"] == {}
+    assert {"scipy", "sklearn", "dvc", "typer", "onnxruntime"} <= set(result["hidden"])
+    page = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
+    assert f"--target gpu_pack/site {' '.join(GPU_MACHINE[-4:])}" in page
+    assert " ".join(GPU_MACHINE[-4:]) in (ROOT / "benchmarks/gpu_pack.sh").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

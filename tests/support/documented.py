@@ -41,6 +41,7 @@ FOREIGN = {
     "python3",
     "promtool",
     "mkdir",
+    "gpu_pack.sh",
 }
 WIDE = {**os.environ, "COLUMNS": "200"}
 RUN_BY_MODULE = re.compile(r"(pipeline|benchmarks|serving)(\.\w+)+|pytest")

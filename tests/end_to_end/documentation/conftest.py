@@ -78,6 +78,10 @@ ELSEWHERE = {
     ): "a collector; with one: tests/serving/server/test_server_options.py",
     ("docs/serving-performance.md", "python -m benchmarks.serving"): "measures for minutes on a quiet machine",
     ("docs/serving-performance.md", "python3 -m venv"): "downloads other servers",
+    ("docs/gpu.md", "benchmarks/gpu_pack.sh"): "downloads wheels; the script: tests/benchmarks/test_gpu.py",
+    ("docs/gpu.md", "python3 -m pip"): "a machine without network",
+    ("docs/gpu.md", "PYTHONPATH"): "a GPU; at a small size: tests/benchmarks/test_gpu.py",
+    ("docs/gpu.md", "python -m benchmarks.gpu"): "minutes; tests/benchmarks/test_gpu.py",
 }
 # Pages whose Python runs elsewhere; that of FOLLOWED runs in its position among the commands.
 PROGRAMS_ELSEWHERE = {"docs/losses.md": "needs no project: tests/test_docs.py runs it"}

@@ -1,0 +1,183 @@
+"""benchmarks.gpu: every step at a small size on the CPU; failing, killed and slow steps; the folder to carry."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+from tests.support.project import ROOT
+
+STEPS = "tests.benchmarks.test_gpu:"
+
+
+def good(_options):
+    yield "speed, images/s", 1234.5, "≥ 8"
+
+
+def failing(_options):
+    yield "before the error", 1.0, ""
+    raise ValueError("no such kernel")
+
+
+def killed(_options):
+    yield "before the kill", 2.0, ""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def slow(options):
+    yield "before the wait", 3.0, ""
+    sleeper = subprocess.Popen(["sleep", "600"])
+    (options.work / "sleeper").write_text(str(sleeper.pid))
+    time.sleep(600)
+
+
+def tiny(tmp_path, *words):
+    return ["--device", "cpu", "--tiny", "--output", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *words]
+
+
+def results(tmp_path):
+    return json.loads((tmp_path / "out/results.json").read_text())
+
+
+def is_running(pid):
+    try:
+        return not re.search(r"^State:\s+[ZX]", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_every_step_runs_at_a_small_size_and_a_second_call_runs_none(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", *tiny(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    log = (tmp_path / "out/log.txt").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    records = results(tmp_path)
+    assert list(records) == [step.name for step in gpu.STEPS]
+    for name, record in records.items():
+        assert record["status"] == "done" and record["card"] and record["torch"], name
+        assert record["command"] == f"python -m benchmarks.gpu --device cpu --tiny --only {name}"
+        values = [value for _, value, _ in record["figures"]]
+        assert values and all(isinstance(value, float | int) or value.strip() for value in values), name
+    figures = {name: {figure: value for figure, value, _ in record["figures"]} for name, record in records.items()}
+    assert figures["tests"]["tests passed"] + figures["tests"]["tests skipped"] >= 10
+    assert figures["encoders"]["LoRA step"].startswith("skipped: ")
+    assert figures["engine"]["student epoch: engine over baseline"] > 0
+    assert len([figure for figure in figures["kernels"] if re.match(r"\d+\. ", figure)]) == 10
+    assert {"gml less balanced softmax, points", "plus less gml, points"} <= set(figures["plankton-32"])
+    before = (tmp_path / "out/results.json").read_text()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "done in" not in again.stdout
+    assert (tmp_path / "out/results.json").read_text() == before
+    assert (tmp_path / "out/log.txt").read_text() == log
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", "results.json", "table.md"]
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_or_is_killed_is_recorded_and_the_next_step_runs(tmp_path, monkeypatch, capfd):
+    steps = [gpu.Step(work.__name__, 1, STEPS + work.__name__, "") for work in (failing, killed, good)]
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    monkeypatch.chdir(ROOT)
+    assert gpu.main(tiny(tmp_path)) == 1
+    records = results(tmp_path)
+    assert [record["status"] for record in records.values()] == ["failed", "failed", "done"]
+    assert records["failing"]["error"] == "exit code 1: ValueError: no such kernel"
+    assert records["killed"]["error"].startswith("exit code -9")
+    assert records["killed"]["figures"] == [["before the kill", 2.0, ""]]
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| good | speed, images/s | 1,234 | ≥ 8 |" in table and "| failing | failed | exit code 1: Value" in table
+    capfd.readouterr()
+    assert gpu.main(tiny(tmp_path)) == 1
+    assert "failed in" not in capfd.readouterr().out, "finished steps, failed ones too, are not run again"
+    assert gpu.main(tiny(tmp_path, "--again", "killed")) == 1
+    assert re.findall(r"(\w+): \w+ in", capfd.readouterr().out) == ["killed"]
+
+
+@pytest.mark.slow
+def test_a_step_is_ended_with_its_processes_when_the_minutes_end_and_runs_again(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(gpu, "STEPS", [gpu.Step(work.__name__, 1, STEPS + work.__name__, "") for work in (slow, good)])
+    monkeypatch.chdir(ROOT)
+    assert gpu.main(tiny(tmp_path, "--minutes", "0.5")) == 0
+    assert results(tmp_path)["slow"]["status"] == "stopped"
+    assert "good: left for the next call" in capfd.readouterr().out
+    if (sleeper := tmp_path / "work/sleeper").exists():
+        assert not is_running(int(sleeper.read_text()))
+        assert results(tmp_path)["slow"]["figures"] == [["before the wait", 3.0, ""]]
+    monkeypatch.setattr(gpu, "STEPS", [gpu.Step("slow", 1, STEPS + "good", "")])
+    assert gpu.main(tiny(tmp_path)) == 0
+    assert results(tmp_path)["slow"]["status"] == "done"
+
+
+def test_the_plan_prints_every_step_with_its_estimate_and_its_status(tmp_path, capsys):
+    (tmp_path / "results.json").write_text(json.dumps({"tests": {"status": "done"}, "engine": {"status": "failed"}}))
+    assert gpu.main(["--plan", "--output", str(tmp_path)]) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [step.name for step in gpu.STEPS]
+    assert "1.0 min  done" in lines[0] and "to run" in lines[1] and "failed" in lines[2]
+    rest = sum(step.minutes for step in gpu.STEPS if step.name not in ("tests", "engine"))
+    assert total.startswith(f"remaining: {rest:.1f} min")
+    # A step that does not resume fits into a call of nine minutes.
+    assert all(step.resumes or step.minutes <= 8 for step in gpu.STEPS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "cpu"], "None has no cifar10-train.parquet; benchmarks/gpu_pack.sh makes the folder"),
+        (["--only", "gml"], "invalid choice: 'gml'"),
+    ],
+)
+def test_wrong_arguments_are_a_usage_error(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(words)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.fixture
+def packs(tmp_path):
+    """Image packs of one megabyte, and a `python` whose `pip download` writes one wheel for each version."""
+    (tmp_path / "packs").mkdir()
+    for name in gpu.PACKS:
+        (tmp_path / "packs" / name).write_bytes(bytes(10**6))
+    program = tmp_path / "bin/python"
+    program.parent.mkdir()
+    program.write_text(
+        '#!/bin/bash\nwhile [ "$1" != --dest ]; do shift; done\ndest=$2\n'
+        'while [ "$1" != --python-version ]; do shift; done\necho "$*" > "$dest/some-cp${2/./}.whl"\n'
+    )
+    program.chmod(0o755)
+    return tmp_path / "packs"
+
+
+def pack(packs, target):
+    environment = {**os.environ, "PATH": f"{packs.parent}/bin:{os.environ['PATH']}"}
+    command = [ROOT / "benchmarks/gpu_pack.sh", packs, target]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_folder_to_carry_has_the_packs_and_the_wheels_of_three_versions_of_python(packs, tmp_path):
+    done = pack(packs, tmp_path / "folder")
+    assert done.returncode == 0 and "4 MB, 3 wheels" in done.stdout, done.stderr
+    assert sorted(path.name for path in (tmp_path / "folder/data").iterdir()) == sorted(gpu.PACKS)
+    wheels = sorted((tmp_path / "folder/wheels").iterdir())
+    assert [wheel.name for wheel in wheels] == ["some-cp311.whl", "some-cp312.whl", "some-cp313.whl"]
+    assert wheels[0].read_text().rstrip().endswith("pydantic psutil ruamel.yaml hypothesis")
+
+
+def test_a_folder_above_60_megabytes_and_a_missing_pack_are_errors(packs, tmp_path):
+    os.truncate(packs / gpu.PACKS[0], 60 * 10**6)
+    done = pack(packs, tmp_path / "folder")
+    assert done.returncode == 1 and "is larger than 60 MB" in done.stderr
+    (packs / gpu.PACKS[3]).unlink()
+    done = pack(packs, tmp_path / "folder")
+    assert done.returncode == 2 and "has no plankton-test.parquet" in done.stderr
