@@ -25,9 +25,11 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
     document = load_document(target.read_text(encoding="utf-8"))
     applied: set[Path] = set()
     lines = [line for overlay in overlays for line in _merge(document, resolve(overlay, applied), "")]
-    text = dump_document(document)
-    parse_params(YAML(typ="safe").load(text), overlays[-1])
-    return text, lines
+    params = parse_params(YAML(typ="safe").load(dump_document(document)), overlays[-1])
+    if params.encoder is not None:  # all keys, because `dvc exp run -S` changes only keys that the file has
+        for key, value in params.encoder.model_dump(mode="json").items():
+            document["encoder"].setdefault(key, value)
+    return dump_document(document), lines
 
 
 def find_recipe(path: Path) -> Path:
