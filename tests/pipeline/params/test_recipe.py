@@ -74,6 +74,9 @@ def test_later_overlays_win(params, tmp_path):
 def test_a_recipe_with_an_encoder_writes_all_its_keys_so_that_dvc_can_change_each(params):
     text, _ = apply_recipe([ROOT / "recipes/photographs-lite0.yaml"], params)
     assert set(yaml.safe_load(text)["encoder"]) == set(EncoderParams.model_fields)
+    assert "\nencoder:\n  name: efficientnet_lite0\n" in text
+    params.write_text(text)
+    assert apply_recipe([ROOT / "recipes/photographs-lite0.yaml"], params) == (text, [])
 
 
 def test_a_dry_run_prints_the_changes_and_writes_nothing(params, tmp_path, capsys):
