@@ -29,7 +29,7 @@ from pipeline.shared.errors import ParamsError, StageError
 from pipeline.sources import open_reader
 
 SHARD_ROWS = 1024
-FEATURES, HASHES, KEY = "features", "sha256", "key"
+FEATURES, HASHES, KEY, KEYS = "features", "sha256", "key", "keys"
 READER_BYTES = 256 * 2**20  # cache of the images that a report or an export reads
 
 
@@ -65,12 +65,12 @@ def write_shard(path: Path, features: Tensor, hashes: np.ndarray, key: str) -> N
     write_file(path, safetensors.torch.save(tensors, {KEY: f"{key} {_checksum(tensors)}"}))
 
 
-def read_shard(path: Path, key: str | None = None) -> dict[str, Tensor] | None:
-    """The tensors of a shard; None if it does not exist, is damaged or has another key. key: None accepts any."""
+def read_shard(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors of a shard; None if it does not exist, is damaged or has another key."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             stored, _, checksum = (file.metadata() or {}).get(KEY, "").partition(" ")
-            if key not in (stored, None):
+            if stored != key:
                 return None
             tensors = {name: file.get_tensor(name) for name in (FEATURES, HASHES)}
     except (OSError, safetensors.SafetensorError):
@@ -128,9 +128,11 @@ class StoredFeatures:
         return torch.stack([feature for feature in features if feature is not None])
 
 
-def write_index(folder: Path, encoder: EncoderParams, image: ImageParams, record: dict[str, Any], key: str) -> None:
-    """Write index.json: the params that the features depend on, the record of the encoder, and its key."""
-    index = {"params": _of(encoder), "image": image.model_dump(mode="json"), "encoder": record, KEY: key}
+def write_index(
+    folder: Path, encoder: EncoderParams, image: ImageParams, record: dict[str, Any], keys: dict[str, str]
+) -> None:
+    """Write index.json: the params that the features depend on, the record of the encoder, the key of each split's shards."""
+    index = {"params": _of(encoder), "image": image.model_dump(mode="json"), "encoder": record, KEYS: keys}
     write_file(folder / EMBEDDINGS_INDEX.name, json.dumps(index, indent=2) + "\n")
 
 
@@ -139,17 +141,18 @@ def _of(encoder: EncoderParams) -> dict[str, Any]:
 
 
 def read_index(encoder: EncoderParams, image: ImageParams, folder: Path = EMBEDDINGS) -> dict[str, Any]:
-    """Read the record of the encoder whose features are stored.
+    """Read index.json: `encoder` is the record of the encoder whose features are stored, `keys` those of the shards.
 
     Raises ParamsError when there are none, or when they were computed with other params.
     """
     path = folder / EMBEDDINGS_INDEX.name
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        index[KEYS].items()
         stored = {**index["params"], **{f"image.{key}": value for key, value in index["image"].items()}}
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file; run `dvc repro embed` first") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ParamsError(f"{path}: damaged or without features; run `dvc repro -f embed`") from None
     expected = {**_of(encoder), **{f"image.{key}": value for key, value in image.model_dump(mode="json").items()}}
     for key, value in expected.items():
@@ -159,13 +162,12 @@ def read_index(encoder: EncoderParams, image: ImageParams, folder: Path = EMBEDD
                 f"{name} is {value!r}, but the features of {folder} were computed with {stored.get(key)!r}; "
                 "run `dvc repro embed`"
             )
-    record: dict[str, Any] = index["encoder"]
-    return record
+    return index
 
 
 def stored_encoder(params: Params) -> dict[str, Any] | None:
     """Record of the encoder whose features teacher and student take; None if they take images. Raises as `read_index`."""
-    return read_index(params.encoder, params.image) if params.encoder else None
+    return read_index(params.encoder, params.image)["encoder"] if params.encoder else None
 
 
 def takes_features(params: Params, stage: str) -> bool:
@@ -194,21 +196,22 @@ def load_features(params: Params, split: str, folder: Path = SPLIT, embeddings: 
     """
     if params.encoder is None:
         raise ParamsError("encoder is null; name one of `tailor encoders`")
-    encoder = read_index(params.encoder, params.image, embeddings)
+    index = read_index(params.encoder, params.image, embeddings)
+    encoder = index["encoder"]
     table = read_split(split, ["sample_id", "label", "reference"], folder)
-    shards = list(_shards(split, split_hashes(split, folder), embeddings))
+    shards = list(_shards(split, split_hashes(split, folder), embeddings, index[KEYS][split]))
     features = torch.cat(shards) if shards else torch.zeros(0, 1, encoder["width"], dtype=torch.float16)
     ids, references = ArrowStrings(table.column("sample_id")), ArrowStrings(table.column("reference"))
     labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
     return FeatureImages(features, labels, ids, references, open_reader(params.data, READER_BYTES), encoder)
 
 
-def _shards(split: str, hashes: np.ndarray, folder: Path) -> Iterator[Tensor]:
+def _shards(split: str, hashes: np.ndarray, folder: Path, key: str) -> Iterator[Tensor]:
     for number, start in enumerate(range(0, len(hashes), SHARD_ROWS)):
         path = folder / shard_name(split, number)
-        shard = read_shard(path)
+        shard = read_shard(path, key)
         if shard is None:
-            raise StageError(f"{path}: missing or damaged; run `dvc repro -f embed`")
+            raise StageError(f"{path}: missing, damaged or of another encoder; run `dvc repro -f embed`")
         if not np.array_equal(shard[HASHES].numpy(), hashes[start : start + SHARD_ROWS]):
             raise StageError(f"{path}: holds features of other images than data/split; run `dvc repro embed`")
         yield shard[FEATURES]

@@ -61,18 +61,19 @@ def _embed(params: Params, section: EncoderParams, output: Path, work: Path) -> 
     if device.type == "cpu":
         keep_freed_memory()
     hashes = {split: split_hashes(split) for split in SPLITS}
-    images, computed, shards = sum(map(len, hashes.values())), 0, dict[str, Path]()
+    images, computed, shards, keys = sum(map(len, hashes.values())), 0, dict[str, Path](), dict[str, str]()
     with progress_bar(unit="images") as progress:
         bar = progress.add_task("embed", total=images, rate="")
         for split in SPLITS:
             stage = _SplitEmbedding(params, section, encoder, split, hashes[split], device, (output, work))
+            keys[split] = stage.key
             for number, (path, count) in enumerate(stage.run(progress, bar)):
                 shards[shard_name(split, number)] = path
                 computed += count
     with whole_folder(output) as folder:
         for name, path in shards.items():
             _link(path, folder / name)
-        write_index(folder, section, params.image, asdict(encoder.record), encoder.key(params.image))
+        write_index(folder, section, params.image, asdict(encoder.record), keys)
     shutil.rmtree(work, ignore_errors=True)
     return images, computed
 
@@ -80,8 +81,8 @@ def _embed(params: Params, section: EncoderParams, output: Path, work: Path) -> 
 class _SplitEmbedding:
     """The features of one split: reads images as a stream, writes finished shards to the second of `folders`.
 
-    A finished shard is named by the hashes of its images. A shard of an interrupted run whose split has changed since
-    then is therefore never overwritten, and its features stay usable.
+    key: of all its features. A finished shard is named by the hashes of its images. A shard of an interrupted run whose
+    split has changed since then is therefore never overwritten, and its features stay usable.
     """
 
     def __init__(
@@ -97,9 +98,9 @@ class _SplitEmbedding:
         self._split, self._encoder, self._image, self._device = split, encoder, params.image, device
         self._hashes = hashes
         self._section = section if split == "train" else section.model_copy(update={"views": 0})
-        self._key = sha256_of_json({"encoder": encoder.key(params.image), **views_key(self._section)})
+        self.key = sha256_of_json({"encoder": encoder.key(params.image), **views_key(self._section)})
         self._work, self._done, self._started = folders[1], 0, time.monotonic()
-        self._stored = StoredFeatures(self._key)
+        self._stored = StoredFeatures(self.key)
         # The old output first: whether an image is in it must not depend on how often the stage was interrupted.
         for path in [*sorted(folders[0].glob("*.safetensors")), *sorted(self._work.glob("*.safetensors"))]:
             self._stored.add(path)
@@ -112,7 +113,7 @@ class _SplitEmbedding:
         for start in range(0, len(self._hashes), SHARD_ROWS):
             rows = self._hashes[start : start + SHARD_ROWS]
             path = self._work / f"{self._split}-{hashlib.sha256(rows.tobytes()).hexdigest()}.safetensors"
-            done = read_shard(path, self._key)
+            done = read_shard(path, self.key)
             if done is not None and np.array_equal(done[HASHES].numpy(), rows):
                 progress.update(bar, advance=len(rows))
                 yield path, 0
@@ -125,7 +126,7 @@ class _SplitEmbedding:
                 self._done += len(part)
                 rate = f"{self._done / (time.monotonic() - self._started):,.0f} images/s"
                 progress.update(bar, advance=len(part), rate=rate)
-            write_shard(path, self._stored.gather(rows, computed), rows, self._key)
+            write_shard(path, self._stored.gather(rows, computed), rows, self.key)
             self._stored.add(path)
             yield path, len(missing)
 

@@ -23,6 +23,13 @@ from pipeline.shared.fingerprint import sha256_of_sources
 
 HUB, PACKAGE = "hf://", "package:"
 HUB_FILE = "model.safetensors"
+FREE_LICENCES = (
+    "apache-2.0",
+    "mit",
+    "bsd-3-clause",
+    "cc-by-4.0",
+    "unknown",
+)  # of timm's models; others have conditions
 # The code between an encoded image and its feature.
 FEATURE_CODE = (
     "models/networks/backbones.py",
@@ -90,11 +97,12 @@ def describe(params: EncoderParams) -> Encoder:
     except UnknownBackboneError as error:
         raise ParamsError(f"encoder.name: {error}") from None
     config = _timm_config(model)
+    licence = config.license or "unknown"
     return Encoder(
         params.name, model, config.input_size[-1], network.feature_dim, sum(p.numel() for p in network.parameters()),
-        tuple(config.mean), tuple(config.std), config.license or "unknown",
+        tuple(config.mean), tuple(config.std), licence,
         f"{HUB}{config.hf_hub_id}@main" if config.hf_hub_id else "",
-        interpolation=config.interpolation,
+        interpolation=config.interpolation, accept="" if licence in FREE_LICENCES else licence,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import warnings
 from pathlib import Path
 
 import safetensors
@@ -58,7 +59,9 @@ def read_weights(path: Path, sha256: str, key: str, hash_key: str) -> dict[str, 
     try:
         if path.suffix not in PICKLED:
             return safetensors.torch.load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle of a file that is then refused
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except safetensors.SafetensorError as error:
         raise ParamsError(f"{key} is {str(path)!r}, which is no safetensors file: {error}") from None
     except pickle.UnpicklingError:

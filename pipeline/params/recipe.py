@@ -25,9 +25,22 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
     document = load_document(target.read_text(encoding="utf-8"))
     applied: set[Path] = set()
     lines = [line for overlay in overlays for line in _merge(document, resolve(overlay, applied), "")]
-    text = dump_document(document)
-    parse_params(YAML(typ="safe").load(text), overlays[-1])
-    return text, lines
+    params = parse_params(YAML(typ="safe").load(dump_document(document)), overlays[-1])
+    if params.encoder is not None:
+        _complete(document, "encoder", params.encoder.model_dump(mode="json"))
+    return dump_document(document), lines
+
+
+def _complete(document: Any, name: str, values: dict[str, Any]) -> None:
+    """Add the keys that a section leaves out, because `dvc exp run -S` changes only keys that the file has."""
+    section = document[name]
+    missing = {key: value for key, value in values.items() if key not in section}
+    if missing and section.fa.flow_style():
+        section.fa.set_block_style()
+        blank_lines = document.ca.items.pop(name, None)
+        if blank_lines:
+            section.ca.items[list(missing)[-1]] = blank_lines
+    section.update(missing)
 
 
 def find_recipe(path: Path) -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import pipeline.embed
@@ -23,7 +24,7 @@ from models.preprocess import preprocess
 from pipeline.data.embeddings import load_features
 from pipeline.model_io.embedding import BATCH
 from pipeline.model_io.encoder import LoadedEncoder, load_encoder
-from pipeline.shared.artifacts import EMBEDDINGS, SPLIT
+from pipeline.shared.artifacts import EMBEDDINGS, SPLIT, sha256_of
 from pipeline.shared.errors import DataError, ParamsError, StageError
 from pipeline.shared.fingerprint import ROOT
 from serving.repository.manifest import ImageFormat
@@ -334,7 +335,7 @@ def test_a_damaged_shard_is_computed_again(weights):
     expected = contents()
     shard = EMBEDDINGS / "train-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(StageError, match=r"train-00000\.safetensors: .*; run `dvc repro -f embed`"):
+    with pytest.raises(StageError, match=r"train-00000\.safetensors: missing, damaged or of another encoder; run"):
         features(params)
     assert pipeline.embed.run(params).computed == 16
     assert contents() == expected
@@ -348,12 +349,28 @@ def test_features_that_were_changed_by_hand_are_refused_and_computed_again(weigh
     data = bytearray(shard.read_bytes())
     data[-1000] ^= 4
     shard.write_bytes(data)
-    with pytest.raises(StageError, match=r"train-00001\.safetensors: missing or damaged; run `dvc repro -f embed`"):
+    with pytest.raises(StageError, match=r"train-00001\.safetensors: missing, damaged or of another encoder; run"):
         features(params)
     pipeline.embed.run(params)
     assert contents() == expected
     shard.unlink()
-    with pytest.raises(StageError, match=r"train-00001\.safetensors: missing or damaged; run `dvc repro -f embed`"):
+    with pytest.raises(StageError, match=r"train-00001\.safetensors: missing, damaged or of another encoder; run"):
+        features(params)
+    pipeline.embed.run(params)
+    assert contents() == expected
+
+
+def test_features_of_another_encoder_beside_the_index_are_refused_and_computed_again(weights):
+    params = made(weights)
+    pipeline.embed.run(params)
+    expected = contents()
+    tensors = safetensors.torch.load_file(weights)
+    other = weights.with_name("other.safetensors")
+    safetensors.torch.save_file(tensors | {"norm.bias": tensors["norm.bias"] + 1}, other)
+    section = params.encoder.model_copy(update={"weights": str(other), "sha256": sha256_of(other)})
+    assert pipeline.embed.run(params.model_copy(update={"encoder": section})).computed == 49
+    (EMBEDDINGS / "index.json").write_bytes(expected["index.json"])
+    with pytest.raises(StageError, match=r"train-00000\.safetensors: missing, damaged or of another encoder; run"):
         features(params)
     pipeline.embed.run(params)
     assert contents() == expected

@@ -20,7 +20,7 @@ from models.networks.backbones import build_backbone
 from models.networks.encoders import ENCODERS, HALF
 from pipeline.commands.app import main
 from pipeline.commands.encoders import encoders_table
-from pipeline.model_io.encoder import load_encoder
+from pipeline.model_io.encoder import describe, load_encoder
 from pipeline.model_io.pretrained import read_weights
 from pipeline.params import EncoderParams, ImageParams
 from pipeline.shared.artifacts import sha256_of
@@ -107,6 +107,7 @@ def test_weights_of_another_network_and_damaged_files_are_refused(weights, tmp_p
     assert "which is no state_dict" in refusal(given(listed))
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pth_file_with_any_damage_is_refused_in_one_line(weights, tmp_path, zipped):
     tensors = safetensors.torch.load_file(weights)
@@ -185,6 +186,25 @@ def test_a_licence_with_conditions_has_to_be_accepted(weights, monkeypatch):
         "encoder.licence is None; tiny has the Own License: read it, and set encoder.licence: own to accept it"
     )
     assert load_encoder(given(weights, licence="own"), IMAGE).record.licence == "Own License"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "accept"),
+    [
+        ("timm/vit_small_patch16_dinov3.lvd1689m", "dinov3-license"),
+        ("timm/convnextv2_atto.fcmae", "cc-by-nc-4.0"),
+        ("timm/vit_tiny_patch16_224", ""),
+    ],
+)
+def test_a_licence_with_conditions_has_to_be_accepted_for_a_name_of_timm_too(name, accept):
+    listed = describe(EncoderParams(name=name))
+    assert listed.accept == accept
+    image = IMAGE.model_copy(update={"mean": list(listed.mean), "std": list(listed.std)})
+    message = refusal(EncoderParams(name=name), image)
+    assert (f"set encoder.licence: {accept} to accept it" in message) == bool(accept)
+    if accept:
+        assert "encoder.sha256 is null" in refusal(EncoderParams(name=name, licence=accept), image)
 
 
 def test_another_normalisation_or_size_is_refused_with_the_right_value(weights):

@@ -10,7 +10,7 @@ import yaml
 from ruamel.yaml import YAML
 
 from pipeline.commands.app import main
-from pipeline.params import load_params
+from pipeline.params import EncoderParams, load_params
 from pipeline.params.recipe import apply_recipe
 from pipeline.preparation.first_params import suggest_params, write_text
 from pipeline.preparation.folder_summary import FolderSummary
@@ -70,6 +70,14 @@ def test_later_overlays_win(params, tmp_path):
     student = yaml.safe_load(text)["student"]
     assert (student["epochs"], student["alpha"]) == (9, 0.0)
     assert lines == ["student.epochs: 40 → 7", "student.alpha: 1.0 → 0.0", "student.epochs: 7 → 9"]
+
+
+def test_a_recipe_with_an_encoder_writes_all_its_keys_so_that_dvc_can_change_each(params):
+    text, _ = apply_recipe([ROOT / "recipes/photographs-lite0.yaml"], params)
+    assert set(yaml.safe_load(text)["encoder"]) == set(EncoderParams.model_fields)
+    assert "\nencoder:\n  name: efficientnet_lite0\n" in text
+    params.write_text(text)
+    assert apply_recipe([ROOT / "recipes/photographs-lite0.yaml"], params) == (text, [])
 
 
 def test_a_dry_run_prints_the_changes_and_writes_nothing(params, tmp_path, capsys):
