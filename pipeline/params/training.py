@@ -108,7 +108,7 @@ class MemoryParams(Section):
     """Memory of training features as a classifier, on the features of a frozen encoder (docs/encoders.md).
 
     classifier: `both` adds its logits to those of the trained cosine classifier; `memory` uses it alone, and nothing is
-    trained. rows: at most this number; larger classes then keep centres of k-means. null: 64 MiB of rows.
+    trained. rows: at most this number; larger classes then keep means of clusters. null: 64 MiB of rows.
     """
 
     classifier: Literal["both", "memory"] = "both"
