@@ -15,6 +15,7 @@ from torch import Tensor
 from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import UnknownBackboneError
 from models.networks.cosine_classifier import ImageClassifier
+from models.networks.tuning import add_adapters
 from pipeline.model_io.encoder import build_encoder, load_encoder
 from pipeline.params import ImageParams, Params
 from pipeline.shared.artifacts import write_file, write_json
@@ -33,7 +34,7 @@ class ModelConfig:
     adjustment: strength of the logit adjustment in the L_cls that trained it; see Prior.balanced_shift. encoder: the
     record of the frozen encoder whose features the network takes in the place of images; None for images. adapter:
     hidden units of the residual adapter on these features; 0 for none. tune: `none`, or how the encoder was tuned: it is
-    then part of the network, which takes images.
+    then part of the network, which takes images. tune_rank: hidden units of the adapters of tune `adaptformer`.
     """
 
     backbone: str
@@ -46,6 +47,7 @@ class ModelConfig:
     encoder: dict[str, Any] | None = None
     adapter: int = 0
     tune: str = "none"
+    tune_rank: int = 0
 
 
 def build_model(config: ModelConfig, key: str) -> ImageClassifier:
@@ -53,7 +55,10 @@ def build_model(config: ModelConfig, key: str) -> ImageClassifier:
     if config.encoder:
         backbone = feature_backbone(config.encoder["width"], config.adapter)
         if config.tune != "none":
-            backbone = with_encoder(build_encoder(config.encoder["name"], config.encoder["size"]), backbone)
+            encoder = build_encoder(config.encoder["name"], config.encoder["size"])
+            if config.tune == "adaptformer":
+                add_adapters(encoder.network, config.tune_rank)
+            backbone = with_encoder(encoder, backbone)
         return ImageClassifier(backbone, config.classes, config.tau_s)
     try:
         return ImageClassifier(config.backbone, config.classes, config.tau_s, config.image_size)
