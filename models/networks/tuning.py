@@ -94,8 +94,10 @@ def _keep_frozen(module: nn.Module) -> None:
 
 
 def layers_of(network: nn.Module) -> dict[str, int]:
-    """Layer of each weight of a timm network: 0 for the stem, then a number for each block; what follows the last block
-    belongs to it. Raises TuneError for a network that does not describe its blocks."""
+    """Layer of each weight of a timm network: 0 for the stem, then a number for each block.
+
+    What follows the last block belongs to it. Raises TuneError for a network whose blocks timm does not describe.
+    """
     from timm.models import group_parameters
 
     matcher: Any = getattr(network, "group_matcher", None)
@@ -186,7 +188,9 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state of a network with its low-rank updates added to the weights, by the names of the plain network."""
     state = model.state_dict()
     for path, module in model.named_modules():
-        if parametrize.is_parametrized(module, "weight"):
+        if parametrize.is_parametrized(module, "weight") and isinstance(
+            module.parametrizations.weight[0], LowRankUpdate
+        ):
             for name in module.parametrizations.weight.state_dict():
                 del state[f"{path}.parametrizations.weight.{name}"]
             state[f"{path}.weight"] = module.weight.detach()
