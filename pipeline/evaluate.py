@@ -69,7 +69,8 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     device, labels = choose_device(params.device), test.labels.numpy()
     champion, notes = _champion(settings.champion, test, labels, prior)
     # The teacher takes stored features also where the student tunes the encoder and takes images.
-    inputs = {"student": test, "teacher": evaluation_inputs(params, "test", "teacher") if params.encoder else test}
+    tuned = params.student.tune != "none"
+    inputs = {"student": test, "teacher": evaluation_inputs(params, "test", "teacher") if tuned else test}
     logits = {
         name: network_logits(folder, name, inputs[name], image, prior, device) for name, folder in NETWORKS.items()
     }

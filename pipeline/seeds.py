@@ -137,7 +137,7 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
 
 def _evaluate(params: Params, folder: Path) -> Metrics:
     prior, test = load_prior(), evaluation_inputs(params, "test")
-    teachers = evaluation_inputs(params, "test", "teacher") if params.encoder else test
+    teachers = evaluation_inputs(params, "test", "teacher") if params.student.tune != "none" else test
     device, labels = choose_device(params.device), test.labels.numpy()
     networks = {"teacher": folder / "teacher", "student": folder / "student"}
     if (folder / "student" / BEST).is_dir():

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from models.networks.adapters import with_encoder
 from models.networks.backbones import Backbone
 
-Tune = Literal["none", "last_blocks", "lora", "all"]
+Tune = Literal["none", "last_blocks", "lora", "adaptformer", "all"]
+ADAPTER_SCALE = 0.1  # as in the code of AdaptFormer
 
 
 class TuneError(ValueError):
@@ -28,9 +29,9 @@ class TuneError(ValueError):
 class Tuning:
     """How an encoder is tuned.
 
-    tune: its last `blocks` blocks, a low-rank update of every linear layer and convolution, or all of it. rank: of the
-    updates. rate: learning rate of its last block as a multiple of that of the classifier; each block before it has
-    `decay` times the rate of the next.
+    tune: its last `blocks` blocks, a low-rank update of every linear layer and convolution, an adapter in each
+    transformer block, or all of it. rank: of the updates; hidden units of an adapter. rate: learning rate of its last
+    block as a multiple of that of the classifier; each block before it has `decay` times the rate of the next.
     """
 
     tune: Tune
@@ -63,6 +64,8 @@ class TunedBackbone(Backbone):
                 parameter.requires_grad_(layers[name] > first)
         elif tuning.tune == "lora":
             add_low_rank_updates(network, tuning.rank)
+        elif tuning.tune == "adaptformer":
+            add_adapters(network, tuning.rank)
         if tuning.decay != 1:
             layers_of(network)  # raises TuneError before training
 
@@ -91,8 +94,10 @@ def _keep_frozen(module: nn.Module) -> None:
 
 
 def layers_of(network: nn.Module) -> dict[str, int]:
-    """Layer of each weight of a timm network: 0 for the stem, then a number for each block; what follows the last block
-    belongs to it. Raises TuneError for a network that does not describe its blocks."""
+    """Layer of each weight of a timm network: 0 for the stem, then a number for each block.
+
+    What follows the last block belongs to it. Raises TuneError for a network whose blocks timm does not describe.
+    """
     from timm.models import group_parameters
 
     matcher: Any = getattr(network, "group_matcher", None)
@@ -142,11 +147,50 @@ def add_low_rank_updates(network: nn.Module, rank: int) -> None:
         parametrize.register_parametrization(layer, "weight", LowRankUpdate(layer.weight, rank))
 
 
+class MlpAdapter(nn.Module):
+    """scale · up(relu(down(x))), added to the output of a transformer block's MLP (AdaptFormer, Chen et al. 2022).
+
+    x [...,width] is the MLP's input, which the block has normalised. up starts at 0.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, hidden)
+        self.up = nn.Linear(hidden, width)
+        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+        for weight in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[...,width] → [...,width]."""
+        change: Tensor = self.up(torch.relu(self.down(inputs)))
+        return ADAPTER_SCALE * change
+
+
+def add_adapters(network: nn.Module, hidden: int) -> None:
+    """Add an adapter to the MLP of every transformer block. Raises TuneError when there is none."""
+    mlps: list[Any] = [block.mlp for block in network.modules() if hasattr(block, "attn") and hasattr(block, "mlp")]
+    if not mlps:
+        raise TuneError("its network has no transformer blocks with an MLP")
+    for mlp in mlps:
+        width = next(layer.in_features for layer in mlp.modules() if isinstance(layer, nn.Linear))
+        # A hook keeps the names of the pretrained weights.
+        mlp.adapter = MlpAdapter(width, hidden)
+        mlp.register_forward_hook(_with_adapter)
+
+
+def _with_adapter(mlp: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    adapted: Tensor = output + mlp.adapter(inputs[0])
+    return adapted
+
+
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state of a network with its low-rank updates added to the weights, by the names of the plain network."""
     state = model.state_dict()
     for path, module in model.named_modules():
-        if parametrize.is_parametrized(module, "weight"):
+        if parametrize.is_parametrized(module, "weight") and isinstance(
+            module.parametrizations.weight[0], LowRankUpdate
+        ):
             for name in module.parametrizations.weight.state_dict():
                 del state[f"{path}.parametrizations.weight.{name}"]
             state[f"{path}.weight"] = module.weight.detach()

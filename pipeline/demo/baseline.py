@@ -67,7 +67,7 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
             objective = teacher_objective(plain, config, prior, stage_seed(params.seed, "teacher"))
             train_network("teacher", objective, config, recipe, prior, device, output, inputs)
     device, image = choose_device(params.device), params.image
-    plain_test = evaluation_inputs(params, "test", "teacher") if params.encoder else test
+    plain_test = evaluation_inputs(params, "test", "teacher") if params.student.tune != "none" else test
     predictions = {
         PLAIN: _predict(output, "teacher", image, plain_test, prior, device, "train"),
         CORRECTED: _predict(output, "teacher", image, plain_test, prior, device, "balanced"),

@@ -17,6 +17,7 @@ from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import UnknownBackboneError
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.memory import FeatureMemory, empty_rows
+from models.networks.tuning import add_adapters
 from pipeline.model_io.encoder import build_encoder, load_encoder
 from pipeline.params import ImageParams, Params
 from pipeline.shared.artifacts import write_file, write_json
@@ -36,7 +37,7 @@ class ModelConfig:
     record of the frozen encoder whose features the network takes in the place of images; None for images. adapter:
     hidden units of the residual adapter on these features; 0 for none. memory: record of the memory of training features
     (training/student_memory.py); None for none. tune: `none`, or how the encoder was tuned: it is then part of the
-    network, which takes images.
+    network, which takes images. tune_rank: hidden units of the adapters of tune `adaptformer`.
     """
 
     backbone: str
@@ -50,6 +51,7 @@ class ModelConfig:
     adapter: int = 0
     memory: dict[str, Any] | None = None
     tune: str = "none"
+    tune_rank: int = 0
 
 
 def build_model(config: ModelConfig, key: str) -> ImageClassifier:
@@ -61,7 +63,10 @@ def build_model(config: ModelConfig, key: str) -> ImageClassifier:
             memory = FeatureMemory(rows, config.classes, stored["tau"], stored["weight"])
         backbone = feature_backbone(width, config.adapter, with_input=memory is not None)
         if config.tune != "none":
-            backbone = with_encoder(build_encoder(config.encoder["name"], config.encoder["size"]), backbone)
+            encoder = build_encoder(config.encoder["name"], config.encoder["size"])
+            if config.tune == "adaptformer":
+                add_adapters(encoder.network, config.tune_rank)
+            backbone = with_encoder(encoder, backbone)
         cosine = not stored or stored["classifier"] == "both"
         return ImageClassifier(backbone, config.classes, config.tau_s, memory=memory, cosine=cosine)
     try:

@@ -123,10 +123,11 @@ class StudentParams(TrainingParams):
     is used. projection_hidden: hidden units of the projection heads, which embed all queue_total rows in each step; null:
     the feature width. memory: null for no memory.
 
-    tune: `none` trains on the stored features of section encoder. `last_blocks` trains the last tune_blocks blocks of the
-    encoder, `lora` a low-rank update (rank tune_rank) of its linear layers and convolutions, `all` the whole encoder; the
-    student then takes images, and the teacher stays on the frozen encoder. tune_rate: learning rate of the encoder's
-    last block as a multiple of learning_rate; tune_decay: multiplies it once more for each block before the last.
+    tune: `none` trains on the stored features of section encoder. `last_blocks` trains the last tune_blocks blocks of
+    the encoder, `lora` a low-rank update (rank tune_rank) of its linear layers and convolutions, `adaptformer` an
+    adapter (tune_rank hidden units) in each transformer block, `all` the whole encoder; the student then takes images,
+    and the teacher stays on the frozen encoder. tune_rate: learning rate of the encoder's last block as a multiple of
+    learning_rate; tune_decay: multiplies it once more for each block before the last.
     """
 
     gamma: NonNegative
@@ -143,7 +144,7 @@ class StudentParams(TrainingParams):
     projection_dim: PositiveInt
     projection_hidden: PositiveInt | None = None
     memory: MemoryParams | None = None
-    tune: Literal["none", "last_blocks", "lora", "all"] = "none"
+    tune: Literal["none", "last_blocks", "lora", "adaptformer", "all"] = "none"
     tune_blocks: PositiveInt = 2
     tune_rank: PositiveInt = 8
     tune_rate: Positive = 0.1

@@ -134,6 +134,7 @@ def tuned_name(name: str, student: StudentParams) -> str:
     how = {
         "last_blocks": f"last {counted(student.tune_blocks, 'block')} tuned",
         "lora": f"tuned by LoRA of rank {student.tune_rank}, merged into the weights",
+        "adaptformer": f"with an AdaptFormer adapter of {counted(student.tune_rank, 'hidden unit')} in each block",
         "all": "all weights tuned",
     }
     return f"frozen {name}" if student.tune == "none" else f"{name} ({how[student.tune]})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -48,17 +49,15 @@ def build_objective(
         model = build_model(config, "student.backbone")
         load_pretrained(model.backbone, section.pretrained, "student.pretrained")
         if pretrained:
-            model.backbone = tuned_backbone(model.backbone, pretrained, section)
+            model.backbone = tuned_backbone(pretrained, model.backbone.network[1], section)
         return student_objective(section, weights, prior, model, frozen, teacher_adjustment)
 
 
-def tuned_backbone(built: Backbone, pretrained: Backbone, section: StudentParams) -> TunedBackbone:
-    """A student's backbone of `build_model` with the weights of the pretrained encoder, which section.tune trains."""
-    encoder, head = built.network
-    encoder.load_state_dict(pretrained.state_dict())
+def tuned_backbone(pretrained: Backbone, head: Backbone, section: StudentParams) -> TunedBackbone:
+    """A student's backbone: a copy of the pretrained encoder, which section.tune trains, and the part after it."""
     tuning = Tuning(section.tune, section.tune_blocks, section.tune_rank, section.tune_rate, section.tune_decay)
     try:
-        return TunedBackbone(encoder, head, tuning)
+        return TunedBackbone(copy.deepcopy(pretrained), head, tuning)
     except TuneError as error:
         raise ParamsError(f"student.tune is {section.tune}, but {error}") from None
 

@@ -32,7 +32,7 @@ from tests.support.making import folder
 from tests.support.small_encoder import tiny_encoder, tiny_params
 
 FEATURES = (pipeline.split, pipeline.prior, pipeline.embed, pipeline.teacher)
-TUNES = ["last_blocks", "lora", "all"]
+TUNES = ["last_blocks", "lora", "adaptformer", "all"]
 PREFIX = "backbone.network.0.network."
 
 
@@ -76,14 +76,19 @@ def test_a_tuned_student_trains_on_images_resumes_bit_identically_and_is_saved_b
     assert {"classification", "gml", "distillation", "queue_fill"} <= set(done.last)
     trained = safetensors.torch.load_file(STUDENT / "model.safetensors")
     pretrained = safetensors.torch.load_file(weights)
-    assert {name.removeprefix(PREFIX) for name in trained if name.startswith(PREFIX)} == set(pretrained)
+    plain = {name.removeprefix(PREFIX) for name in trained if name.startswith(PREFIX) and ".adapter." not in name}
+    assert plain == set(pretrained)
+    assert any(".adapter." in name for name in trained) == (tune == "adaptformer")
     changed = {
         name
         for name, value in pretrained.items()
         if name != "pos_embed" and not torch.equal(trained[PREFIX + name], value)
     }
     last = {name for name in pretrained if name.startswith(("blocks.4.", "blocks.5.", "norm."))}
-    assert changed == last if tune == "last_blocks" else "blocks.0.attn.qkv.weight" in changed
+    if tune in ("last_blocks", "adaptformer"):
+        assert changed == (last if tune == "last_blocks" else set())
+    else:
+        assert "blocks.0.attn.qkv.weight" in changed
     assert ("blocks.0.norm1.weight" in changed) == (tune == "all")
     stop_at_epoch(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
@@ -110,6 +115,7 @@ def test_a_tuned_student_is_evaluated_and_exported_as_one_graph_that_records_the
     text = {
         "last_blocks": "tiny (last 2 blocks tuned)",
         "lora": "tiny (tuned by LoRA of rank 2, merged into the weights)",
+        "adaptformer": "tiny (with an AdaptFormer adapter of 2 hidden units in each block)",
         "all": "tiny (all weights tuned)",
     }
     assert f"{text[tune]}, a residual adapter" in (EXPORT / "model_card.md").read_text()

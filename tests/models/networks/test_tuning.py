@@ -103,13 +103,26 @@ def test_a_merged_network_has_the_plain_names_and_the_outputs_of_the_tuned_one(n
     train(model)  # the merge is a copy, and the tuned network trains further
 
 
+def test_adaptformer_trains_its_adapters_alone_beside_the_mlp_of_every_block():
+    model = tuned("test_vit", "adaptformer", rank=3)
+    network = model.backbone.network[0].network
+    names = {name for name in network.state_dict() if ".mlp.adapter." in name}
+    assert changed_by_training(model) == names and len(names) == 6 * 4
+    mlp = network.blocks[2].mlp.eval()
+    x = torch.randn(2, 5, 64)
+    bottleneck = torch.relu(x @ mlp.adapter.down.weight.T + mlp.adapter.down.bias)
+    plain = mlp.fc2(mlp.act(mlp.fc1(x)))
+    expected = plain + 0.1 * (bottleneck @ mlp.adapter.up.weight.T + mlp.adapter.up.bias)
+    assert torch.allclose(mlp(x), expected, atol=1e-6) and not torch.equal(mlp(x), plain)
+
+
 def test_a_tuned_network_starts_as_the_pretrained_one():
     torch.manual_seed(0)
     encoder = build_backbone("timm/test_vit")
     images = torch.randn(2, 3, 64, 64)
     expected = encoder.eval()(images)
     head = feature_backbone(encoder.feature_dim, 0)
-    for tune in ("last_blocks", "lora", "all"):
+    for tune in ("last_blocks", "lora", "adaptformer", "all"):
         backbone = TunedBackbone(copy.deepcopy(encoder), head, Tuning(tune, 1, 2, 0.1, 1.0))
         assert torch.equal(backbone.eval()(images), expected)
 
@@ -161,5 +174,7 @@ def test_what_cannot_be_tuned_is_refused_with_the_reason():
     for tuning in (Tuning("last_blocks", 1, 2, 1.0, 1.0), Tuning("all", 1, 2, 1.0, 0.5)):
         with pytest.raises(TuneError, match=r"^timm does not describe the blocks of Sequential$"):
             TunedBackbone(plain, head, tuning)
+    with pytest.raises(TuneError, match=r"^its network has no transformer blocks with an MLP$"):
+        tuned("test_convnext", "adaptformer")
     with pytest.raises(TuneError, match=r"^its network has 6 blocks, not 7; tune `all` of it$"):
         tuned("test_vit", "last_blocks", blocks=7)

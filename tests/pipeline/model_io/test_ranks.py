@@ -13,6 +13,10 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 
 from models.distributed import SharedBatchNorm, gather_batch, mean_over_ranks, synchronise_batch_norm
+from models.networks.adapters import feature_backbone
+from models.networks.backbones import build_backbone
+from models.networks.cosine_classifier import ImageClassifier
+from models.networks.tuning import TunedBackbone, Tuning
 from pipeline.model_io.devices import joined_ranks
 from pipeline.model_io.inference import accuracy
 from pipeline.params import AugmentParams
@@ -138,6 +142,34 @@ def test_a_batch_norm_of_timm_keeps_its_activation_on_two_ranks(tmp_path):
     expected = torch.relu(torch.nn.BatchNorm2d(5)(batch))
     for actual in in_ranks(converted_act_norm, tmp_path):
         assert torch.allclose(actual, expected, atol=1e-5)
+
+
+def tuned_run() -> dict[str, torch.Tensor]:
+    """Train the last block of an encoder for an epoch; return the states before and after it."""
+    training = made_training("teacher", epochs=1, optimizer="adamw", learning_rate=1e-3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = build_backbone("timm/test_efficientnet")
+        head = feature_backbone(encoder.feature_dim, 4)
+        backbone = TunedBackbone(encoder, head, Tuning("last_blocks", 1, 2, 0.1, 1.0))
+        training.objective.model = ImageClassifier(backbone, 3, 1 / 30)
+    before = {name: value.clone() for name, value in training.objective.model.state_dict().items()}
+    training.run(made_images(40), made_images(9, seed=1))
+    return {**{f"before.{name}": value for name, value in before.items()}, **training.model.state_dict()}
+
+
+def test_a_tuned_encoder_is_trained_alike_on_two_ranks_and_its_frozen_part_stays_as_it_is(tmp_path):
+    alone = tuned_run()
+    first, second = in_ranks(tuned_run, tmp_path)
+    changed = 0
+    for name in (name for name in first if not name.startswith("before.")):
+        assert torch.equal(first[name], second[name]), name
+        if ".0.network." in name and "blocks.4.0." not in name and "conv_head" not in name and "bn2" not in name:
+            assert torch.equal(first[name], first[f"before.{name}"]), name
+        else:
+            assert torch.allclose(first[name].float(), alone[name].float(), rtol=1e-2, atol=1e-3), name
+            changed += not torch.equal(first[name], first[f"before.{name}"])
+    assert changed > 10
 
 
 def ragged_accuracy() -> float:
