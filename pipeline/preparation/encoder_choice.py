@@ -26,7 +26,7 @@ DEFAULT = "efficientnet_lite0"  # `make install` installs its weights
 # of 665 plankton images of 55 pixels: 79.1 % at 128 pixels and 79.0 % at 224, 95 % intervals of 10 points.
 SIZES = (
     (0, None, "images below 32 pixels have no details of photographs"),
-    (32, "reduced", "small images: enlarged further, they take longer and are not more accurate"),
+    (32, "reduced", "small images: at the full size they take three times as long"),
     (64, "full", "the size of the pretraining"),
 )
 REDUCED = {"efficientnet_lite0": 128, "efficientnet_lite2": 128}  # a third of the time
