@@ -66,10 +66,10 @@ def model_config(
     section: TrainingParams, image: ImageParams, classes: int, encoder: dict[str, Any] | None = None
 ) -> ModelConfig:
     """The config of the network that a params section trains. encoder: record of the encoder whose features it takes."""
-    tune, rank = (section.tune, section.tune_rank) if isinstance(section, StudentParams) else ("none", 0)
+    tune, tune_rank = (section.tune, section.tune_rank) if isinstance(section, StudentParams) else ("none", 0)
     return ModelConfig(
         section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment,
-        encoder, section.adapter, tune=tune, tune_rank=rank,
+        encoder, section.adapter, tune=tune, tune_rank=tune_rank,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ def tiny_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     listed = Encoder("tiny", TINY, 160, 64, 1, HALF, HALF, "MIT", "hf://timm/tiny@main")
     monkeypatch.setitem(encoders.ENCODERS, "tiny", listed)
     return path
+
+
+def tiny_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """List the encoder `tiny` with weights from a Python package, so that its name suffices."""
+    package = folder / "packages/tiny_weights"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    weights = tiny_encoder(package, monkeypatch)
+    monkeypatch.syspath_prepend(str(package.parent))
+    source = f"package:tiny_weights/{weights.name}"
+    listed = dataclasses.replace(encoders.ENCODERS["tiny"], source=source, sha256=sha256_of(weights))
+    monkeypatch.setitem(encoders.ENCODERS, "tiny", listed)
 
 
 def tiny_params(weights: Path, source: Path, changes: dict[str, Any] | None = None) -> Params:

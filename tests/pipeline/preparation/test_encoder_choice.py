@@ -20,11 +20,10 @@ from pipeline.preparation.encoder_choice import DEFAULT, EncoderChoice, choose_e
 from pipeline.preparation.encoder_sample import IMAGES, knn_accuracy, stratified_sample
 from pipeline.preparation.first_params import suggest_params, write_text
 from pipeline.preparation.folder_summary import inspect_folder
-from pipeline.shared.artifacts import sha256_of
 from pipeline.shared.errors import ParamsError
 from tests.support.chosen_params import TEMPLATE, folder_summary
 from tests.support.making import ROOT, encode, picture, rows_of, write
-from tests.support.small_encoder import tiny_encoder
+from tests.support.small_encoder import tiny_package
 
 CPU = torch.device("cpu")
 LITE0 = EncoderChoice(ENCODERS[DEFAULT], "a reason", 224, "its size")
@@ -32,18 +31,10 @@ LITE0 = EncoderChoice(ENCODERS[DEFAULT], "a reason", 224, "its size")
 
 @pytest.fixture(name="tiny")
 def _tiny(tmp_path, monkeypatch):
-    """The encoder `tiny` with weights from a Python package, as the default encoder; 160 pixels, reduced: 32."""
-    package = tmp_path / "packages/tiny_weights"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    weights = tiny_encoder(package, monkeypatch)
-    monkeypatch.syspath_prepend(str(package.parent))
-    source = f"package:tiny_weights/{weights.name}"
-    listed = dataclasses.replace(encoders.ENCODERS["tiny"], source=source, sha256=sha256_of(weights))
-    monkeypatch.setitem(encoders.ENCODERS, "tiny", listed)
+    """The encoder `tiny` as the default; 160 pixels, reduced: 32."""
+    tiny_package(tmp_path, monkeypatch)
     monkeypatch.setattr(encoder_choice, "DEFAULT", "tiny")
     monkeypatch.setitem(encoder_choice.REDUCED, "tiny", 32)
-    return weights
 
 
 def photographs(root: Path, side: int, counts: dict[str, int], difference: int = 60) -> Path:
@@ -127,7 +118,7 @@ def test_init_prints_time_and_expected_accuracy_and_writes_them_beside_the_encod
     (tmp_path / "params.yaml").write_text(TEMPLATE, encoding="utf-8")
     assert main(["init", "photos", "--force"]) == 0
     reason = capsys.readouterr().out.splitlines()[-2].removeprefix("encoder tiny: ")
-    assert "about 1 minute on this machine; five-fold kNN on 23 images of 2 classes" in reason
+    assert "about 2 minutes on this machine; five-fold kNN on 23 images of 2 classes" in reason
     assert "mean per-class accuracy 100 %" in reason
     assert f"\nencoder: {{name: tiny}} # {reason[:40]}" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
     assert main(["init", "photos", "--force", "--json"]) == 0
