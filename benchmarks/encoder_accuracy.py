@@ -210,7 +210,7 @@ def table(results: dict[str, list[dict[str, Any]]], split: str = "test") -> str:
         cells = [format_mean_std([run[split][column] for run in runs]) for column in (*COLUMNS, "images")]
         base = [run[split]["all"] for run in results.get("L_cls", [])]
         values = [run[split]["all"] for run in runs] * (len(base) if len(runs) == 1 else 1)
-        paired = name != "L_cls" and len(values) == len(base)
+        paired = name != "L_cls" and base and len(values) == len(base)
         cells.append(
             format_difference([own - other for own, other in zip(values, base, strict=True)]) if paired else ""
         )
