@@ -7,8 +7,9 @@
 Rows, with the params of recipes/photographs-lite0.yaml:
 - kNN, LogisticRegression balanced: benchmarks/feature_classifiers.py. They use no random numbers.
 - cross-entropy: the recipe's teacher without logit adjustment, by its plain logits; post-hoc: the same network, its
-  logits adjusted to the balanced prior. L_cls: the recipe's teacher. L_cls, adapter: the recipe's student, L_cls alone.
-- GML: the recipe's student with L_cls and L_GML (beta 1), and `GML_STUDENT` where the recipe has no contrast.
+  logits adjusted to the balanced prior. L_cls: the recipe's teacher.
+- GML: L_cls and L_GML with a residual adapter (GML_STUDENT in benchmarks/encoder_projects.py), against the features of the
+  teacher. L_cls, adapter: the same network, epochs and rates with L_cls alone.
 - memory alone, and + memory: the mixture of Eq. 3 over all training features; tau and weight are fitted on validation.
 
 all is the mean of per-class accuracies for the balanced target prior; many, medium and few are means over the classes of
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy import classification_alone, format_difference, format_mean_std, merged
-from benchmarks.encoder_projects import add_options, prepare, project_folder, project_params
+from benchmarks.encoder_projects import add_options, gml_params, prepare, project_folder, project_params
 from benchmarks.feature_classifiers import knn, logistic_regression
 from models.networks.memory import FeatureMemory, build_memory
 from models.networks.memory_fit import fit_memory
@@ -48,7 +49,6 @@ from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
 from pipeline.shared.artifacts import sha256_of_json, write_file, write_json
 
-GML_STUDENT: dict[str, Any] = {"beta": 1.0, "alpha": 0.0, "adapter": 320, "queue_total": 1024}
 COLUMNS = ("all", "many", "medium", "few")
 NOTES = {
     "tiny-imagenet-lt": "Tiny-ImageNet's classes are classes of ImageNet, on which the encoder was trained: these figures "
@@ -134,11 +134,6 @@ def gml(params: Params, data: Features) -> Logits:
     return network(params, data, "student", train)
 
 
-def gml_params(params: Params) -> Params:
-    """Params whose student has the contrast term."""
-    return params if params.student.beta else merged(params, {"student": GML_STUDENT})
-
-
 def run_folder(params: Params, kind: str) -> Path:
     """Folder of a trained network, named by the params that it depends on."""
     sections = {
@@ -210,7 +205,7 @@ def table(results: dict[str, list[dict[str, Any]]], split: str = "test") -> str:
         cells = [format_mean_std([run[split][column] for run in runs]) for column in (*COLUMNS, "images")]
         base = [run[split]["all"] for run in results.get("L_cls", [])]
         values = [run[split]["all"] for run in runs] * (len(base) if len(runs) == 1 else 1)
-        paired = name != "L_cls" and len(values) == len(base)
+        paired = name != "L_cls" and base and len(values) == len(base)
         cells.append(
             format_difference([own - other for own, other in zip(values, base, strict=True)]) if paired else ""
         )

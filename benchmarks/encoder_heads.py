@@ -1,10 +1,11 @@
 """Time of training teacher and student on stored features, and of scikit-learn's LogisticRegression to the same loss.
 
 The features are generated: 21,549 of width 1,280 in 200 classes with the sizes of Tiny-ImageNet-LT, a noisy mean of each
-class, not negative as those of an EfficientNet. Sections teacher and student are those of a recipe. The loss is the
-cross-entropy of balanced logits on the training features, each class weighing the same, which LogisticRegression with
-class_weight="balanced" minimises. It runs a rising number of iterations until its loss is that of the teacher; the time
-is that of the last run alone. Accuracy is of other features of the same distribution, mean of per-class accuracies.
+class, not negative as those of an EfficientNet. Section teacher is that of a recipe; so is section student, with
+GML_STUDENT if the recipe has no contrast term. The loss is the cross-entropy of balanced logits on the training features,
+each class weighing the same, which LogisticRegression with class_weight="balanced" minimises. It runs a rising number of
+iterations until its loss is that of the teacher; the time is that of the last run alone. Accuracy is of other features of
+the same distribution, mean of per-class accuracies.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from benchmarks.encoder_projects import gml_params
 from models.networks.cosine_classifier import ImageClassifier
 from models.prior import class_prior, shot_group
 from pipeline.data.class_prior import Prior
@@ -63,7 +65,7 @@ class Heads:
 
     def __init__(self, recipe: Path) -> None:
         text, _ = apply_recipe([recipe], ROOT / "params.yaml")
-        self.params: Params = parse_params(yaml.safe_load(text), recipe)
+        self.params: Params = gml_params(parse_params(yaml.safe_load(text), recipe))
         generator = torch.Generator().manual_seed(0)
         means = 0.35 * torch.randn(CLASSES, WIDTH, generator=generator)
         self.train = generated(COUNTS, generator, means)

@@ -28,6 +28,12 @@ RECIPE = ROOT / "recipes/photographs-lite0.yaml"
 WORK = Path("build/encoders")
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
+# A student with the contrast term, for a recipe without one; chosen on validation (docs/experiments.md, 2026-11-28).
+GML_STUDENT: dict[str, Any] = {
+    "beta": 1.0, "alpha": 0.0, "adapter": 128, "queue_total": 1024, "queue_minimum": 2, "projection_dim": 64,
+    "projection_hidden": 128, "epochs": 10, "batch_size": 256, "learning_rate": 0.3, "weight_decay": 0.01,
+}  # fmt: skip
+
 # Changes of section `data`. Validation is held out of train: at most 10 images and a fifth of a class; of CIFAR-10 100
 # of a class, which come from the images that the profile drops, but for the largest class.
 HELD_OUT = {"validation_per_class": 10, "validation_share": 0.2}
@@ -68,6 +74,11 @@ def project_params(data_set: str, location: Path, encoder: str, size: int, views
         "device": "cpu",
     }
     return merged(parse_params(yaml.safe_load(text), RECIPE), changes)
+
+
+def gml_params(params: Params) -> Params:
+    """Params whose student has the contrast term."""
+    return params if params.student.beta else merged(params, {"student": GML_STUDENT})
 
 
 def project_folder(work: Path, data_set: str, params: Params) -> Path:

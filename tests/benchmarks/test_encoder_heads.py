@@ -21,7 +21,7 @@ def heads(tmp_path, monkeypatch):
     monkeypatch.setattr(encoder_heads, "COUNTS", [40, 20, 10, 5])
     monkeypatch.setitem(encoder_heads.ENCODER, "width", 16)
     recipe = tmp_path / "small.yaml"
-    student = {**SMALL, "adapter": 8, "projection_hidden": 8, "queue_total": 32}
+    student = {**SMALL, "adapter": 8, "projection_hidden": 8, "queue_total": 32, "beta": 1.0}
     overlay = {"extends": str(ROOT / "recipes/photographs-lite0.yaml"), "teacher": SMALL, "student": student}
     recipe.write_text(yaml.safe_dump(overlay))
     return recipe

@@ -1,0 +1,101 @@
+"""benchmarks.encoder_accuracy: smoke test of the whole comparison at a small size; no accuracy is asserted."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import encoder_accuracy, encoder_projects
+from benchmarks.accuracy import merged
+from benchmarks.feature_classifiers import knn, logistic_regression
+
+SIZES = [12, 6, 4]  # images of each class
+SECTION = {"epochs": 1, "batch_size": 8}
+STUDENT = {"adapter": 8, "projection_hidden": 8, "projection_dim": 8, "queue_total": 16, "beta": 1.0, "alpha": 0.0}
+SMALL = {"teacher": SECTION, "student": {**SECTION, **STUDENT}}
+
+
+def write_pack(path, sizes, seed):
+    draw = np.random.default_rng(seed)
+    rows = []
+    for label, size in enumerate(sizes):
+        for number in range(size):
+            pixels = draw.integers(0, 60, (24, 24, 3), dtype=np.uint8) + np.uint8(60 * label)
+            encoded = io.BytesIO()
+            Image.fromarray(pixels).save(encoded, "jpeg")
+            rows.append({"image": encoded.getvalue(), "label": label, "name": f"{label}/{seed}-{number}.jpg"})
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    write_pack(tmp_path / "plankton-train.parquet", SIZES, 0)
+    write_pack(tmp_path / "plankton-test.parquet", [2, 2, 2], 1)
+    full = encoder_projects.project_params
+    monkeypatch.setattr(encoder_accuracy, "project_params", lambda *arguments: merged(full(*arguments), SMALL))
+    return ["plankton", "--data", str(tmp_path), "--size", "32", "--work", str(tmp_path / "work")]
+
+
+@pytest.mark.end_to_end
+def test_every_row_is_computed_for_every_seed_and_an_interrupted_comparison_resumes(arguments, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    encoder_accuracy.main([*arguments, "--seeds", "0", "--rows", "L_cls"])
+    assert "seed 0, L_cls\n" in capsys.readouterr().out
+    encoder_accuracy.main([*arguments, "--seeds", "0", "1", "--output", str(tmp_path / "table.md")])
+    second = capsys.readouterr().out
+    assert "seed 0, L_cls\n" not in second and "seed 1, L_cls\n" in second
+    report = (tmp_path / "table.md").read_text()
+    cells = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+(?: ± [\d.]+)?) \|", report, re.MULTILINE))
+    assert list(cells) == [row.name for row in encoder_accuracy.rows()]
+    assert "±" in cells["L_cls"] and "±" not in cells["kNN"]
+    # A cell is the mean of the stored results.
+    stored = [json.loads(path.read_text())["test"]["all"] for path in tmp_path.glob("work/*/runs/GML-[0-9a-f]*.json")]
+    assert len(stored) == 2 and cells["GML"].startswith(f"{50 * sum(stored):.2f}")
+
+
+@pytest.mark.end_to_end
+def test_post_hoc_adjustment_and_cross_entropy_are_one_network(arguments, tmp_path, capsys):
+    encoder_accuracy.main([*arguments, "--seeds", "0", "--rows", "cross-entropy", "cross-entropy, post-hoc"])
+    plain, adjusted = (json.loads(path.read_text())["test"] for path in sorted(tmp_path.glob("work/*/runs/c*.json")))
+    assert plain["images"] == adjusted["images"]
+    assert len(list(tmp_path.glob("work/*/runs/teacher-*"))) == 1
+    capsys.readouterr()
+
+
+def test_an_unknown_row_is_a_usage_error(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        encoder_accuracy.main([*arguments, "--rows", "gmll"])
+    assert ended.value.code == 2
+    assert "'gmll' is unknown; expected kNN, LogisticRegression balanced" in capsys.readouterr().err
+
+
+def separable(sizes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return 3 * torch.eye(len(sizes), 8)[labels] + 0.1 * torch.randn(len(labels), 8, generator=generator), labels
+
+
+@pytest.mark.parametrize("classifier", [knn, logistic_regression])
+def test_a_classifier_of_features_finds_separable_classes_on_validation_and_test(classifier):
+    if classifier is logistic_regression:
+        pytest.importorskip("sklearn")
+    (train, labels), (validation, targets), (test, expected) = (
+        separable(sizes, seed) for seed, sizes in enumerate([[30, 5, 2], [2, 2, 2], [4, 4, 4]])
+    )
+    logits = classifier(train, labels, validation, targets, test, 3)
+    assert (logits[0].argmax(1) == targets.numpy()).all() and (logits[1].argmax(1) == expected.numpy()).all()
+
+
+def test_knn_weighs_a_vote_by_the_cosine_and_divides_by_the_images_of_its_class():
+    train, labels = torch.tensor([[1.0, 0], [1, 0], [0.8, 0.6]]), torch.tensor([0, 0, 1])
+    image = torch.tensor([[0.96, 0.28]])  # cosine .96 to class 0, .936 to class 1
+    logits, _ = knn(train, labels, image, torch.tensor([0]), image, 2)
+    assert logits[0, 0] - logits[0, 1] == pytest.approx((0.96 - 0.936) / 0.07, abs=1e-4)
