@@ -33,8 +33,8 @@ REDUCED = {"efficientnet_lite0": 128, "efficientnet_lite2": 128}  # a third of t
 LONGEST_MINUTES = 20  # of `embed` with the full size; above, the reduced size
 # Training images from which a folder is trained from scratch if kNN on the features is not above chance.
 MANY = 20_000
-# Seconds of `dvc repro` besides `embed`: the start of nine stages, report and export (120 s of processor time with `embed`
-# for 262 images); for each training image, both trainings of the recipe.
+# Seconds of `dvc repro` besides `embed`: the start of nine stages, report and export (with `embed` of 665 images at 128
+# pixels 135 s of processor time); for each training image, both trainings of the recipe.
 START_SECONDS, TRAINING_SECONDS = 100, 0.005
 WHY = "pretrained features need fewer images than training from scratch"
 
