@@ -246,4 +246,3 @@ def encoders(options: argparse.Namespace) -> Figures:
             marks.append(time.perf_counter())
         seconds = statistics.median(b - a for a, b in itertools.pairwise(marks[1:]))
         yield f"{name}, batch {batch}, {size} pixels: embedding images/s", batch / seconds, ""
-    yield "LoRA step", "skipped: this version trains no pretrained encoder with LoRA", ""

@@ -137,7 +137,10 @@ def write_index(
 
 
 def _of(encoder: EncoderParams) -> dict[str, Any]:
-    return encoder.model_dump(mode="json", exclude={"weights", "download", "licence"})  # weights have a sha256
+    unused = {"weights", "download", "licence"}  # weights have a sha256
+    if not encoder.views:
+        unused |= {"crop_padding", "flip"}
+    return encoder.model_dump(mode="json", exclude=unused)
 
 
 def read_index(encoder: EncoderParams, image: ImageParams, folder: Path = EMBEDDINGS) -> dict[str, Any]:

@@ -140,18 +140,18 @@ def _bytes(data: bytes) -> Tensor:
 
 
 def evaluation_view(pixels: Tensor, image: ImageParams) -> Tensor:
-    """uint8 [3,H,W] → [3,size,size], as preprocess.resize: shorter side to resize_to, centre crop."""
+    """uint8 [3,H,W] → [3,size,size], as preprocess.resize: shorter side to resize_to by image.interpolation, centre crop."""
     height, width = pixels.shape[1:]
     if min(height, width) != image.resize_to:
         width, height = scaled_size(width, height, image.resize_to)
-        pixels = _resized(pixels, height, width)
+        pixels = _resized(pixels, height, width, image.interpolation)
     left, top = centred(width, height, image.size)
     return pixels[:, top : top + image.size, left : left + image.size]
 
 
-def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
+def _resized(pixels: Tensor, height: int, width: int, interpolation: str = "bilinear") -> Tensor:
     dtype = torch.float32 if pixels.is_cuda else torch.uint8  # CUDA's interpolation does not support uint8
     # A batch of one in channels-last strides, for which interpolation is fastest; pixels[None] would lose this layout.
     batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2).to(dtype)
-    pixels = F.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)[0]
+    pixels = F.interpolate(batch, size=(height, width), mode=interpolation, antialias=True)[0]
     return pixels if dtype == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)

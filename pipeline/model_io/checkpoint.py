@@ -108,7 +108,9 @@ def check_image(config: ModelConfig, image: ImageParams, folder: Path) -> None:
 
 def check_encoder(config: ModelConfig, encoder: dict[str, Any] | None, folder: Path) -> None:
     """Raise ParamsError when a network was trained on the features of another encoder, or on images. encoder: its record."""
-    if config.encoder != encoder:
+    compared = ("name", "model", "sha256", "size", "width")  # not licence and source: the weights have a sha256
+    trained, given = ([each[key] for key in compared] if each else None for each in (config.encoder, encoder))
+    if trained != given:
         names = [f"{each['name']} ({each['sha256'][:12]})" if each else "none" for each in (encoder, config.encoder)]
         raise ParamsError(
             f"encoder is {names[0]}, but {folder} was trained with {names[1]}; run `dvc repro` to train again"

@@ -162,6 +162,8 @@ def _locked(folder: Path) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StageError(f"{folder}: another `embed` of this project runs; wait until it has finished") from None
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise StageError(f"{folder}: another `embed` of this project has just finished; run this command again")
         yield folder
     finally:
         os.close(descriptor)

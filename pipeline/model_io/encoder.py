@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,13 @@ FEATURE_CODE = (
 
 @dataclass(frozen=True)
 class EncoderRecord:
-    """What a release records of its encoder. source: of the weights. sha256: of their file. size: image side, pixels."""
+    """What a release records of its encoder.
+
+    model: timm's name of the network. source: of the weights. sha256: of their file. size: image side, pixels.
+    """
 
     name: str
+    model: str
     licence: str
     source: str
     sha256: str
@@ -59,10 +64,12 @@ class LoadedEncoder:
     record: EncoderRecord
 
     def key(self, image: ImageParams) -> str:
-        """sha256 of everything but the image that a feature depends on, the code included; equal keys, equal features."""
+        """sha256 of what a feature depends on besides the image: encoder, section image, code, version of timm."""
         record = {key: value for key, value in asdict(self.record).items() if key not in ("licence", "source")}
         code = sha256_of_sources(*FEATURE_CODE)
-        return sha256_of_json({"encoder": record, "image": image.model_dump(mode="json"), "code": code})
+        return sha256_of_json(
+            {"encoder": record, "image": image.model_dump(mode="json"), "code": code, "timm": version("timm")}
+        )
 
     def features(self, pixels: Tensor, hashes: np.ndarray, image: ImageParams, views: EncoderParams) -> Tensor:
         """Features float16 [B,1+V,D] on the CPU of uint8 [B,3,H,W] on the encoder's device: of the image, then of V views.
@@ -137,7 +144,9 @@ def load_encoder(params: EncoderParams, image: ImageParams) -> LoadedEncoder:
     _fit_size(network, encoder, image.size)
     # The record names no path of this machine.
     recorded = source if source.startswith((HUB, PACKAGE)) else path.name
-    record = EncoderRecord(encoder.name, encoder.licence, recorded, expected, image.size, network.feature_dim)
+    record = EncoderRecord(
+        encoder.name, encoder.model, encoder.licence, recorded, expected, image.size, network.feature_dim
+    )
     return LoadedEncoder(network.requires_grad_(False).eval(), record)
 
 
@@ -179,7 +188,7 @@ def locate(source: str, download: bool) -> Path:
 def _from_hub(source: str, download: bool) -> Path:
     """Path of a hub's file in the hub's cache; downloaded if it is missing and `download` allows it."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     repository, _, revision = source.removeprefix(HUB).partition("@")
     if not revision or repository.count("/") != 1:
@@ -197,7 +206,7 @@ def _from_hub(source: str, download: bool) -> Path:
                 "give a file as encoder.weights"
             ) from None
         reason = "the hub cannot be reached"
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
     raise ParamsError(
         f"encoder.weights: {source}: {reason}; check the address and the network, or give a file as encoder.weights"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import pickle
 import struct
 import warnings
@@ -14,7 +16,6 @@ from torch import Tensor
 
 from models.networks.backbones import Backbone
 from pipeline.params import PretrainedParams
-from pipeline.shared.artifacts import sha256_of
 from pipeline.shared.errors import ParamsError
 
 PICKLED = (".pth", ".pt", ".bin")
@@ -44,24 +45,24 @@ def load_pretrained(backbone: Backbone, pretrained: PretrainedParams | None, key
 
 
 def read_weights(path: Path, sha256: str, key: str, hash_key: str) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors or PyTorch file after a check of its sha256.
+    """Read the tensors of a safetensors or PyTorch file, once, and check the sha256 of what was read.
 
     Raises ParamsError that names `key`, or `hash_key` for another sha256.
     """
     try:
-        actual = sha256_of(path)
+        content = path.read_bytes()
     except OSError as error:
         raise ParamsError(
             f"{key} is {str(path)!r}: {error.strerror}; expected a .safetensors or .pth file on this machine"
         ) from None
-    if actual != sha256:
+    if (actual := hashlib.sha256(content).hexdigest()) != sha256:
         raise ParamsError(f"{hash_key} is {sha256}, but {path} has {actual}; it is another file")
     try:
         if path.suffix not in PICKLED:
-            return safetensors.torch.load_file(path)
+            return safetensors.torch.load(content)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle of a file that is then refused
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except safetensors.SafetensorError as error:
         raise ParamsError(f"{key} is {str(path)!r}, which is no safetensors file: {error}") from None
     except pickle.UnpicklingError:

@@ -63,9 +63,11 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_an_image_of_any_kind_equals_the_servers_within_one_grey_level(kind):
-    expected, actual = decode_exact(KINDS[kind], SMALL), decode_fast(KINDS[kind], SMALL)
+def test_an_image_of_any_kind_equals_the_servers_within_one_grey_level(kind, interpolation):
+    image = SMALL.model_copy(update={"interpolation": interpolation})
+    expected, actual = decode_exact(KINDS[kind], image), decode_fast(KINDS[kind], image)
     assert actual.shape == (3, 56, 56) and actual.dtype == torch.uint8
     apart = (actual.int() - expected.int()).abs()
     assert apart.max() <= 1 and (apart > 0).float().mean() < 0.02
