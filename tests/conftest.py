@@ -18,6 +18,13 @@ settings.load_profile("tailor")
 gc.disable()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("dist", "no") == "loadgroup" and pytest.version_tuple >= (9, 2):
+        raise pytest.UsageError(
+            f"pytest is {pytest.__version__}, which drops the groups of pytest-xdist 3.8; expected below 9.2: run `make install`"
+        )
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
