@@ -89,7 +89,8 @@ def _features(
     encoder.network.to(device, memory_format=torch.channels_last)
 
     def compute(pixels: Tensor) -> Tensor:
-        return encoder.features(pixels.to(device), image, EncoderParams(name="sample"), torch.Generator())[:, 0].float()
+        hashes = np.zeros((len(pixels), 32), np.uint8)  # of use to augmented views only
+        return encoder.features(pixels.to(device), hashes, image, EncoderParams(name="sample"))[:, 0].float()
 
     compute(torch.zeros(1, 3, image.size, image.size, dtype=torch.uint8))  # the first pass allocates memory
     features: list[Tensor] = []
