@@ -21,14 +21,15 @@ from serving.shared.terminal import counted
 SMALL, TINY_PHOTOGRAPH = 40, 96  # pixels of the shorter side
 LARGEST_QUEUE = 65536  # the paper's value for iNaturalist 2018
 FROM_SCRATCH = EncoderChoice(None, "--no-encoder")
-# Values without an encoder; a params.yaml of before the encoders lacks these keys.
-NO_ENCODER: dict[str, Any] = {
+# Values without an encoder; a params.yaml of before the encoders lacks the keys of NEW_KEYS.
+NEW_KEYS: dict[str, Any] = {
     "encoder": None,
     "image.interpolation": "bilinear",
     "teacher.adapter": 0,
     "student.adapter": 0,
     "student.projection_hidden": None,
 }
+NO_ENCODER = NEW_KEYS | {"student.beta": 1.0, "student.alpha": 1.0}  # the recipe of an encoder sets both to 0
 
 
 def suggest_params(
@@ -158,7 +159,7 @@ def write_text(template: str, suggested: Suggestions) -> tuple[str, Params]:
                 text = yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
                 line = f"{'  ' * depth}{name}: {text} # {reason}"
         lines.append(line)
-    missing = [key for key, (value, _) in remaining.items() if (key, value) not in NO_ENCODER.items()]
+    missing = [key for key, (value, _) in remaining.items() if (key, value) not in NEW_KEYS.items()]
     if missing:
         raise ParamsError(
             f"params.yaml: has no key {missing[0]}; restore the original file, then run this command again"

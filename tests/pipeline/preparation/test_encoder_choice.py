@@ -61,7 +61,15 @@ def test_a_proposal_replaces_another_one_in_both_directions():
     from_scratch, without = write_text(TEMPLATE, suggest_params(summary, "photos", gpu=False))
     proposed, _ = write_text(from_scratch, suggest_params(summary, "photos", gpu=False, choice=LITE0))
     block = proposed.replace("encoder: {name: efficientnet_lite0}", "encoder:\n  name: efficientnet_lite0\n  views: 4")
-    assert write_text(block, suggest_params(summary, "photos", gpu=False))[1] == without
+    again = write_text(block, suggest_params(summary, "photos", gpu=False))[1]
+    assert again == without and (again.student.beta, again.student.alpha) == (1, 1)
+
+
+@pytest.mark.parametrize("key", ["beta", "alpha"])
+def test_a_params_file_without_a_weight_of_the_loss_is_refused_by_name(key):
+    text = TEMPLATE.replace(f"\n  {key}: 1.0", f"\n  {key}s: 1.0")
+    with pytest.raises(ParamsError, match=rf"^params\.yaml: has no key student\.{key}; restore the original file"):
+        write_text(text, suggest_params(folder_summary([900, 300]), "photos", gpu=False))
 
 
 def test_a_params_file_without_the_keys_of_encoders_gets_a_proposal_from_scratch_only():
