@@ -60,7 +60,7 @@ def suggest_params(
         suggested["data.validation_per_class"] = (MOST_VALIDATED, "at most; fewer for small classes, see the next line")
         suggested["data.validation_share"] = (VALIDATION_SHARE, "of the training images of a class")
     if choice.encoder:
-        suggested |= encoder_values(choice, choice.encoder, _batch_size(total))
+        suggested |= encoder_values(choice, choice.encoder, _batch_size(total, math.inf))
     else:
         suggested |= {key: (value, "without an encoder") for key, value in NO_ENCODER.items()}
         suggested["encoder"] = (None, choice.reason)
@@ -70,16 +70,16 @@ def suggest_params(
     return suggested | {"evaluate.top_k": (top, "of your classes"), "serving.top_k": (top, "classes per response")}
 
 
-def _batch_size(total: int) -> int:
-    """Batch size for a number of training images: an eighth of them, at least 8 and at most 64 or, for many, 128."""
+def _batch_size(total: int, largest: float) -> int:
+    """Batch size for a number of training images: the power of two within an eighth of them, 8 to `largest`."""
     power = 2 ** int(math.log2(max(total / 8, 1)))
-    return min(total, max(8, min(128 if total >= 50_000 else 64, power)))
+    return int(min(total, max(8, min(largest, power))))
 
 
 def _network(summary: FolderSummary, total: int, gpu: bool) -> Suggestions:
     """Choose image size, backbone, batch size, epochs, learning rate, augmentation; equal for teacher and student."""
     size, resize, backbone, why = _backbone(summary.shorter, total, gpu)
-    batch = _batch_size(total)
+    batch = _batch_size(total, 128 if total >= 50_000 else 64)
     epochs = max(20, min(200 if gpu else 60, round(40_000 * batch / total)))
     photograph = size >= 128
     steps = f"{counted(epochs * max(1, total // batch), 'step')} of {batch} images; more epochs rarely reduce accuracy"

@@ -19,7 +19,7 @@ from pipeline.preparation import encoder_choice, encoder_sample
 from pipeline.preparation.encoder_choice import DEFAULT, EncoderChoice, choose_encoder
 from pipeline.preparation.encoder_sample import IMAGES, knn_accuracy, stratified_sample
 from pipeline.preparation.first_params import suggest_params, write_text
-from pipeline.preparation.folder_summary import inspect_folder
+from pipeline.preparation.folder_summary import FolderSummary, inspect_folder
 from pipeline.shared.errors import ParamsError
 from tests.support.chosen_params import TEMPLATE, folder_summary
 from tests.support.making import ROOT, encode, picture, rows_of, write
@@ -47,7 +47,8 @@ def photographs(root: Path, side: int, counts: dict[str, int], difference: int =
 
 
 def test_the_proposed_values_are_those_of_the_recipe(tmp_path):
-    summary = folder_summary([900, 300], shorter=400)
+    summary = folder_summary([1200, 300], shorter=400)
+    assert sum(summary.split_sizes()[0]) >= 1024
     proposed, _ = write_text(TEMPLATE, suggest_params(summary, "photos", gpu=False, choice=LITE0))
     from_scratch, _ = write_text(TEMPLATE, suggest_params(summary, "photos", gpu=False))
     (tmp_path / "params.yaml").write_text(from_scratch, encoding="utf-8")
@@ -80,12 +81,15 @@ def test_a_params_file_without_the_keys_of_encoders_gets_a_proposal_from_scratch
         write_text(old, suggest_params(summary, "photos", gpu=False, choice=LITE0))
 
 
-def test_few_images_get_a_smaller_batch_and_a_learning_rate_in_proportion():
-    chosen = suggest_params(folder_summary([60, 40], shorter=400), "photos", gpu=False, choice=LITE0)
+@pytest.mark.parametrize(("total", "batch"), [(3, 3), (73, 8), (511, 32), (1023, 64), (1024, 128), (60_000, 128)])
+def test_below_1024_images_an_encoder_gets_a_smaller_batch_and_a_learning_rate_in_proportion(monkeypatch, total, batch):
+    summary = folder_summary([60, 40], shorter=400)
+    monkeypatch.setattr(FolderSummary, "split_sizes", lambda _: ([total - 1, 1], [9, 9]))
+    chosen = suggest_params(summary, "photos", gpu=False, choice=LITE0)
     recipe = yaml.safe_load((ROOT / "recipes/photographs-lite0.yaml").read_text(encoding="utf-8"))
     for stage in ("teacher", "student"):
-        assert chosen[f"{stage}.batch_size"][0] == 8  # an eighth of 73 training images
-        assert chosen[f"{stage}.learning_rate"][0] == pytest.approx(recipe[stage]["learning_rate"] * 8 / 64)
+        assert chosen[f"{stage}.batch_size"][0] == batch
+        assert chosen[f"{stage}.learning_rate"][0] == pytest.approx(recipe[stage]["learning_rate"] * batch / 128)
 
 
 @pytest.mark.usefixtures("tiny")
