@@ -153,7 +153,8 @@ def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Sugge
     """
     recipe = _recipe() | {"image": image_values(encoder, choice.size)}
     del recipe["encoder"]
-    values: Suggestions = {"encoder": ({"name": encoder.name}, choice.reason)}
+    section = EncoderParams(name=encoder.name).model_dump(mode="json")  # every key, for `dvc exp run -S encoder.views=4`
+    values: Suggestions = {"encoder": (section, choice.reason)}
     for key, value in _flat(recipe).items():
         part, _, last = key.rpartition(".")
         if last == "learning_rate":

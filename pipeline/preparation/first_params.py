@@ -156,7 +156,8 @@ def write_text(template: str, suggested: Suggestions) -> tuple[str, Params]:
             path[depth:] = [name]
             if (key := ".".join(path)) in remaining:
                 value, reason = remaining.pop(key)
-                text = yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
+                text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
+                text = text.replace("\n...", "").strip()
                 line = f"{'  ' * depth}{name}: {text} # {reason}"
         lines.append(line)
     missing = [key for key, (value, _) in remaining.items() if (key, value) not in NEW_KEYS.items()]

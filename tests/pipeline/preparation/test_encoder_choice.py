@@ -14,6 +14,7 @@ import yaml
 from models.networks import encoders
 from models.networks.encoders import ENCODERS, find_encoder
 from pipeline.commands.app import main
+from pipeline.params import EncoderParams, load_params
 from pipeline.params.recipe import apply_recipe
 from pipeline.preparation import encoder_choice, encoder_sample
 from pipeline.preparation.encoder_choice import DEFAULT, EncoderChoice, choose_encoder
@@ -27,6 +28,10 @@ from tests.support.small_encoder import tiny_package
 
 CPU = torch.device("cpu")
 LITE0 = EncoderChoice(ENCODERS[DEFAULT], "a reason", 224, "its size")
+SECTION = (
+    "encoder: {name: efficientnet_lite0, weights: null, sha256: null, download: false, licence: null, views: 0, "
+    "crop_padding: 16, flip: true}"
+)  # as `tailor init` writes it
 
 
 @pytest.fixture(name="tiny")
@@ -54,14 +59,29 @@ def test_the_proposed_values_are_those_of_the_recipe(tmp_path):
     (tmp_path / "params.yaml").write_text(from_scratch, encoding="utf-8")
     applied, _ = apply_recipe([ROOT / "recipes/photographs-lite0.yaml"], tmp_path / "params.yaml")
     assert yaml.safe_load(proposed) == yaml.safe_load(applied)
-    assert "encoder: {name: efficientnet_lite0} # a reason\n" in proposed and "size: 224 # its size\n" in proposed
+    assert f"{SECTION} # a reason\n" in proposed and "size: 224 # its size\n" in proposed
+
+
+def test_dvc_changes_any_key_of_a_proposed_encoder(tmp_path):
+    """`dvc exp run -S encoder.views=4` calls this function, which refuses a key that the file lacks."""
+    from dvc.utils.hydra import apply_overrides
+
+    summary = folder_summary([900, 300], shorter=400)
+    file = tmp_path / "params.yaml"
+    file.write_text(
+        write_text(TEMPLATE, suggest_params(summary, "photos", gpu=False, choice=LITE0))[0], encoding="utf-8"
+    )
+    apply_overrides(file, ["encoder.views=4", "encoder.licence=mine"])
+    section = load_params(file).encoder
+    assert section == EncoderParams(name=DEFAULT, views=4, licence="mine")
 
 
 def test_a_proposal_replaces_another_one_in_both_directions():
     summary = folder_summary([900, 300], shorter=400)
     from_scratch, without = write_text(TEMPLATE, suggest_params(summary, "photos", gpu=False))
     proposed, _ = write_text(from_scratch, suggest_params(summary, "photos", gpu=False, choice=LITE0))
-    block = proposed.replace("encoder: {name: efficientnet_lite0}", "encoder:\n  name: efficientnet_lite0\n  views: 4")
+    block = proposed.replace(SECTION, "encoder:\n  name: efficientnet_lite0\n  views: 4")
+    assert block != proposed
     again = write_text(block, suggest_params(summary, "photos", gpu=False))[1]
     assert again == without and (again.student.beta, again.student.alpha) == (1, 1)
 
@@ -132,10 +152,10 @@ def test_init_prints_time_and_expected_accuracy_and_writes_them_beside_the_encod
     reason = capsys.readouterr().out.splitlines()[-2].removeprefix("encoder tiny: ")
     assert "about 2 minutes on this machine; five-fold kNN on 23 images of 2 classes" in reason
     assert "mean per-class accuracy 100 %" in reason
-    assert f"\nencoder: {{name: tiny}} # {reason[:40]}" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
+    assert f"flip: true}} # {reason[:40]}" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
     assert main(["init", "photos", "--force", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["encoder"]["value"] == {"name": "tiny"}
+    assert printed["encoder"]["value"] == EncoderParams(name="tiny").model_dump(mode="json")
     assert printed["estimate"]["accuracy"] == 1 and printed["estimate"]["images"] == 23
     assert printed["estimate"]["images_per_second"] > 0
     assert main(["init", "photos", "--force", "--no-encoder", "--json"]) == 0
