@@ -28,6 +28,8 @@ NEW_KEYS: dict[str, Any] = {
     "teacher.adapter": 0,
     "student.adapter": 0,
     "student.projection_hidden": None,
+    "student.tune": "none",
+    "student.memory": None,
 }
 NO_ENCODER = NEW_KEYS | {"student.beta": 1.0, "student.alpha": 1.0}  # the recipe of an encoder sets both to 0
 

@@ -86,6 +86,30 @@ def test_a_proposal_replaces_another_one_in_both_directions():
     assert again == without and (again.student.beta, again.student.alpha) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("memory: null", "memory: {classifier: both, rows: null}"),
+        ("memory: null", "memory:\n    classifier: alone\n    rows: 100"),
+        ("tune: none", "tune: lora"),
+    ],
+)
+def test_a_proposal_from_scratch_replaces_what_only_an_encoder_can_have(old, new):
+    """`tailor init` would stop otherwise: such a value without section encoder is refused."""
+    summary = folder_summary([900, 300], shorter=400)
+    assert TEMPLATE.count(f"\n  {old}") == 1
+    text = TEMPLATE.replace(f"\n  {old}", f"\n  {new}")
+    suggested = suggest_params(summary, "photos", gpu=False)
+    assert write_text(text, suggested)[1] == write_text(TEMPLATE, suggested)[1]
+
+
+def test_a_params_file_without_memory_and_tune_gets_a_proposal_from_scratch():
+    lines = [line for line in TEMPLATE.splitlines() if not line.startswith(("  memory:", "  tune: "))]
+    assert len(lines) == len(TEMPLATE.splitlines()) - 2
+    _, params = write_text("\n".join(lines), suggest_params(folder_summary([900, 300]), "photos", gpu=False))
+    assert params.student.memory is None and params.student.tune == "none"
+
+
 @pytest.mark.parametrize("key", ["beta", "alpha"])
 def test_a_params_file_without_a_weight_of_the_loss_is_refused_by_name(key):
     text = TEMPLATE.replace(f"\n  {key}: 1.0", f"\n  {key}s: 1.0")
