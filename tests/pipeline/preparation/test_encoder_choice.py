@@ -238,6 +238,19 @@ def test_knn_leaves_out_classes_of_one_image():
     assert knn_accuracy(features[[0, 3]], np.array([0, 1])).value is None
 
 
+@pytest.mark.usefixtures("tiny")
+def test_identical_files_count_once_in_the_expected_accuracy(tmp_path):
+    """Noise without a class has chance accuracy; with each file four times, kNN would find its copies."""
+    folder = photographs(tmp_path / "photos", 48, {"a": 10, "b": 10}, difference=0)
+    once = choose_encoder(inspect_folder(folder), "tiny", CPU).sample
+    assert once.images == 20 and not once.above_chance
+    for file in list(folder.glob("*/*.jpg")):
+        for copy in range(3):
+            write(file.with_name(f"{file.stem}-{copy}.jpg"), file.read_bytes())
+    copied = choose_encoder(inspect_folder(folder), "tiny", CPU).sample
+    assert copied.images == 20 and not copied.above_chance
+
+
 def test_a_sample_has_the_same_number_of_images_of_each_class_where_it_can():
     counts = [500, 300, 100, 50, 3]
     sample = stratified_sample(rows_of(counts), 5)
