@@ -153,7 +153,7 @@ def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Sugge
     """
     recipe = _recipe() | {"image": image_values(encoder, choice.size)}
     del recipe["encoder"]
-    section = EncoderParams(name=encoder.name).model_dump(mode="json")  # every key, for `dvc exp run -S encoder.views=4`
+    section = EncoderParams(name=encoder.name).model_dump(mode="json")  # all keys: `dvc exp run -S` adds none
     values: Suggestions = {"encoder": (section, choice.reason)}
     for key, value in _flat(recipe).items():
         part, _, last = key.rpartition(".")
