@@ -62,6 +62,7 @@ def test_the_proposed_values_are_those_of_the_recipe(tmp_path):
     assert f"{SECTION} # a reason\n" in proposed and "size: 224 # its size\n" in proposed
 
 
+@pytest.mark.slow
 def test_dvc_changes_any_key_of_a_proposed_encoder(tmp_path):
     """`dvc exp run -S encoder.views=4` calls this function, which refuses a key that the file lacks."""
     from dvc.utils.hydra import apply_overrides
