@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.shared.artifacts import PARAMS_FILE, write_file
 from serving.commands.options import AsJson, Debug, print_json
 from serving.shared.terminal import print
+
+if TYPE_CHECKING:
+    from pipeline.preparation.encoder_choice import EncoderChoice
+    from pipeline.preparation.folder_summary import FolderSummary
 
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="The folder to create; it may exist without a params.yaml.")
@@ -86,23 +90,14 @@ def init(
     time on this machine and an accuracy to expect. Nothing is trained, and every value can be changed. Outside a project
     it first makes the working folder a project, as `tailor new` does.
     """
-    from models.sample_size import ADVICE, warnings_of
     from pipeline.model_io.devices import choose_device
     from pipeline.preparation.encoder_choice import choose_encoder
     from pipeline.preparation.first_params import FROM_SCRATCH, suggest_params, write_text
-    from pipeline.preparation.folder_summary import expected_tests, inspect_folder
-    from pipeline.preparation.project import create_project, default_params, enclosing_project, keep_out_of_git
+    from pipeline.preparation.folder_summary import inspect_folder
+    from pipeline.preparation.project import create_project, keep_out_of_git
     from pipeline.shared.errors import ParamsError
 
-    template = output.read_text(encoding="utf-8") if output.is_file() else default_params()
-    if not output.is_file() and output != PARAMS_FILE:
-        raise ParamsError(f"{output}: no such file; expected a params.yaml to change")
-    if not output.is_file() and (project := enclosing_project(Path())):
-        raise ParamsError(
-            f"params.yaml: no such file here; this folder is in the project {project}; run the command there"
-        )
-    if not (force or dry_run) and template != default_params() and _changed(output):
-        raise ParamsError(f"{output}: has uncommitted changes; commit it, or pass --force to overwrite it")
+    template = _template(output, overwrite=force or dry_run)
     if Path().resolve().is_relative_to(folder.resolve()):
         raise ParamsError(
             f"{folder}: is the project's folder or contains it; expected a folder of images inside the project or "
@@ -129,6 +124,37 @@ def init(
             print(f"  {key} = {value}  # {why}")
         print(f"encoder {choice.encoder.name if choice.encoder else 'none'}: {choice.reason}")
         print(f"→ {output}; next: {''.join(f'{step}, ' for step in steps)}tailor data check, then: dvc repro")
+    _print_warnings(folder, summary, choice)
+    return 0
+
+
+def _template(output: Path, overwrite: bool) -> str:
+    """The text of the params file to change; the default one outside a project.
+
+    overwrite: whether uncommitted changes may be lost. Raises ParamsError if the file must not be written.
+    """
+    from pipeline.preparation.project import default_params, enclosing_project
+    from pipeline.shared.errors import ParamsError
+
+    if not output.is_file():
+        if output != PARAMS_FILE:
+            raise ParamsError(f"{output}: no such file; expected a params.yaml to change")
+        if project := enclosing_project(Path()):
+            raise ParamsError(
+                f"params.yaml: no such file here; this folder is in the project {project}; run the command there"
+            )
+        return default_params()
+    template = output.read_text(encoding="utf-8")
+    if not overwrite and template != default_params() and _changed(output):
+        raise ParamsError(f"{output}: has uncommitted changes; commit it, or pass --force to overwrite it")
+    return template
+
+
+def _print_warnings(folder: Path, summary: FolderSummary, choice: EncoderChoice) -> None:
+    """Print to stderr what the folder lacks: images, readable files, features that separate the classes."""
+    from models.sample_size import ADVICE, warnings_of
+    from pipeline.preparation.folder_summary import expected_tests
+
     for line in summary.remarks:
         print(f"init: {line}", file=sys.stderr)
     if choice.sample and not choice.sample.above_chance:
@@ -139,7 +165,6 @@ def init(
         print(f"init: warning: {line}", file=sys.stderr)
     for reference in summary.unreadable[:5]:
         print(f"init: {folder / reference}: cannot be read; `tailor data check` prints why", file=sys.stderr)
-    return 0
 
 
 def _changed(path: Path) -> bool:

@@ -142,18 +142,19 @@ REASONS = {
     "projection_hidden": "the heads embed the whole queue in each step: ten times as fast as with the feature width",
     "epochs": "an epoch reads stored features: seconds",
     "learning_rate": "in proportion to the batch",
-    "batch_size": "64; smaller for few images",
+    "batch_size": f"recipes/{RECIPE}; at most an eighth of the training images",
 }
 
 
 def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Suggestions:
     """The recipe's values for an encoder: dotted key → (value, reason).
 
-    batch: at most that of the recipe, the learning rate in proportion to it.
+    batch: the largest batch for the number of images. Where it is below the recipe's, the learning rate is in proportion.
     """
     recipe = _recipe() | {"image": image_values(encoder, choice.size)}
     del recipe["encoder"]
-    values: Suggestions = {"encoder": ({"name": encoder.name}, choice.reason)}
+    section = EncoderParams(name=encoder.name).model_dump(mode="json")  # all keys: `dvc exp run -S` adds none
+    values: Suggestions = {"encoder": (section, choice.reason)}
     for key, value in _flat(recipe).items():
         part, _, last = key.rpartition(".")
         if last == "learning_rate":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -60,7 +61,8 @@ class SampleResult:
 def measure_sample(source: Source, encoder: LoadedEncoder, image: ImageParams, device: torch.device) -> SampleResult:
     """Compute the features of a stratified sample of the training images, at most IMAGES in about SECONDS seconds.
 
-    Images that cannot be read are left out. Raises DataError if none can be read.
+    Images that cannot be read are left out, and of identical files all but the first: kNN would find an image's copy in
+    another fold. Raises DataError if no image can be read.
     """
     rows = stratified_sample([row for row in source.rows if row.split == "train"], len(source.classes))
     features, labels, speed = _features(source, rows, encoder, image, device)
@@ -89,7 +91,8 @@ def _features(
     encoder.network.to(device, memory_format=torch.channels_last)
 
     def compute(pixels: Tensor) -> Tensor:
-        return encoder.features(pixels.to(device), image, EncoderParams(name="sample"), torch.Generator())[:, 0].float()
+        hashes = np.zeros((len(pixels), 32), np.uint8)  # of use to augmented views only
+        return encoder.features(pixels.to(device), hashes, image, EncoderParams(name="sample"))[:, 0].float()
 
     compute(torch.zeros(1, 3, image.size, image.size, dtype=torch.uint8))  # the first pass allocates memory
     features: list[Tensor] = []
@@ -108,18 +111,30 @@ def _features(
     return torch.cat(features), np.array(labels), len(labels) / (time.perf_counter() - started)
 
 
-def _decoded(source: Source, row: Row, image: ImageParams) -> Tensor | None:
+def _decoded(source: Source, row: Row, image: ImageParams) -> tuple[bytes, Tensor] | None:
+    """sha256 of the file, and its pixels; None if it cannot be read."""
     try:
-        return decode_exact(source.read(row.reference), image)
+        encoded = source.read(row.reference)
+        return hashlib.sha256(encoded).digest(), decode_exact(encoded, image)
     except (DataError, ImageError):
         return None
 
 
-def _batches(rows: list[Row], decoded: Iterator[Tensor | None], size: int) -> Iterator[tuple[list[Row], Tensor]]:
-    """The readable images in batches, the last one smaller."""
-    readable = ((row, pixels) for row, pixels in zip(rows, decoded, strict=True) if pixels is not None)
-    while part := list(itertools.islice(readable, size)):
+def _batches(
+    rows: list[Row], decoded: Iterator[tuple[bytes, Tensor] | None], size: int
+) -> Iterator[tuple[list[Row], Tensor]]:
+    """The readable images in batches, the last one smaller; of identical files the first."""
+    distinct = _distinct(rows, decoded)
+    while part := list(itertools.islice(distinct, size)):
         yield [row for row, _ in part], torch.stack([pixels for _, pixels in part])
+
+
+def _distinct(rows: list[Row], decoded: Iterator[tuple[bytes, Tensor] | None]) -> Iterator[tuple[Row, Tensor]]:
+    seen: set[bytes] = set()
+    for row, image in zip(rows, decoded, strict=True):
+        if image and image[0] not in seen:
+            seen.add(image[0])
+            yield row, image[1]
 
 
 def knn_accuracy(features: Tensor, labels: np.ndarray, seed: int = 0) -> Estimate:

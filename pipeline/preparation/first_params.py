@@ -21,14 +21,17 @@ from serving.shared.terminal import counted
 SMALL, TINY_PHOTOGRAPH = 40, 96  # pixels of the shorter side
 LARGEST_QUEUE = 65536  # the paper's value for iNaturalist 2018
 FROM_SCRATCH = EncoderChoice(None, "--no-encoder")
-# Values without an encoder; a params.yaml of before the encoders lacks these keys.
-NO_ENCODER: dict[str, Any] = {
+# Values without an encoder; a params.yaml of before the encoders lacks the keys of NEW_KEYS.
+NEW_KEYS: dict[str, Any] = {
     "encoder": None,
     "image.interpolation": "bilinear",
     "teacher.adapter": 0,
     "student.adapter": 0,
     "student.projection_hidden": None,
+    "student.tune": "none",
+    "student.memory": None,
 }
+NO_ENCODER = NEW_KEYS | {"student.beta": 1.0, "student.alpha": 1.0}  # the recipe of an encoder sets both to 0
 
 
 def suggest_params(
@@ -59,7 +62,7 @@ def suggest_params(
         suggested["data.validation_per_class"] = (MOST_VALIDATED, "at most; fewer for small classes, see the next line")
         suggested["data.validation_share"] = (VALIDATION_SHARE, "of the training images of a class")
     if choice.encoder:
-        suggested |= encoder_values(choice, choice.encoder, _batch_size(total))
+        suggested |= encoder_values(choice, choice.encoder, _batch_size(total, math.inf))
     else:
         suggested |= {key: (value, "without an encoder") for key, value in NO_ENCODER.items()}
         suggested["encoder"] = (None, choice.reason)
@@ -69,16 +72,16 @@ def suggest_params(
     return suggested | {"evaluate.top_k": (top, "of your classes"), "serving.top_k": (top, "classes per response")}
 
 
-def _batch_size(total: int) -> int:
-    """Batch size for a number of training images: an eighth of them, at least 8 and at most 64 or, for many, 128."""
+def _batch_size(total: int, largest: float) -> int:
+    """Batch size for a number of training images: the power of two within an eighth of them, 8 to `largest`."""
     power = 2 ** int(math.log2(max(total / 8, 1)))
-    return min(total, max(8, min(128 if total >= 50_000 else 64, power)))
+    return int(min(total, max(8, min(largest, power))))
 
 
 def _network(summary: FolderSummary, total: int, gpu: bool) -> Suggestions:
     """Choose image size, backbone, batch size, epochs, learning rate, augmentation; equal for teacher and student."""
     size, resize, backbone, why = _backbone(summary.shorter, total, gpu)
-    batch = _batch_size(total)
+    batch = _batch_size(total, 128 if total >= 50_000 else 64)
     epochs = max(20, min(200 if gpu else 60, round(40_000 * batch / total)))
     photograph = size >= 128
     steps = f"{counted(epochs * max(1, total // batch), 'step')} of {batch} images; more epochs rarely reduce accuracy"
@@ -155,10 +158,11 @@ def write_text(template: str, suggested: Suggestions) -> tuple[str, Params]:
             path[depth:] = [name]
             if (key := ".".join(path)) in remaining:
                 value, reason = remaining.pop(key)
-                text = yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
+                text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
+                text = text.replace("\n...", "").strip()
                 line = f"{'  ' * depth}{name}: {text} # {reason}"
         lines.append(line)
-    missing = [key for key, (value, _) in remaining.items() if (key, value) not in NO_ENCODER.items()]
+    missing = [key for key, (value, _) in remaining.items() if (key, value) not in NEW_KEYS.items()]
     if missing:
         raise ParamsError(
             f"params.yaml: has no key {missing[0]}; restore the original file, then run this command again"

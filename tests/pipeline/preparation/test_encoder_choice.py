@@ -14,12 +14,13 @@ import yaml
 from models.networks import encoders
 from models.networks.encoders import ENCODERS, find_encoder
 from pipeline.commands.app import main
+from pipeline.params import EncoderParams, load_params
 from pipeline.params.recipe import apply_recipe
 from pipeline.preparation import encoder_choice, encoder_sample
 from pipeline.preparation.encoder_choice import DEFAULT, EncoderChoice, choose_encoder
 from pipeline.preparation.encoder_sample import IMAGES, knn_accuracy, stratified_sample
 from pipeline.preparation.first_params import suggest_params, write_text
-from pipeline.preparation.folder_summary import inspect_folder
+from pipeline.preparation.folder_summary import FolderSummary, inspect_folder
 from pipeline.shared.errors import ParamsError
 from tests.support.chosen_params import TEMPLATE, folder_summary
 from tests.support.making import ROOT, encode, picture, rows_of, write
@@ -27,6 +28,10 @@ from tests.support.small_encoder import tiny_package
 
 CPU = torch.device("cpu")
 LITE0 = EncoderChoice(ENCODERS[DEFAULT], "a reason", 224, "its size")
+SECTION = (
+    "encoder: {name: efficientnet_lite0, weights: null, sha256: null, download: false, licence: null, views: 0, "
+    "crop_padding: 16, flip: true}"
+)  # as `tailor init` writes it
 
 
 @pytest.fixture(name="tiny")
@@ -47,21 +52,70 @@ def photographs(root: Path, side: int, counts: dict[str, int], difference: int =
 
 
 def test_the_proposed_values_are_those_of_the_recipe(tmp_path):
-    summary = folder_summary([900, 300], shorter=400)
+    summary = folder_summary([1200, 300], shorter=400)
+    assert sum(summary.split_sizes()[0]) >= 1024
     proposed, _ = write_text(TEMPLATE, suggest_params(summary, "photos", gpu=False, choice=LITE0))
     from_scratch, _ = write_text(TEMPLATE, suggest_params(summary, "photos", gpu=False))
     (tmp_path / "params.yaml").write_text(from_scratch, encoding="utf-8")
     applied, _ = apply_recipe([ROOT / "recipes/photographs-lite0.yaml"], tmp_path / "params.yaml")
     assert yaml.safe_load(proposed) == yaml.safe_load(applied)
-    assert "encoder: {name: efficientnet_lite0} # a reason\n" in proposed and "size: 224 # its size\n" in proposed
+    assert f"{SECTION} # a reason\n" in proposed and "size: 224 # its size\n" in proposed
+
+
+@pytest.mark.slow
+def test_dvc_changes_any_key_of_a_proposed_encoder(tmp_path):
+    """`dvc exp run -S encoder.views=4` calls this function, which refuses a key that the file lacks."""
+    from dvc.utils.hydra import apply_overrides
+
+    summary = folder_summary([900, 300], shorter=400)
+    file = tmp_path / "params.yaml"
+    file.write_text(
+        write_text(TEMPLATE, suggest_params(summary, "photos", gpu=False, choice=LITE0))[0], encoding="utf-8"
+    )
+    apply_overrides(file, ["encoder.views=4", "encoder.licence=mine"])
+    section = load_params(file).encoder
+    assert section == EncoderParams(name=DEFAULT, views=4, licence="mine")
 
 
 def test_a_proposal_replaces_another_one_in_both_directions():
     summary = folder_summary([900, 300], shorter=400)
     from_scratch, without = write_text(TEMPLATE, suggest_params(summary, "photos", gpu=False))
     proposed, _ = write_text(from_scratch, suggest_params(summary, "photos", gpu=False, choice=LITE0))
-    block = proposed.replace("encoder: {name: efficientnet_lite0}", "encoder:\n  name: efficientnet_lite0\n  views: 4")
-    assert write_text(block, suggest_params(summary, "photos", gpu=False))[1] == without
+    block = proposed.replace(SECTION, "encoder:\n  name: efficientnet_lite0\n  views: 4")
+    assert block != proposed
+    again = write_text(block, suggest_params(summary, "photos", gpu=False))[1]
+    assert again == without and (again.student.beta, again.student.alpha) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("memory: null", "memory: {classifier: both, rows: null}"),
+        ("memory: null", "memory:\n    classifier: alone\n    rows: 100"),
+        ("tune: none", "tune: lora"),
+    ],
+)
+def test_a_proposal_from_scratch_replaces_what_only_an_encoder_can_have(old, new):
+    """`tailor init` would stop otherwise: such a value without section encoder is refused."""
+    summary = folder_summary([900, 300], shorter=400)
+    assert TEMPLATE.count(f"\n  {old}") == 1
+    text = TEMPLATE.replace(f"\n  {old}", f"\n  {new}")
+    suggested = suggest_params(summary, "photos", gpu=False)
+    assert write_text(text, suggested)[1] == write_text(TEMPLATE, suggested)[1]
+
+
+def test_a_params_file_without_memory_and_tune_gets_a_proposal_from_scratch():
+    lines = [line for line in TEMPLATE.splitlines() if not line.startswith(("  memory:", "  tune: "))]
+    assert len(lines) == len(TEMPLATE.splitlines()) - 2
+    _, params = write_text("\n".join(lines), suggest_params(folder_summary([900, 300]), "photos", gpu=False))
+    assert params.student.memory is None and params.student.tune == "none"
+
+
+@pytest.mark.parametrize("key", ["beta", "alpha"])
+def test_a_params_file_without_a_weight_of_the_loss_is_refused_by_name(key):
+    text = TEMPLATE.replace(f"\n  {key}: 1.0", f"\n  {key}s: 1.0")
+    with pytest.raises(ParamsError, match=rf"^params\.yaml: has no key student\.{key}; restore the original file"):
+        write_text(text, suggest_params(folder_summary([900, 300]), "photos", gpu=False))
 
 
 def test_a_params_file_without_the_keys_of_encoders_gets_a_proposal_from_scratch_only():
@@ -72,12 +126,15 @@ def test_a_params_file_without_the_keys_of_encoders_gets_a_proposal_from_scratch
         write_text(old, suggest_params(summary, "photos", gpu=False, choice=LITE0))
 
 
-def test_few_images_get_a_smaller_batch_and_a_learning_rate_in_proportion():
-    chosen = suggest_params(folder_summary([60, 40], shorter=400), "photos", gpu=False, choice=LITE0)
+@pytest.mark.parametrize(("total", "batch"), [(3, 3), (73, 8), (511, 32), (1023, 64), (1024, 128), (60_000, 128)])
+def test_below_1024_images_an_encoder_gets_a_smaller_batch_and_a_learning_rate_in_proportion(monkeypatch, total, batch):
+    summary = folder_summary([60, 40], shorter=400)
+    monkeypatch.setattr(FolderSummary, "split_sizes", lambda _: ([total - 1, 1], [9, 9]))
+    chosen = suggest_params(summary, "photos", gpu=False, choice=LITE0)
     recipe = yaml.safe_load((ROOT / "recipes/photographs-lite0.yaml").read_text(encoding="utf-8"))
     for stage in ("teacher", "student"):
-        assert chosen[f"{stage}.batch_size"][0] == 8  # an eighth of 73 training images
-        assert chosen[f"{stage}.learning_rate"][0] == pytest.approx(recipe[stage]["learning_rate"] * 8 / 64)
+        assert chosen[f"{stage}.batch_size"][0] == batch
+        assert chosen[f"{stage}.learning_rate"][0] == pytest.approx(recipe[stage]["learning_rate"] * batch / 128)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -120,10 +177,10 @@ def test_init_prints_time_and_expected_accuracy_and_writes_them_beside_the_encod
     reason = capsys.readouterr().out.splitlines()[-2].removeprefix("encoder tiny: ")
     assert "about 2 minutes on this machine; five-fold kNN on 23 images of 2 classes" in reason
     assert "mean per-class accuracy 100 %" in reason
-    assert f"\nencoder: {{name: tiny}} # {reason[:40]}" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
+    assert f"flip: true}} # {reason[:40]}" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
     assert main(["init", "photos", "--force", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["encoder"]["value"] == {"name": "tiny"}
+    assert printed["encoder"]["value"] == EncoderParams(name="tiny").model_dump(mode="json")
     assert printed["estimate"]["accuracy"] == 1 and printed["estimate"]["images"] == 23
     assert printed["estimate"]["images_per_second"] > 0
     assert main(["init", "photos", "--force", "--no-encoder", "--json"]) == 0
@@ -180,6 +237,19 @@ def test_knn_leaves_out_classes_of_one_image():
     features = torch.eye(3)[[0, 0, 0, 1, 1, 1, 2]]
     assert knn_accuracy(features, np.array([0, 0, 0, 1, 1, 1, 2])).value == 1
     assert knn_accuracy(features[[0, 3]], np.array([0, 1])).value is None
+
+
+@pytest.mark.usefixtures("tiny")
+def test_identical_files_count_once_in_the_expected_accuracy(tmp_path):
+    """Noise without a class has chance accuracy; with each file four times, kNN would find its copies."""
+    folder = photographs(tmp_path / "photos", 48, {"a": 10, "b": 10}, difference=0)
+    once = choose_encoder(inspect_folder(folder), "tiny", CPU).sample
+    assert once.images == 20 and not once.above_chance
+    for file in list(folder.glob("*/*.jpg")):
+        for copy in range(3):
+            write(file.with_name(f"{file.stem}-{copy}.jpg"), file.read_bytes())
+    copied = choose_encoder(inspect_folder(folder), "tiny", CPU).sample
+    assert copied.images == 20 and not copied.above_chance
 
 
 def test_a_sample_has_the_same_number_of_images_of_each_class_where_it_can():
