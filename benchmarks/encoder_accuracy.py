@@ -40,7 +40,7 @@ from benchmarks.accuracy import classification_alone, format_difference, format_
 from benchmarks.encoder_projects import add_options, gml_params, prepare, project_folder, project_params
 from benchmarks.feature_classifiers import knn, logistic_regression
 from models.networks.memory import FeatureMemory, build_memory
-from models.networks.memory_fit import fit_memory
+from models.networks.memory_fit import LEAST_WEIGHT, fit_memory
 from pipeline import student, teacher
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.embeddings import FeatureImages, load_features
@@ -163,7 +163,8 @@ def with_memory(base: Logits | None, data: Features) -> Logits:
     classes = len(data.prior.classes)
     validation, test = base or tuple(np.zeros((len(s), classes), np.float32) for s in (data.validation, data.test))
     stored = build_memory(data.train.images[:, 0], data.train.labels, classes, len(data.train))
-    fit = fit_memory(stored, data.validation.images[:, 0], data.validation.labels, torch.from_numpy(validation))
+    least = LEAST_WEIGHT if base is None else 0.0
+    fit = fit_memory(stored, data.validation.images[:, 0], data.validation.labels, torch.from_numpy(validation), least)
     memory = FeatureMemory(stored, classes, fit.tau, fit.weight)
     with torch.inference_mode():
         added = [

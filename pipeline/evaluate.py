@@ -104,7 +104,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
             _predictions(test, probabilities["student"], logits["student"]), folder / "predictions.parquet"
         )
         samples = _write_samples(folder / "samples", test, chosen, probabilities["student"], prior.classes)
-        write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes))
+        write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes, memory))
         card = model_card(data, network_name(params), params.seed, about_model, prior, metrics["student"])
         write_file(folder / "model_card.md", card)
         evaluation = Evaluation(

@@ -20,6 +20,7 @@ from pipeline.training.run import (
     teacher_objective,
     train_network,
 )
+from pipeline.training.student_setup import check_tuning
 
 
 def run(params: Params, output: Path = TEACHER) -> Result:
@@ -27,6 +28,7 @@ def run(params: Params, output: Path = TEACHER) -> Result:
     prior, section = load_prior(), params.teacher
     check_recipe(section, params.student, prior)
     check_backbones(section.backbone, params.student.backbone, params.image.size, params.export.opset)
+    check_tuning(params.encoder, params.student)
     config = model_config(section, params.image, len(prior.classes), stored_encoder(params))
     with joined_ranks(params.device) as device:
         objective = teacher_objective(section, config, prior, stage_seed(params.seed, "teacher"))

@@ -12,16 +12,18 @@ from torch import Tensor
 from models.networks.memory import MemoryRows, log_mixture
 
 TAUS = tuple(float(tau) for tau in np.geomspace(0.03, 0.2, 8))
-LARGEST_WEIGHT = 32.0
+LARGEST_SCALE = 100.0  # of weight / tau, as CLIP limits its scale; reached where the memory makes no mistake
+LEAST_WEIGHT = 0.1  # of a memory alone: with weight 0, all its logits would be 0
+MINIMUM_IMAGES = 30  # with one image of two classes each, one mistake gave weight 0, and no mistake the largest weight
 BISECTIONS = 40
 VALUES = 2**22  # log-likelihoods of one tau that are held in memory; more images than that are not used
 BATCH = 256
-DEFAULT_TAU = 0.07  # without validation images: that of the GML loss in the paper
+DEFAULT_TAU = 0.07  # with too few validation images: that of the GML loss in the paper
 
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """tau and weight of a memory, the cross-entropy at them, and the number of validation images (0: not fitted)."""
+    """tau and weight of a memory, the cross-entropy at them (None: defaults), and the number of validation images."""
 
     tau: float
     weight: float
@@ -29,23 +31,28 @@ class MemoryFit:
     images: int
 
 
-def fit_memory(stored: MemoryRows, features: Tensor, labels: Tensor, logits: Tensor) -> MemoryFit:
-    """tau and weight >= 0 with the least cross-entropy of logits + weight * log p(x|c) for the balanced target prior.
+def fit_memory(
+    stored: MemoryRows, features: Tensor, labels: Tensor, logits: Tensor, least_weight: float = 0.0
+) -> MemoryFit:
+    """tau and weight with the least cross-entropy of logits + weight * log p(x|c) for the balanced target prior.
 
     features: [N,D] of the encoder; labels: [N] int64; logits: [N,C], balanced, to which the memory is added; zeros for
     the memory alone. An image of a class with n images has the weight 1/n. tau is one of TAUS; for each of them the
-    cross-entropy is convex in the weight. Weight 0 if the memory lowers it at no tau. Without images: DEFAULT_TAU and 1.
+    cross-entropy is convex in the weight, which is at least least_weight and at most LARGEST_SCALE * tau. It is
+    least_weight if the memory lowers the cross-entropy at no tau. With fewer than MINIMUM_IMAGES images: DEFAULT_TAU and 1.
     """
-    if not len(labels):
-        return MemoryFit(DEFAULT_TAU, 1.0, None, 0)
-    used = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: max(1, VALUES // logits.shape[1])]
+    if len(labels) < MINIMUM_IMAGES:
+        return MemoryFit(DEFAULT_TAU, 1.0, None, len(labels))
+    most = max(MINIMUM_IMAGES, VALUES // logits.shape[1])
+    used = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:most]
     features, labels, logits = features[used], labels[used], logits[used].double()
     counts = torch.bincount(labels, minlength=logits.shape[1])
     share = 1 / (counts[labels] * (counts > 0).sum()).double()
     mixtures = _mixtures(stored, features, logits.shape[1])
     fits = []
     for tau, mixture in zip(TAUS, mixtures, strict=True):
-        weight = _best_weight(logits, mixture.double(), labels, share)
+        bounds = least_weight, LARGEST_SCALE * tau
+        weight = _best_weight(logits, mixture.double(), labels, share, bounds)
         losses = F.cross_entropy(logits + weight * mixture, labels, reduction="none")
         fits.append(MemoryFit(tau, weight, float((share * losses).sum()), len(labels)))
     return min(fits, key=lambda fit: fit.loss or 0.0)
@@ -63,15 +70,15 @@ def _mixtures(stored: MemoryRows, features: Tensor, classes: int) -> Tensor:
     return torch.cat(batches, 1)
 
 
-def _best_weight(logits: Tensor, mixture: Tensor, labels: Tensor, share: Tensor) -> float:
-    """The weight in [0, LARGEST_WEIGHT] at which the derivative of the cross-entropy is 0, by bisection."""
+def _best_weight(logits: Tensor, mixture: Tensor, labels: Tensor, share: Tensor, bounds: tuple[float, float]) -> float:
+    """The weight within bounds at which the derivative of the cross-entropy is 0, by bisection."""
     own = mixture.gather(1, labels[:, None])[:, 0]
 
     def slope(weight: float) -> float:
         expected = ((logits + weight * mixture).softmax(1) * mixture).sum(1)
         return float((share * (expected - own)).sum())
 
-    low, high = 0.0, LARGEST_WEIGHT
+    low, high = bounds
     if slope(low) >= 0:
         return low
     for _ in range(BISECTIONS):

@@ -168,12 +168,14 @@ class MlpAdapter(nn.Module):
 
 
 def add_adapters(network: nn.Module, hidden: int) -> None:
-    """Add an adapter to the MLP of every transformer block. Raises TuneError when there is none."""
+    """Add an adapter to the MLP of every transformer block. Raises TuneError when there is none, or it has no linear layer."""
     mlps: list[Any] = [block.mlp for block in network.modules() if hasattr(block, "attn") and hasattr(block, "mlp")]
     if not mlps:
         raise TuneError("its network has no transformer blocks with an MLP")
     for mlp in mlps:
-        width = next(layer.in_features for layer in mlp.modules() if isinstance(layer, nn.Linear))
+        width = next((layer.in_features for layer in mlp.modules() if isinstance(layer, nn.Linear)), None)
+        if width is None:
+            raise TuneError(f"the MLP of its blocks, a {type(mlp).__name__}, has no linear layer")
         # A hook keeps the names of the pretrained weights.
         mlp.adapter = MlpAdapter(width, hidden)
         mlp.register_forward_hook(_with_adapter)

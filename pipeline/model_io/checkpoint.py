@@ -17,6 +17,7 @@ from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import UnknownBackboneError
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.memory import FeatureMemory, empty_rows
+from models.networks.memory_fit import MINIMUM_IMAGES
 from models.networks.tuning import add_adapters
 from pipeline.model_io.encoder import build_encoder, load_encoder
 from pipeline.params import ImageParams, Params
@@ -78,11 +79,17 @@ def build_model(config: ModelConfig, key: str) -> ImageClassifier:
 def describe_memory(record: dict[str, Any]) -> str:
     """One line on a memory, from ModelConfig.memory."""
     means = "" if record["rows"] == record["images"] else f" for {counted(record['images'], 'image')}"
-    fitted = f"fitted on {counted(record['validation_images'], 'validation image')}"
+    images = record["validation_images"]
+    fitted = f"fitted on {counted(images, 'validation image')}" if images >= MINIMUM_IMAGES else few_images(images)
     return (
         f"memory of {counted(record['rows'], 'row')}{means}, tau {record['tau']:.3g}, weight {record['weight']:.3g} "
-        f"({fitted if record['validation_images'] else 'defaults: no validation images'})"
+        f"({fitted})"
     )
+
+
+def few_images(images: int) -> str:
+    """Why tau and weight of a memory are not fitted. images: validation images, fewer than MINIMUM_IMAGES."""
+    return f"defaults: {counted(images, 'validation image')}, fewer than {MINIMUM_IMAGES}"
 
 
 def save_model(weights: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from models.networks.memory_fit import MINIMUM_IMAGES
 from models.prior import GROUPS
 from pipeline.data.class_prior import Prior
 from pipeline.params import DataParams, ImageParams
@@ -31,7 +33,7 @@ CARD = """\
 | split | images | use |
 |---|---|---|
 | train | {{ sizes.train }} | training; its class frequencies are the training prior |
-| validation | {{ sizes.validation }} | selection of an epoch, the temperature of the calibration |
+| validation | {{ sizes.validation }} | {{ validation_use }} |
 | test | {{ sizes.test }} | the reported metrics; only the evaluation reads it |
 
 `data/split/*.parquet` has the sample id and the sha256 of the bytes of each image; `data/split/duplicates.csv` lists
@@ -65,8 +67,17 @@ class SplitSizes:
     test: int
 
 
-def data_card(data: DataParams, facts: list[tuple[str, str]], prior: Prior, sizes: SplitSizes) -> str:
-    """Render the card: a YAML block that huggingface_hub reads, then Markdown. facts: of `data_facts`."""
+def data_card(
+    data: DataParams,
+    facts: list[tuple[str, str]],
+    prior: Prior,
+    sizes: SplitSizes,
+    memory: dict[str, Any] | None = None,
+) -> str:
+    """Render the card: a YAML block that huggingface_hub reads, then Markdown.
+
+    facts: of `data_facts`. memory: ModelConfig.memory of the student, whose numbers the validation split fits.
+    """
     total = sizes.train + sizes.validation + sizes.test
     metadata = {
         "pretty_name": f"Tailor {data.source}, {data.profile} profile",
@@ -74,7 +85,12 @@ def data_card(data: DataParams, facts: list[tuple[str, str]], prior: Prior, size
         "size_categories": [next((name for end, name in BRACKETS.items() if total < end), "100M<n<1B")],
         "tags": ["long-tailed", "image"],
     }
-    return render_card(CARD, metadata, facts=facts, prior=prior, sizes=sizes, shown=SHOWN)
+    uses = ["selection of an epoch", "the temperature of the calibration"]
+    if memory and memory["validation_images"] >= MINIMUM_IMAGES:
+        uses.append("tau and weight of the memory")
+    return render_card(
+        CARD, metadata, facts=facts, prior=prior, sizes=sizes, shown=SHOWN, validation_use=", ".join(uses)
+    )
 
 
 def data_facts(data: DataParams, image: ImageParams, prior: Prior, sizes: SplitSizes) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ CARD = """\
 ---
 {{ metadata }}---
 
-# Student of a GML run
+# Student of a Tailor run
 
 An image classifier for {{ prior.classes | length }} classes, trained on data whose largest class has {{ prior.counts | max }}
 samples and whose smallest has {{ prior.counts | min }} ({{ data.source }}, profile {{ data.profile }}).
@@ -99,14 +99,8 @@ def model_facts(
     ModelConfig.memory of the student.
     """
     network, facts = student.backbone, []
-    classifier, trained = (
-        f"a cosine classifier of {counted(len(prior.classes), 'class')}",
-        (
-            f"{counted(student.epochs, 'epoch')} with the GML loss (ICML 2023, Mutual Information Maximization between Latent "
-            f"Features and Ground-Truth Labels), distilled from a {teacher.backbone} teacher of "
-            f"{counted(teacher.epochs, 'epoch')}"
-        ),
-    )
+    classifier = f"a cosine classifier of {counted(len(prior.classes), 'class')}"
+    trained = describe_training(teacher, student, encoder)
     alone = memory is not None and memory["classifier"] == "memory"
     if alone:
         classifier, trained = f"a memory of {counted(len(prior.classes), 'class')}", "none: the memory answers alone"
@@ -127,6 +121,19 @@ def model_facts(
         ("Default strength", f"{strength:g}"),
         *facts,
     ]
+
+
+def describe_training(teacher: TrainingParams, student: StudentParams, encoder: dict[str, Any] | None) -> str:
+    """Epochs and loss terms of a student: those whose weight is above 0; the teacher if one of them needs it."""
+    adjusted = "logit-adjusted cross-entropy" if student.adjustment else "cross-entropy"
+    gml = "the GML loss (ICML 2023, Mutual Information Maximization between Latent Features and Ground-Truth Labels)"
+    terms = [name for name, weight in ((adjusted, student.gamma), (gml, student.beta)) if weight]
+    distilled = ["distillation"] if student.alpha else []
+    needed = student.alpha or (student.beta and student.contrast_encoder == "teacher")
+    network = f"classifier on frozen {encoder['name']}" if encoder else teacher.backbone
+    epochs = counted(teacher.epochs, "epoch")
+    by = f"; teacher: {network}, {epochs}" if needed else ""
+    return f"{counted(student.epochs, 'epoch')} with {' + '.join(terms + distilled)}{by}"
 
 
 def tuned_name(name: str, student: StudentParams) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,16 @@ from torch import Tensor
 
 from models.distributed import rank
 from models.networks.memory import FeatureMemory, build_memory
-from models.networks.memory_fit import MemoryFit, fit_memory
+from models.networks.memory_fit import LEAST_WEIGHT, MINIMUM_IMAGES, MemoryFit, fit_memory
 from pipeline.data.class_prior import Prior
 from pipeline.data.embeddings import FeatureImages, load_features
-from pipeline.model_io.checkpoint import ModelConfig, build_model, save_model
+from pipeline.model_io.checkpoint import ModelConfig, build_model, few_images, save_model
 from pipeline.model_io.inference import balanced_logits
 from pipeline.params import ImageParams, MemoryParams, Params
 from pipeline.shared.artifacts import as_csv, whole_folder, write_file
 from pipeline.shared.errors import ParamsError
 from pipeline.training.history import as_jsonl
+from serving.shared.terminal import print
 
 Weights = Mapping[str, Tensor]
 
@@ -41,10 +43,16 @@ class StudentMemory:
             raise ParamsError(f"student.memory.rows {error}") from None
         self._images = len(train)
         self._features, self._labels = validation.images[:, 0], validation.labels
+        if len(validation) < MINIMUM_IMAGES and rank() == 0:
+            print(
+                f"student  warning: tau and weight of student.memory are not fitted ({few_images(len(validation))}); raise "
+                "data.validation_per_class or data.validation_share",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
     def add(self, weights: Weights, config: ModelConfig) -> tuple[Weights, ModelConfig]:
         """Weights and config of the network with the memory; the config records the fits of both and of the memory alone."""
-        alone = self._fit(torch.zeros(len(self._labels), config.classes))
+        alone = self._fit(torch.zeros(len(self._labels), config.classes), LEAST_WEIGHT)
         used = alone
         if self._section.classifier == "both":
             used = self._fit(self._trained_logits(weights, config))
@@ -67,8 +75,8 @@ class StudentMemory:
             record["validation_accuracy"] = float((torch.cat(right) == self._labels).float().mean())
         return weights, config, record
 
-    def _fit(self, logits: Tensor) -> MemoryFit:
-        return fit_memory(self._rows, self._features, self._labels, logits)
+    def _fit(self, logits: Tensor, least_weight: float = 0.0) -> MemoryFit:
+        return fit_memory(self._rows, self._features, self._labels, logits, least_weight)
 
     def _trained_logits(self, weights: Weights, config: ModelConfig) -> Tensor:
         if not len(self._labels):

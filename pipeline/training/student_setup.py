@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from models.networks.adapters import with_encoder
+from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import Backbone
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.tuning import TunedBackbone, TuneError, Tuning
@@ -15,7 +16,7 @@ from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
 from pipeline.data.class_prior import Prior
 from pipeline.model_io.checkpoint import ModelConfig, build_model, check_encoder, check_image, load_model
-from pipeline.model_io.encoder import load_encoder
+from pipeline.model_io.encoder import build_on_meta, describe, load_encoder
 from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import EncoderParams, ImageParams, StudentParams
 from pipeline.shared.errors import ParamsError
@@ -46,10 +47,11 @@ def build_objective(
             frozen.backbone = with_encoder(pretrained, frozen.backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(config, "student.backbone")
+        # Without the encoder, which tuned_backbone adds with its pretrained weights.
+        model = build_model(replace(config, tune="none"), "student.backbone")
         load_pretrained(model.backbone, section.pretrained, "student.pretrained")
         if pretrained:
-            model.backbone = tuned_backbone(pretrained, model.backbone.network[1], section)
+            model.backbone = tuned_backbone(pretrained, model.backbone, section)
         return student_objective(section, weights, prior, model, frozen, teacher_adjustment)
 
 
@@ -60,6 +62,14 @@ def tuned_backbone(pretrained: Backbone, head: Backbone, section: StudentParams)
         return TunedBackbone(copy.deepcopy(pretrained), head, tuning)
     except TuneError as error:
         raise ParamsError(f"student.tune is {section.tune}, but {error}") from None
+
+
+def check_tuning(encoder: EncoderParams | None, section: StudentParams) -> None:
+    """Raise ParamsError when the encoder cannot be tuned as section.tune; for use before the teacher's training."""
+    if encoder and section.tune != "none":
+        network = build_on_meta(describe(encoder).model)
+        with torch.device("meta"):
+            tuned_backbone(network, feature_backbone(network.feature_dim, 0), section)
 
 
 def student_objective(

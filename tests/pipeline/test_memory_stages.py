@@ -76,11 +76,7 @@ def test_a_student_with_a_memory_adds_its_logits_to_those_of_the_trained_network
     assert all(torch.equal(trained[name], stored[name]) for name in trained)
     train, memory = load_features(plain, "train"), record()
     assert stored["memory.row_class"].tolist() == sorted(train.labels.tolist())
-    assert (memory["rows"], memory["images"], memory["validation_images"]) == (
-        len(train),
-        len(train),
-        memory["validation_images"],
-    )
+    assert (memory["rows"], memory["images"]) == (len(train), len(train))
     assert f"memory of {len(train)} rows, tau" in str(done)
 
     logits = network_logits(STUDENT, "student", test, plain.image, prior, CPU)
@@ -125,6 +121,38 @@ def test_a_memory_alone_needs_no_training_and_new_images_are_embedded_and_added(
     assert str(pipeline.student.run(ready)).startswith("nothing trained, memory of ")
     images = len(load_features(ready, "train"))
     assert record()["rows"] == images == len(first["memory.row_class"]) + 1
+
+
+@pytest.mark.parametrize("changes", [BOTH, ALONE])
+def test_with_few_validation_images_the_memory_has_the_default_numbers_and_a_warning_is_printed(
+    weights, changes, capsys
+):
+    ready = until(BEFORE, weights, changes)
+    images = len(load_features(ready, "validation"))
+    assert 0 < images < 30
+    done = pipeline.student.run(ready)
+    why = f"(defaults: {images} validation images, fewer than 30)"
+    assert f"tau 0.07, weight 1 {why}" in str(done)
+    line = f"warning: tau and weight of student.memory are not fitted {why}; raise data.validation_per_class"
+    assert line in " ".join(capsys.readouterr().err.split())
+    fits = (0.07, 1.0, images, {"tau": 0.07, "weight": 1.0})
+    assert tuple(record()[key] for key in ("tau", "weight", "validation_images", "alone")) == fits
+
+
+def test_enough_validation_images_fit_the_numbers_and_a_memory_alone_that_does_not_help_keeps_a_weight(weights, capsys):
+    """The images are noise, so the memory has nothing to predict classes by."""
+    sizes = {"a": 60, "b": 60}
+    given = {"data.validation_per_class": 20, **ALONE}
+    ready = tiny_params(weights, folder(weights.parent / "images", sizes), given)
+    for stage in (pipeline.split, pipeline.prior, pipeline.embed):
+        stage.run(ready)
+    assert "(fitted on 40 validation images)" in str(pipeline.student.run(ready))
+    assert "not fitted" not in capsys.readouterr().err
+    memory = record()
+    assert memory["alone"] == {"tau": memory["tau"], "weight": memory["weight"]} and memory["weight"] >= 0.1
+    test = load_features(ready, "test")
+    logits = network_logits(STUDENT, "student", test, ready.image, load_prior(), CPU)
+    assert (logits != 0).all()
 
 
 def test_a_limit_of_rows_keeps_every_class_and_too_low_a_limit_is_refused(weights):

@@ -166,8 +166,25 @@ def test_sections_that_do_not_fit_a_tuned_encoder_are_refused_by_their_key(weigh
     assert str(caught.value).startswith(f"params.yaml: {message}")
 
 
+def test_adapters_for_an_encoder_without_transformer_blocks_are_refused_before_and_after_the_teacher_trains(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    weights = tiny_encoder(tmp_path, monkeypatch, "test_efficientnet")
+    reason = r"^student\.tune is adaptformer, but its network has no transformer blocks with an MLP$"
+    with pytest.raises(ParamsError, match=reason):
+        until(FEATURES, weights, "adaptformer")
+    assert not TEACHER.exists()
+    until(FEATURES, weights, "none", **{"student.augment.flip": False})
+    with pytest.raises(ParamsError, match=reason):
+        pipeline.student.run(until((), weights, "adaptformer"))
+
+
 def test_an_encoder_that_cannot_be_tuned_and_a_student_of_another_tune_are_refused(weights):
-    params = until(FEATURES, weights, "last_blocks", **{"student.tune_blocks": 7})
+    params = until(FEATURES[:-1], weights, "last_blocks", **{"student.tune_blocks": 7})
+    with pytest.raises(ParamsError, match=r"^student\.tune is last_blocks, but its network has 6 blocks, not 7"):
+        pipeline.teacher.run(params)
+    until(FEATURES[-1:], weights, "last_blocks")
     with pytest.raises(
         ParamsError, match=r"^student\.tune is last_blocks, but its network has 6 blocks, not 7; tune `all` of it$"
     ):

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from scipy.special import logsumexp, softmax
 
 from models.networks.memory import FeatureMemory, MemoryRows, build_memory, empty_rows, rows_per_class
-from models.networks.memory_fit import DEFAULT_TAU, TAUS, MemoryFit, fit_memory
+from models.networks.memory_fit import (
+    DEFAULT_TAU,
+    LARGEST_SCALE,
+    LEAST_WEIGHT,
+    MINIMUM_IMAGES,
+    TAUS,
+    MemoryFit,
+    fit_memory,
+)
 from models.prior import adjust_logits, log_class_prior
 
 
@@ -140,14 +148,30 @@ def test_the_fit_recovers_a_planted_tau_and_weight(planted):
     assert fit.tau == TAUS[4] and fit.weight == pytest.approx(planted, rel=0.1)
 
 
-def test_a_memory_that_does_not_help_gets_weight_0_and_no_images_give_the_default():
+def test_a_memory_that_does_not_help_gets_the_least_weight_and_no_mistake_gives_the_largest_scale():
     means = directions(3, 8)
     stored = build_memory(*drawn(means, [9, 9, 9], 0.1, seed=1), 3)
     queries, labels = drawn(means, [20] * 3, 0.1, seed=2)
     wrong = stored._replace(row_class=(2 - stored.row_class).flip(0), rows=stored.rows.roll(9, 0))
     perfect = 20 * F.one_hot(labels).float()
     assert fit_memory(wrong, queries, labels, perfect).weight == 0
-    assert fit_memory(stored, queries[:0], labels[:0], perfect[:0]) == MemoryFit(DEFAULT_TAU, 1.0, None, 0)
+    alone = fit_memory(wrong, queries, labels, torch.zeros(60, 3), LEAST_WEIGHT)
+    assert alone.weight == LEAST_WEIGHT > 0 and alone.tau in TAUS
+    certain = fit_memory(stored, queries, labels, torch.zeros(60, 3))
+    assert LARGEST_SCALE * 0.999 < certain.weight / certain.tau <= LARGEST_SCALE == 100
+
+
+@pytest.mark.parametrize("images", [0, 1, 2, 3, 4, 5, 29])
+def test_too_few_images_give_the_defaults_whatever_they_show(images):
+    means = directions(2, 8)
+    stored = build_memory(*drawn(means, [9, 9], 0.1, seed=1), 2)
+    queries, labels = drawn(means, [15, 15], 0.1, seed=2)
+    few = torch.arange(30).reshape(2, 15).T.flatten()[:images]
+    for shown in (labels[few], 1 - labels[few]):
+        for least in (0.0, LEAST_WEIGHT):
+            fit = fit_memory(stored, queries[few], shown, torch.zeros(images, 2), least)
+            assert fit == MemoryFit(DEFAULT_TAU, 1.0, None, images)
+    assert images < MINIMUM_IMAGES and fit_memory(stored, queries, labels, torch.zeros(30, 2)).loss is not None
 
 
 def test_a_loaded_memory_answers_as_the_saved_one():

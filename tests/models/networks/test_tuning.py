@@ -176,5 +176,9 @@ def test_what_cannot_be_tuned_is_refused_with_the_reason():
             TunedBackbone(plain, head, tuning)
     with pytest.raises(TuneError, match=r"^its network has no transformer blocks with an MLP$"):
         tuned("test_convnext", "adaptformer")
+    block = nn.Module()
+    block.attn, block.mlp = nn.Identity(), nn.Conv2d(3, 3, 1)
+    with pytest.raises(TuneError, match=r"^the MLP of its blocks, a Conv2d, has no linear layer$"):
+        TunedBackbone(Backbone(block, 4), head, Tuning("adaptformer", 1, 2, 1.0, 1.0))
     with pytest.raises(TuneError, match=r"^its network has 6 blocks, not 7; tune `all` of it$"):
         tuned("test_vit", "last_blocks", blocks=7)
