@@ -21,7 +21,7 @@ gc.disable()
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") == "loadgroup" and pytest.version_tuple >= (9, 2):
         raise pytest.UsageError(
-            f"pytest is {pytest.__version__}, which drops the groups of pytest-xdist 3.8; expected below 9.2: run `make install`"
+            f"pytest is {pytest.__version__}, which drops the groups of pytest-xdist; expected below 9.2: run `make install`"
         )
 
 
