@@ -16,6 +16,7 @@ from pipeline.training.run import (
     Result,
     check_backbones,
     check_recipe,
+    check_tuned_export,
     memory_alone,
     model_config,
     stage_seed,
@@ -35,6 +36,7 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
     prior, section, image = load_prior(), params.student, params.image
     check_recipe(params.teacher, section, prior)
     check_backbones(params.teacher.backbone, section.backbone, image.size, params.export.opset)
+    check_tuned_export(params.encoder, section, image.size, params.export.opset)
     config = model_config(section, image, len(prior.classes), stored_encoder(params))
     with joined_ranks(params.device) as device:
         if section.memory and memory_alone(section):

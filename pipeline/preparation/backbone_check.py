@@ -16,16 +16,20 @@ from importlib.util import find_spec
 import torch
 
 from models.networks.cosine_classifier import ImageClassifier
+from pipeline.model_io.encoder import build_encoder
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 
 CLASSES = 3
 
 
-def main(backbone: str, size: int, opset: int | None) -> None:
-    """Build the network, run a forward pass in training mode on two images, and export it unless opset is None."""
+def main(backbone: str, size: int, opset: int | None, encoder: bool = False) -> None:
+    """Build the network, run a forward pass in training mode on two images, and export it unless opset is None.
+
+    encoder: whether backbone is the name of an encoder, timm/<model>, and not of a backbone.
+    """
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    model = ImageClassifier(backbone, CLASSES, 1 / 30, size)
+    model = ImageClassifier(build_encoder(backbone, size) if encoder else backbone, CLASSES, 1 / 30, size)
     model.train()(torch.rand(2, 3, size, size))
     if opset is not None and find_spec("onnx") and find_spec("onnxscript"):
         served = ServedStudent(model.eval(), [0.5] * 3, [0.5] * 3, [-1.0] * CLASSES).eval()
@@ -34,4 +38,4 @@ def main(backbone: str, size: int, opset: int | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None, "encoder" in sys.argv[4:])

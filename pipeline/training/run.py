@@ -23,8 +23,17 @@ from models.objectives.teacher import TeacherObjective
 from pipeline.data.class_prior import Prior
 from pipeline.data.embeddings import FeatureImages, training_inputs
 from pipeline.model_io.checkpoint import BEST, ModelConfig, build_model, describe_memory, save_model
+from pipeline.model_io.encoder import describe
 from pipeline.model_io.pretrained import load_pretrained
-from pipeline.params import EngineParams, ImageParams, Params, StreamParams, StudentParams, TrainingParams
+from pipeline.params import (
+    EncoderParams,
+    EngineParams,
+    ImageParams,
+    Params,
+    StreamParams,
+    StudentParams,
+    TrainingParams,
+)
 from pipeline.shared.artifacts import (
     TENSORBOARD,
     as_csv,
@@ -212,18 +221,28 @@ def check_backbones(teacher: str, student: str, size: int, opset: int) -> None:
     Checked on untrained networks before training: otherwise a backbone that cannot be exported fails after hours. Only
     rank 0 runs the check.
     """
+    if "/" in teacher:  # Tailor's CIFAR ResNets accept every size; tests export them. `embed` runs the encoder.
+        _check_network("teacher.backbone", teacher, size, teacher)
+    if "/" in student:
+        _check_network("student.backbone", student, size, student, str(opset))
+
+
+def check_tuned_export(encoder: EncoderParams | None, student: StudentParams, size: int, opset: int) -> None:
+    """Raise ParamsError when the encoder that the student tunes cannot be exported; as `check_backbones`."""
+    if encoder and student.tune != "none":
+        _check_network("encoder.name", encoder.name, size, f"timm/{describe(encoder).model}", str(opset), "encoder")
+
+
+def _check_network(key: str, name: str, size: int, network: str, *options: str) -> None:
+    """Run pipeline.preparation.backbone_check in a process. options: its arguments after the size; none: no export."""
     if os.environ.get("RANK", "0") != "0":
         return
-    arguments_of = {("teacher.backbone", teacher): [str(size)], ("student.backbone", student): [str(size), str(opset)]}
-    for (key, name), arguments in arguments_of.items():
-        if "/" not in name:  # Tailor's CIFAR ResNets accept every size; tests export them. `embed` runs the encoder.
-            continue
-        command = [sys.executable, "-P", "-m", "pipeline.preparation.backbone_check", name, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode:
-            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-            reason = next((line for line in reversed(lines) if ": " in line), f"status {done.returncode}")
-            raise ParamsError(
-                f"{key} is {name!r}, which does not {'run or export' if len(arguments) > 1 else 'run'} at image.size = {size}: "
-                f"{reason[:300]}; choose another backbone or size"
-            )
+    command = [sys.executable, "-P", "-m", "pipeline.preparation.backbone_check", network, str(size), *options]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        reason = next((line for line in reversed(lines) if ": " in line), f"status {done.returncode}")
+        raise ParamsError(
+            f"{key} is {name!r}, which does not {'run or export' if options else 'run'} at image.size = {size}: "
+            f"{reason[:300]}; choose another {'encoder' if key == 'encoder.name' else 'backbone'} or size"
+        )

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import evaluate, prior, seeds, split, student, teacher
+from pipeline import embed, evaluate, prior, seeds, split, student, teacher
 from pipeline.params import Params
 from pipeline.shared.errors import ParamsError
 from tests.support.making import data_params, folder
+from tests.support.small_encoder import tiny_encoder, tiny_params
 
 pytestmark = pytest.mark.end_to_end
 
@@ -139,3 +140,40 @@ def test_a_repeated_seed_is_rejected(project):
         seeds.run(with_changes(made, {"seeds": [1, 1]}), Path("unused"))
     with pytest.raises(ParamsError, match=r"not seed \(0\), which runs anyway"):
         seeds.run(with_changes(made, {"seeds": [0]}), Path("unused"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "networks"),
+    [
+        (
+            {"student.memory": {"classifier": "both"}},
+            {"teacher", "student", "student_best_epoch", "student_cosine_alone", "student_memory_alone"},
+        ),
+        ({"student.memory": {"classifier": "memory"}}, {"teacher", "student"}),
+        ({"student.tune": "lora", "student.augment.flip": True}, {"teacher", "student", "student_best_epoch"}),
+    ],
+    ids=["both", "memory", "lora"],
+)
+def test_a_further_seed_of_a_student_with_a_memory_or_a_tuned_encoder_has_the_metrics_of_the_first(
+    tmp_path, monkeypatch, changes, networks
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(student, "check_tuned_export", lambda *_: None)
+    given = {"teacher.epochs": 1, "student.epochs": 1, "student.queue_total": 64, "seeds": [1], **changes}
+    weights = tiny_encoder(tmp_path, monkeypatch)
+    made = tiny_params(weights, folder(tmp_path / "images", {"a": 20, "b": 9}), given)
+    for stage in (split, prior, embed, teacher, student, evaluate):
+        stage.run(made)
+    result = seeds.run(made)
+    assert set(result.scores) == {0, 1}
+    rows = list(csv.DictReader((tmp_path / "artifacts/seeds/seeds.csv").open()))
+    for seed in ("0", "1"):
+        assert {row["network"] for row in rows if row["seed"] == seed} >= networks - {"student_best_epoch"}
+    assert {row["network"] for row in rows if row["seed"] == "1"} == networks
+    losses = {
+        name: {row["nll"] for row in rows if row["network"] == name and row["target_prior"] == "balanced"}
+        for name in ("teacher", "student")
+    }
+    assert len(losses["teacher"]) == 2
+    # The memory alone depends on the features, not on a seed.
+    assert len(losses["student"]) == (1 if networks == {"teacher", "student"} else 2)

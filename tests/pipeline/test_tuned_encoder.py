@@ -39,6 +39,8 @@ PREFIX = "backbone.network.0.network."
 @pytest.fixture(name="weights")
 def _weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # A process of several seconds in each run; test_backbone_check.py runs it.
+    monkeypatch.setattr(pipeline.student, "check_tuned_export", lambda *_: None)
     return tiny_encoder(tmp_path, monkeypatch)
 
 
@@ -164,6 +166,17 @@ def test_sections_that_do_not_fit_a_tuned_encoder_are_refused_by_their_key(weigh
     with pytest.raises(ParamsError) as caught:
         tiny_params(weights, weights.parent, {"student.tune": "lora", **changes})
     assert str(caught.value).startswith(f"params.yaml: {message}")
+
+
+def test_the_export_of_the_encoder_is_tried_before_the_student_trains(weights, monkeypatch):
+    params = until(FEATURES[:-1], weights, "all")
+
+    def refuse(encoder, section, size, opset):
+        raise ParamsError(f"{encoder.name} {section.tune} {size} {opset}")
+
+    monkeypatch.setattr(pipeline.student, "check_tuned_export", refuse)
+    with pytest.raises(ParamsError, match=rf"^tiny all 32 {params.export.opset}$"):
+        pipeline.student.run(params)  # there is no teacher either, which would be refused later
 
 
 def test_adapters_for_an_encoder_without_transformer_blocks_are_refused_before_and_after_the_teacher_trains(

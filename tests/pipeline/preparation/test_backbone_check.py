@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.shared.errors import ParamsError
-from pipeline.training.run import check_backbones
+from pipeline.training.run import check_backbones, check_tuned_export
 from tests.support.making import params
 
 pytestmark = pytest.mark.slow
@@ -27,6 +27,35 @@ def test_a_student_backbone_that_does_not_export_is_refused_before_training():
     made = params({"student.backbone": "timm/nest_tiny", "image.size": 64, "image.resize_to": 64})
     with pytest.raises(ParamsError, match=r"student\.backbone is 'timm/nest_tiny', which does not run or export"):
         check(made)
+
+
+def tuned(name, size):
+    """Params of a student that tunes the encoder `name`."""
+    return params(
+        {
+            "encoder": {"name": name}, "student.tune": "last_blocks", "image.size": size, "image.resize_to": size,
+            **{f"{stage}.backbone": "encoder" for stage in ("teacher", "student")},
+            **{f"teacher.augment.{key}": value for key, value in (("crop_padding", 0), ("flip", False), ("cutout", 0))},
+        }
+    )  # fmt: skip
+
+
+def test_an_encoder_that_does_not_export_is_refused_only_where_the_student_tunes_it(monkeypatch):
+    pytest.importorskip("onnxscript")
+    made = tuned("timm/nest_tiny", 224)
+    size, opset = made.image.size, made.export.opset
+    check_tuned_export(made.encoder, made.student.model_copy(update={"tune": "none"}), size, opset)
+    with pytest.raises(
+        ParamsError, match=r"^encoder\.name is 'timm/nest_tiny', which does not run or export at image\.size = 224: "
+    ):
+        check_tuned_export(made.encoder, made.student, size, opset)
+    monkeypatch.setenv("RANK", "1")
+    check_tuned_export(made.encoder, made.student, size, opset)
+
+
+def test_an_encoder_with_a_fixed_size_is_exported_at_another_size():
+    made = tuned("timm/test_vit", 64)
+    check_tuned_export(made.encoder, made.student, made.image.size, made.export.opset)
 
 
 def test_the_check_does_not_import_a_users_module_named_like_one_of_tailors(tmp_path, monkeypatch):
