@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 TRAINING = ["torch", "torchvision", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "rich", "jinja2", "pillow"]
 # Packages of the GPU machine of docs/gpu.md: its own, and those that the carried folder installs.
 GPU_MACHINE = [
-    *("torch", "torchvision", "timm", "numpy", "pyarrow", "pillow", "safetensors", "rich", "pytest", "pyyaml"),
+    *("torch", "torchvision", "timm", "numpy", "pyarrow", "pillow", "onnx", "safetensors", "rich", "pytest", "pyyaml"),
     *("pydantic", "psutil", "ruamel.yaml", "hypothesis"),
 ]
 NEEDS_MORE = {
@@ -46,6 +46,8 @@ while pending:
 owners = importlib.metadata.packages_distributions()
 hidden = {top for top, by in owners.items() if not {name_of(name) for name in by} & (carried | {"setuptools"})}
 hidden -= {"models", "pipeline", "serving", "tailor"}
+if "torch" in carried:
+    import torch._dynamo  # looks up, without an import, packages that would raise here
 class Bare(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in hidden:

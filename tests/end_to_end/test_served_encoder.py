@@ -20,8 +20,7 @@ import pipeline.student
 import pipeline.teacher
 from models.prior import adjust_logits, softmax
 from pipeline.data.dataset import evaluation_images
-from pipeline.model_io.checkpoint import load_model
-from pipeline.model_io.encoder import attach_encoder
+from pipeline.model_io.checkpoint import attach_encoder, load_model
 from pipeline.shared.artifacts import EVALUATION, EXPORT, PRIOR, REPOSITORY, STUDENT
 from serving.client.sync_client import Client
 from serving.repository.manifest import load_manifest
