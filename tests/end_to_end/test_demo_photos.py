@@ -36,7 +36,7 @@ def test_make_demo_photos_trains_serves_and_compares_on_a_folder_of_photographs(
     done = make(tmp_path, f"FOLDER={tmp_path / 'my photos'}")
     assert done.returncode == 0, done.stdout + done.stderr
     params = yaml.safe_load((tmp_path / "project/params.yaml").read_text(encoding="utf-8"))
-    assert params["encoder"] == {"name": "efficientnet_lite0"} and params["image"]["size"] == 224
+    assert params["encoder"]["name"] == "efficientnet_lite0" and params["image"]["size"] == 224
     words = " ".join(done.stdout.split())
     assert "efficientnet_lite0: features of 26 images, 26 computed" in words
     assert "student − cross-entropy" in words and "The server was stopped cleanly." in words
