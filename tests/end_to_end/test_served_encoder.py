@@ -38,8 +38,11 @@ CHANGES = {
 }  # fmt: skip
 ENCODERS = {
     "tiny": {},  # a ViT
-    "efficientnet_lite0": {"encoder": {"name": "efficientnet_lite0"}, "image.size": 64, "image.resize_to": 64},
-}
+    "efficientnet_lite0": {
+        "encoder": {"name": "efficientnet_lite0"}, "image.size": 64, "image.resize_to": 64,
+        "export.half": {"tolerance": 0.005, "agreement": 0.98},  # in float16 its feature moves by 0.0021
+    },
+}  # fmt: skip
 
 
 def photographs(root):
