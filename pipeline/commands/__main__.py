@@ -1,7 +1,17 @@
-"""`python -m pipeline.commands`: run the command `tailor` if it is not installed as a script."""
+"""The command `tailor`, also as `python -m pipeline.commands`. Ctrl-C during the imports ends it with one line as later."""
 
 import sys
 
-from pipeline.commands.app import main
 
-sys.exit(main())
+def main() -> int:
+    """Import the application and run it; returns its exit status, 130 if it was interrupted."""
+    try:
+        from pipeline.commands.app import main as run
+    except KeyboardInterrupt:
+        print("tailor: interrupted", file=sys.stderr)
+        return 130
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

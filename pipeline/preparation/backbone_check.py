@@ -12,6 +12,7 @@ import logging
 import sys
 import warnings
 from importlib.util import find_spec
+from types import TracebackType
 
 import torch
 
@@ -37,5 +38,13 @@ def main(backbone: str, size: int, opset: int | None, encoder: bool = False) -> 
             to_onnx(served, size, opset)
 
 
+def print_first_cause(_type: type[BaseException], error: BaseException, _traceback: TracebackType | None) -> None:
+    """Print the first error of a chain in one line; the last one of an export is a page of advice about torch.onnx."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
 if __name__ == "__main__":
+    sys.excepthook = print_first_cause
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None, "encoder" in sys.argv[4:])

@@ -240,8 +240,7 @@ def _check_network(key: str, name: str, size: int, network: str, *options: str) 
     command = [sys.executable, "-P", "-m", "pipeline.preparation.backbone_check", network, str(size), *options]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        reason = next((line for line in reversed(lines) if ": " in line), f"status {done.returncode}")
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise ParamsError(
             f"{key} is {name!r}, which does not {'run or export' if options else 'run'} at image.size = {size}: "
             f"{reason[:300]}; choose another {'encoder' if key == 'encoder.name' else 'backbone'} or size"

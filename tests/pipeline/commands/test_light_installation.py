@@ -63,6 +63,18 @@ def test_a_command_names_its_missing_package_in_one_line(command: str, package: 
     assert done.stderr == f"tailor: {command.split()[0]} {needs}\n"
 
 
+def test_ctrl_c_during_the_imports_ends_in_one_line() -> None:
+    code = (
+        "import sys\nfrom pipeline.commands.__main__ import main\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'serving.commands.app': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\nsys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "tailor: interrupted\n")
+
+
 def test_help_imports_no_large_package() -> None:
     code = (
         "import sys\nfrom pipeline.commands.app import main\nmain(['--help'])\n"
