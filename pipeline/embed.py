@@ -15,7 +15,7 @@ from serving.shared.terminal import counted
 
 @dataclass(frozen=True)
 class Result:
-    """Numbers of images, and of those whose features were computed now. encoder: its name; None without an encoder."""
+    """Result of the stage. computed: number of images whose features this run computed. encoder: its name, or None."""
 
     images: int
     computed: int
@@ -39,7 +39,7 @@ def run(params: Params, output: Path = EMBEDDINGS) -> Result:
             write_json(folder / EMBEDDINGS_INDEX.name, {"encoder": None})
         shutil.rmtree(unfinished(output), ignore_errors=True)
         return Result(0, 0, None, output)
-    from pipeline.model_io.embedding import embed_images  # loads PyTorch, which takes seconds
+    from pipeline.model_io.embedding import embed_images  # loading PyTorch takes seconds
 
     images, computed = embed_images(params, params.encoder, output)
     return Result(images, computed, params.encoder.name, output)

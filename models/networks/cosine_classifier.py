@@ -31,9 +31,9 @@ class CosineClassifier(nn.Module):
 class ImageClassifier(nn.Module):
     """Backbone and cosine classifier. `tau_s` is part of the model, so that a checkpoint defines the scale of its logits.
 
-    backbone: its name, with image_size as for build_backbone, or the backbone itself. memory: its logits, of the feature
-    before an adapter, are added to those of the cosine classifier; cosine False: they are the logits, and there is no
-    cosine classifier.
+    backbone: its name, with image_size as for build_backbone, or the backbone itself. memory: computes logits from the
+    feature before an adapter; they are added to the logits of the cosine classifier. cosine: False for a network without
+    a cosine classifier, whose logits are those of the memory.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class ImageClassifier(nn.Module):
         return features, self.classifier(features) / self.tau_s + recalled if self.cosine else recalled
 
     def feature_of(self, outputs: Tensor) -> Tensor:
-        """The feature [B,D] in the output of the backbone, which may have the feature before the adapter first."""
+        """Return the feature [B,D] from the backbone output [B,D], or [B,2D] with the feature before the adapter first."""
         return outputs[:, -self.feature_dim :]
 
     def recalled(self, outputs: Tensor) -> Tensor:
-        """Logits [B,C] of the memory for the output of the backbone."""
+        """Compute the logits [B,C] of the memory from the backbone output."""
         assert self.memory is not None
         logits: Tensor = self.memory(outputs[:, : self.feature_dim])
         return logits

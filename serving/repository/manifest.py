@@ -34,7 +34,7 @@ class ImageFormat(BaseModel):
     """Parameters of `models.preprocess`: resize the shorter side to resize_to, centre crop of `size` (pixels).
 
     room: a large JPEG is decoded at a reduced size, at least room * resize_to. 0 disables it, as in exports from before
-    this key existed. interpolation: of the resize.
+    this key existed. interpolation: filter of the resize.
     """
 
     model_config = ConfigDict(extra="forbid")
