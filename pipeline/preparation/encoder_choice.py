@@ -1,4 +1,4 @@
-"""`tailor init`: choose a frozen encoder for a folder of images, or training from scratch. SIZES has the rule."""
+"""`tailor init`: choose a frozen encoder for a folder of images, or training from scratch. The rule: SIZES and below."""
 
 from __future__ import annotations
 
