@@ -68,7 +68,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     data, image, settings = params.data, params.image, params.evaluate
     device, labels = choose_device(params.device), test.labels.numpy()
     champion, notes = _champion(settings.champion, test, labels, prior)
-    # A teacher takes stored features even when the student tunes the encoder and takes images.
+    # The teacher takes stored features also where the student tunes the encoder and takes images.
     tuned = params.student.tune != "none"
     inputs = {"student": test, "teacher": evaluation_inputs(params, "test", "teacher") if tuned else test}
     logits = {

@@ -69,11 +69,11 @@ class ImageClassifier(nn.Module):
         return features, self.classifier(features) / self.tau_s + recalled if self.cosine else recalled
 
     def feature_of(self, outputs: Tensor) -> Tensor:
-        """Return the feature [B,D] from the backbone output [B,D], or [B,2D] with the feature before the adapter first."""
+        """The feature [B,D] in the output of the backbone, which may have the feature before the adapter first."""
         return outputs[:, -self.feature_dim :]
 
     def recalled(self, outputs: Tensor) -> Tensor:
-        """Compute the logits [B,C] of the memory from the backbone output."""
+        """Logits [B,C] of the memory for the output of the backbone."""
         assert self.memory is not None
         logits: Tensor = self.memory(outputs[:, : self.feature_dim])
         return logits

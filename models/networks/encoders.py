@@ -101,7 +101,7 @@ ENCODERS = {
 
 
 def find_encoder(name: str) -> Encoder | None:
-    """Return the listed encoder with this name; None for `timm/<model>`, which only timm describes.
+    """The listed encoder of that name; None for `timm/<model>`, which only timm describes.
 
     Raises UnknownEncoderError for any other name.
     """

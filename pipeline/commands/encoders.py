@@ -91,5 +91,5 @@ def _where(encoder: Encoder) -> str:
 
 
 def package_of(encoder: Encoder) -> str:
-    """Return the name of the Python package with the weights; "" for weights on a hub."""
+    """The Python package with the weights; "" for weights on a hub."""
     return encoder.source.removeprefix("package:").split("/")[0] if encoder.source.startswith("package:") else ""

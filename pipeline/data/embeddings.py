@@ -53,7 +53,7 @@ def shard_name(split: str, number: int) -> str:
 
 
 def split_hashes(split: str, folder: Path = SPLIT) -> np.ndarray:
-    """Compute the sha256 of the encoded images of a split, uint8 [N,32], in the order of its table."""
+    """sha256 of the encoded images of a split, uint8 [N,32], in the order of its table."""
     column = read_split(split, ["sha256"], folder).column("sha256")
     return np.frombuffer(b"".join(bytes.fromhex(text.as_py()) for text in column), np.uint8).reshape(-1, 32)
 
@@ -94,7 +94,7 @@ class StoredFeatures:
         self._at: dict[bytes, tuple[int, int]] = {}
 
     def add(self, path: Path) -> bool:
-        """Add the rows of a shard; returns False if `read_shard` does not accept the shard."""
+        """Add the rows of a shard; returns False for one that `read_shard` does not accept."""
         shard = read_shard(path, self._key)
         if shard is None:
             return False
@@ -144,7 +144,7 @@ def _of(encoder: EncoderParams) -> dict[str, Any]:
 
 
 def read_index(encoder: EncoderParams, image: ImageParams, folder: Path = EMBEDDINGS) -> dict[str, Any]:
-    """Read index.json: `encoder` is the record of the encoder, `keys` has the key of the shards of each split.
+    """Read index.json: `encoder` is the record of the encoder whose features are stored, `keys` those of the shards.
 
     Raises ParamsError when no features are stored, or when they were computed with other params.
     """
@@ -188,12 +188,12 @@ def training_inputs(
 
 
 def evaluation_inputs(params: Params, split: str, stage: str = "student") -> AnyImages:
-    """Load a split as the inputs of a stage's network: features, or the images of `evaluation_images`."""
+    """What the network of a stage takes of a split: features, or images as of `evaluation_images`."""
     return load_features(params, split) if takes_features(params, stage) else evaluation_images(params, split)
 
 
 def load_features(params: Params, split: str, folder: Path = SPLIT, embeddings: Path = EMBEDDINGS) -> FeatureImages:
-    """Load the features of a split into memory, 2 bytes per value.
+    """Load the features of a split into memory: 2 bytes a value.
 
     Raises ParamsError as `read_index` does, StageError when the features belong to other images than those of the split.
     """
@@ -221,5 +221,5 @@ def _shards(split: str, hashes: np.ndarray, folder: Path, key: str) -> Iterator[
 
 
 def bad_rows(features: Tensor) -> Sequence[int]:
-    """Return the rows of features [n,1+V,D] that have a value that is not finite."""
+    """Rows of features [n,1+V,D] with a value that is not finite."""
     return (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()

@@ -37,8 +37,8 @@ class ModelConfig:
     adjustment: strength of the logit adjustment in the L_cls that trained it; see Prior.balanced_shift. encoder: the
     record of the frozen encoder whose features are the inputs; None if images are the inputs. adapter:
     hidden units of the residual adapter on these features; 0 for none. memory: record of the memory of training features
-    (training/student_memory.py); None for none. tune: how the encoder was tuned. Unless it is `none`,
-    the encoder is part of the network, which takes images. tune_rank: hidden units of the adapters of `adaptformer`.
+    (training/student_memory.py); None for none. tune: `none`, or how the encoder was tuned: it is then part of the
+    network, which takes images. tune_rank: hidden units of the adapters of tune `adaptformer`.
     """
 
     backbone: str

@@ -30,8 +30,8 @@ FREE_LICENCES = (
     "bsd-3-clause",
     "cc-by-4.0",
     "unknown",
-)  # licences of timm's models without conditions
-# The source files that compute a feature from an encoded image.
+)  # of timm's models; others have conditions
+# The code between an encoded image and its feature.
 FEATURE_CODE = (
     "models/networks/backbones.py",
     "models/preprocess.py",
@@ -92,7 +92,7 @@ class LoadedEncoder:
 
 
 def describe(params: EncoderParams) -> Encoder:
-    """Return the entry of `tailor encoders`; for timm/<model> an entry from timm's own description of the model."""
+    """The entry of `tailor encoders`; for timm/<model> an entry made from timm's own description of it."""
     try:
         listed = find_encoder(params.name)
     except UnknownEncoderError as error:
@@ -117,8 +117,8 @@ def describe(params: EncoderParams) -> Encoder:
 def load_encoder(params: EncoderParams, image: ImageParams) -> LoadedEncoder:
     """Load the encoder of section `encoder` for images of section `image`, on the CPU.
 
-    Raises ParamsError that names the key: for another mean or std; a licence that is not accepted; weights that do not
-    exist, are damaged, have another sha256 or belong to another network; an image size that the network does not support.
+    Raises ParamsError that names the key for: another mean or std, a licence that is not accepted, weights that do not
+    exist, are damaged, have another sha256 or belong to another network, and an image size that the network cannot take.
     """
     encoder = describe(params)
     _check_image(encoder, image)

@@ -42,7 +42,7 @@ def _weights(tmp_path, monkeypatch):
 
 
 def made(weights, changes=None, **sizes):
-    """Make a folder with these numbers of images by class, run stage split, and return the params."""
+    """Params, after a split of a folder with those numbers of images by class."""
     ready = tiny_params(weights, folder(weights.parent / "images", sizes or {"a": 40, "b": 9}), changes)
     pipeline.split.run(ready)
     return ready
@@ -147,7 +147,7 @@ def test_a_run_that_stops_before_the_split_changes_gives_each_image_its_own_feat
 
     def stopping(*arguments):
         calls.append(1)
-        if len(calls) > 6:  # 4 calls per shard of 16 images
+        if len(calls) > 6:  # 4 of a shard of 16 images
             raise KeyboardInterrupt
         return whole(*arguments)
 
@@ -155,7 +155,7 @@ def test_a_run_that_stops_before_the_split_changes_gives_each_image_its_own_feat
     with pytest.raises(KeyboardInterrupt):
         pipeline.embed.run(params)
     monkeypatch.setattr(LoadedEncoder, "features", whole)
-    for number in range(3):  # sorted before the other images, so the index of every row changes
+    for number in range(3):  # sorted before the other images, so that all rows move
         write(weights.parent / f"images/a/0-{number}.png", png(1000 + number))
     pipeline.split.run(params)
     assert pipeline.embed.run(params).computed == 52 - 16
@@ -197,7 +197,7 @@ def test_the_features_of_new_images_do_not_depend_on_which_were_stored_before(we
     for number in (0, 7, 50):
         write(weights.parent / f"images/a/{number:03}-new.png", png(1000 + number))
     pipeline.split.run(params)
-    assert 3 <= pipeline.embed.run(params).computed < 20  # includes images that the new split moves to train
+    assert 3 <= pipeline.embed.run(params).computed < 20  # also those that another split now makes training images
     extended = contents()
     shutil.rmtree(EMBEDDINGS)
     assert pipeline.embed.run(params).computed == 52
@@ -325,7 +325,7 @@ def test_features_of_another_encoder_or_size_are_refused(weights):
     more = params.model_copy(update={"encoder": params.encoder.model_copy(update={"views": 3})})
     with pytest.raises(ParamsError, match=r"^encoder\.views is 3, but"):
         features(more)
-    # Another size gives another key, so no old feature is used.
+    # Another size is another key: nothing of the old features is used.
     assert pipeline.embed.run(other).computed == 49
 
 

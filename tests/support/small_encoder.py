@@ -21,7 +21,7 @@ TINY = "test_vit"  # a network of timm for tests, 0.3 million parameters
 
 
 def tiny_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch, model: str = TINY) -> Path:
-    """Add the encoder `tiny`, a model of timm, to the list, and write the file with its weights."""
+    """List the encoder `tiny`, a model of timm, and write the file with its weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         network = build_backbone(f"timm/{model}").network
@@ -33,7 +33,7 @@ def tiny_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch, model: str = TIN
 
 
 def tiny_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add the encoder `tiny` to the list with weights in a Python package, so that params need only its name."""
+    """List the encoder `tiny` with weights from a Python package, so that its name suffices."""
     package = folder / "packages/tiny_weights"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()

@@ -260,7 +260,7 @@ def test_the_weights_of_a_package_give_a_photograph_its_imagenet_feature(name):
     image = IMAGE.model_copy(update={"size": 64, "resize_to": 64})
     loaded = load_encoder(EncoderParams(name=name), image)
     assert loaded.record.sha256 == ENCODERS[name].sha256
-    # Batch norm has the statistics of images, so the features of noise are finite, sparse and not negative.
+    # Statistics of batch norm are those of images: the features of noise are finite, sparse and not negative.
     feature = loaded.network(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     assert feature.shape == (2, 1280) and feature.isfinite().all()
     assert feature.min() >= 0 and 0.05 < feature.mean() < 2
