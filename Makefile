@@ -58,7 +58,7 @@ PHOTOS := build/demo-photos
 .PHONY: demo-photos
 demo-photos: install ## the same on your photographs, with a pretrained encoder: make demo-photos FOLDER=photos (a folder per class)
 	@[ -d "$(FOLDER)" ] || { echo "make: FOLDER is '$(FOLDER)'; expected a folder that holds a folder of images for each class," \
-		"as in: make demo-photos FOLDER=photos" >&2; exit 2; }
+		"for example: make demo-photos FOLDER=photos" >&2; exit 2; }
 	@[ -f $(PHOTOS)/params.yaml ] || python -m pipeline.commands new $(PHOTOS) > /dev/null
 	@folder=$$(realpath "$(FOLDER)") && cd $(PHOTOS) && export PYTHONPATH="$(CURDIR)" && \
 		python -m pipeline.commands init "$$folder" --force && dvc repro && \

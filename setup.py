@@ -1,4 +1,4 @@
-"""Build of the wheel: add the git commit, and a copy of each module that tailor.client and tailor.losses import.
+"""Build the wheel: add the git commit, and a copy of each module that tailor.client and tailor.losses import.
 
 A program that installs Tailor may have top-level modules `models` and `serving`, which Python would import instead. In
 the wheel the copies import one another as `tailor._models` and `tailor._serving`. All other metadata is in

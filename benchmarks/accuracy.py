@@ -202,7 +202,7 @@ def comparison_id(params: Params, plus: Path) -> str:
 
 
 def recipe_params(recipes: list[Path], data: Path | None) -> Params:
-    """Return params.yaml with the recipes; data: data.location, None for that of the recipes."""
+    """Return params.yaml with the recipes. data: value of data.location; None for the location in the recipes."""
     text, _ = apply_recipe(recipes, Path("params.yaml"))
     params = parse_params(yaml.safe_load(text), recipes[-1])
     location = Path(os.path.relpath(data)) if data else Path(params.data.location)
@@ -210,7 +210,7 @@ def recipe_params(recipes: list[Path], data: Path | None) -> Params:
 
 
 def comparison_folder(params: Params, plus: Path, work: Path) -> Path:
-    """Return the folder of a comparison under `work`, with the split and the prior in it; its runs share them."""
+    """Return the folder of a comparison under `work`. It contains split and prior, which all runs share."""
     folder = work / comparison_id(params, plus)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.chdir(folder):

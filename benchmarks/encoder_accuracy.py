@@ -6,15 +6,15 @@
 
 Rows, with the params of recipes/photographs-lite0.yaml:
 - kNN, LogisticRegression balanced: benchmarks/feature_classifiers.py. They use no random numbers.
-- cross-entropy: the recipe's teacher without logit adjustment, by its plain logits; post-hoc: the same network, its
+- cross-entropy: the recipe's teacher trained without logit adjustment, and its plain logits. post-hoc: the same network with
   logits adjusted to the balanced prior. L_cls: the recipe's teacher.
 - GML: L_cls and L_GML with a residual adapter (GML_STUDENT in benchmarks/encoder_projects.py), against the features of the
-  teacher. L_cls, adapter: the same network, epochs and rates with L_cls alone.
+  teacher. L_cls, adapter: the same network, epochs and learning rates with L_cls alone.
 - memory alone, and + memory: the mixture of Eq. 3 over all training features; tau and weight are fitted on validation.
 
-all is the mean of per-class accuracies for the balanced target prior; many, medium and few are means over the classes of
-a group; images at train is the share of all test images for the training prior. Finished rows are kept in the project's
-folder runs/ and not repeated. Test is read once per row; everything that is chosen is chosen on validation.
+Column `all` is the mean of per-class accuracies for the balanced target prior; many, medium and few are means over the
+classes of a group; `images at train` is the share of correct test images for the training prior. Finished rows are stored
+in the project's folder runs/ and not repeated. Test is read once per row; every choice is made on validation.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ Logits = tuple[np.ndarray, np.ndarray]  # balanced logits of validation and test
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. logits: (params of one seed, features) → balanced logits. plain: of the target prior train.
+    """A row of the table. logits: (params of one seed, features) → balanced logits. plain: report the target prior train.
 
-    sections: of params that the result depends on; a row without sections has no seeds.
+    sections: sections of params that the result depends on; a row without sections has no seeds.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """All rows in the order of the table."""
+    """Return all rows in the order of the table."""
     teacher_sections, both = ("teacher",), ("teacher", "student")
     return [
         Row("kNN", lambda _, data: _without_training(knn, data)),
@@ -107,24 +107,24 @@ def _without_training(classifier: Callable[..., Logits], data: Features) -> Logi
 
 
 def cross_entropy(params: Params, data: Features) -> Logits:
-    """The recipe's teacher, trained without logit adjustment."""
+    """Return logits of the recipe's teacher, trained without logit adjustment."""
     params = merged(params, {"teacher": {"adjustment": 0.0}})
     return network(params, data, "teacher", lambda output: teacher.run(params, output))
 
 
 def l_cls(params: Params, data: Features) -> Logits:
-    """The recipe's teacher."""
+    """Return logits of the recipe's teacher."""
     return network(params, data, "teacher", lambda output: teacher.run(params, output))
 
 
 def l_cls_adapter(params: Params, data: Features) -> Logits:
-    """The network of the GML row, trained with L_cls alone."""
+    """Return logits of the network of row GML, trained with L_cls alone."""
     params = gml_params(params)
     return network(params, data, "adapter", lambda output: classification_alone(params, 1.0, output))
 
 
 def gml(params: Params, data: Features) -> Logits:
-    """The recipe's student with L_GML, against the features of the recipe's teacher."""
+    """Return logits of the recipe's student with L_GML, against the features of the recipe's teacher."""
     params = gml_params(params)
 
     def train(output: Path) -> None:
@@ -135,7 +135,7 @@ def gml(params: Params, data: Features) -> Logits:
 
 
 def run_folder(params: Params, kind: str) -> Path:
-    """Folder of a trained network, named by the params that it depends on."""
+    """Return the folder of a trained network; its name is a hash of the params that the network depends on."""
     sections = {
         "teacher": {"seed", "teacher"},
         "adapter": {"seed", "student"},
@@ -146,7 +146,7 @@ def run_folder(params: Params, kind: str) -> Path:
 
 
 def network(params: Params, data: Features, kind: str, train: Callable[[Path], object]) -> Logits:
-    """Balanced logits of a network, which is trained unless its folder exists."""
+    """Return balanced logits of a network. It is trained unless its folder exists."""
     folder = run_folder(params, kind)
     if not (folder / "model.safetensors").is_file():
         train(folder)
@@ -159,7 +159,7 @@ def network(params: Params, data: Features, kind: str, train: Callable[[Path], o
 
 
 def with_memory(base: Logits | None, data: Features) -> Logits:
-    """Logits plus those of the memory of all training images; None: the memory alone."""
+    """Add the logits of the memory of all training images to `logits`; None: return those of the memory alone."""
     classes = len(data.prior.classes)
     validation, test = base or tuple(np.zeros((len(s), classes), np.float32) for s in (data.validation, data.test))
     stored = build_memory(data.train.images[:, 0], data.train.labels, classes, len(data.train))
@@ -175,7 +175,7 @@ def with_memory(base: Logits | None, data: Features) -> Logits:
 
 
 def measure(row: Row, params: Params, data: Features) -> dict[str, Any]:
-    """The cells of a row for one seed, from its file or after training."""
+    """Return the cells of a row for one seed, from its file or after training."""
     name = row.name.replace(" ", "-").replace(",", "")
     depends = params.model_dump(mode="json", include={"seed", *row.sections} if row.sections else {"encoder"})
     if "student" in row.sections:

@@ -1,11 +1,11 @@
 """Time of training teacher and student on stored features, and of scikit-learn's LogisticRegression to the same loss.
 
-The features are generated: 21,549 of width 1,280 in 200 classes with the sizes of Tiny-ImageNet-LT, a noisy mean of each
-class, not negative as those of an EfficientNet. Section teacher is that of a recipe; so is section student, with
-GML_STUDENT if the recipe has no contrast term. The loss is the cross-entropy of balanced logits on the training features,
-each class weighing the same, which LogisticRegression with class_weight="balanced" minimises. It runs a rising number of
-iterations until its loss is that of the teacher; the time is that of the last run alone. Accuracy is of other features of
-the same distribution, mean of per-class accuracies.
+The features are generated: 21,549 of width 1,280 in 200 classes with the sizes of Tiny-ImageNet-LT. A feature is the mean of
+its class plus noise, and not negative, like those of an EfficientNet. Sections teacher and student are those of a recipe; the
+student has GML_STUDENT if the recipe has no contrast term. The loss is the cross-entropy of balanced logits on the training
+features, with equal weight for each class; LogisticRegression with class_weight="balanced" minimises the same loss. It runs
+with a growing number of iterations until its loss is at most that of the teacher; the time is that of the last run. Accuracy is
+the mean of per-class accuracies on other features of the same distribution.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from pipeline.training.student_setup import student_objective, weights_of
 
 ROOT = Path(__file__).parents[1]
 CLASSES, WIDTH, TEST_PER_CLASS = 200, 1280, 20
-COUNTS = [int(500 * 0.01 ** (c / (CLASSES - 1))) for c in range(CLASSES)]  # of Tiny-ImageNet-LT: 21,549
+COUNTS = [int(500 * 0.01 ** (c / (CLASSES - 1))) for c in range(CLASSES)]  # as in Tiny-ImageNet-LT: 21,549
 ITERATIONS = (5, 10, 20, 40, 80, 160, 320, 640)
 GOALS = {"teacher": 8.0, "student": 90.0}  # seconds on two idle cores
 ENCODER: dict[str, Any] = {"name": "generated", "sha256": "0" * 64, "width": WIDTH}
 
 
 def generated(counts: list[int], generator: torch.Generator, means: Tensor) -> FeatureImages:
-    """Features of `counts` images a class around `means` [C,D]."""
+    """Generate features around `means` [C,D], with `counts` images per class."""
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     features = (means[labels] + torch.randn(len(labels), means.shape[1], generator=generator)).relu().half()
     names = [str(number) for number in range(len(labels))]
@@ -54,14 +54,14 @@ def generated(counts: list[int], generator: torch.Generator, means: Tensor) -> F
 
 
 def prior_of(counts: list[int]) -> Prior:
-    """The class prior of the counts."""
+    """Return the class prior of the counts."""
     p = class_prior(counts, 0.0)
     names = [f"class {c}" for c in range(len(counts))]
     return Prior(names, counts, p.tolist(), np.log(p).tolist(), [shot_group(count) for count in counts])
 
 
 class Heads:
-    """Teacher and student of a recipe on one set of features."""
+    """Trains teacher and student of a recipe on one set of features."""
 
     def __init__(self, recipe: Path) -> None:
         text, _ = apply_recipe([recipe], ROOT / "params.yaml")
@@ -94,7 +94,7 @@ class Heads:
         return training.model
 
     def score(self, model: ImageClassifier) -> tuple[float, float]:
-        """The balanced loss on the training features, and the accuracy on the test features."""
+        """Return the balanced loss on the training features, and the accuracy on the test features."""
         device = torch.device("cpu")
         logits = [balanced_logits(model, split.images[:, 0], self.params.image, device) for split in self._splits]
         return self.balanced_loss(logits[0]), self.accuracy(logits[1])
@@ -104,17 +104,17 @@ class Heads:
         return self.train, self.test
 
     def balanced_loss(self, logits: Tensor) -> float:
-        """Cross-entropy of balanced logits [N,C] of the training features, each class weighing the same."""
+        """Return the cross-entropy of balanced logits [N,C] of the training features, with equal weight for each class."""
         losses = F.cross_entropy(logits.double(), self.train.labels, reduction="none")
         weight = 1 / (torch.tensor(COUNTS)[self.train.labels] * CLASSES)
         return float((losses * weight).sum())
 
     def accuracy(self, logits: Tensor) -> float:
-        """Share of right predictions on the test features, which are as many of each class."""
+        """Return the share of correct predictions on the test features. All classes have the same number of them."""
         return float((logits.argmax(1) == self.test.labels).double().mean())
 
     def logistic_regression(self, loss: float) -> tuple[float, int, float, float]:
-        """Seconds and iterations until the balanced loss is at most `loss`, that loss, and the accuracy."""
+        """Return seconds and iterations until the balanced loss is at most `loss`, the loss reached, and the accuracy."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
@@ -132,7 +132,7 @@ class Heads:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall-clock seconds of a call, and its result."""
+    """Return the wall-clock seconds of a call, and its result."""
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
@@ -141,7 +141,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 def report(recipe: Path) -> bool:
     """Print the times and losses; returns whether the goals are met."""
     heads = Heads(recipe)
-    # The first optimiser of a process imports PyTorch's compiler, which a training stage pays once.
+    # The first optimiser of a process imports PyTorch's compiler, once per training stage.
     started, _ = timed(lambda: torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
     teacher_seconds, teacher = timed(heads.teacher)
     student_seconds, student = timed(lambda: heads.student(teacher))

@@ -1,8 +1,9 @@
-"""Projects of the encoder benchmarks: a data set's split, prior and stored features, made by Tailor's own stages.
+"""Projects of the encoder benchmarks: Tailor's stages write split, prior and stored features of a data set.
 
     python -m benchmarks.encoder_projects plankton --data DIR --encoder efficientnet_lite0 --size 112
 
-A project lies in WORK/<data set>-<encoder>-<size>. Finished stages are not repeated, and an interrupted `embed` resumes.
+The folder of a project is WORK/<data set>-<encoder>-<size>. Finished stages are not repeated; an interrupted `embed`
+resumes.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ RECIPE = ROOT / "recipes/photographs-lite0.yaml"
 WORK = Path("build/encoders")
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
-# A student with the contrast term, for a recipe without one; chosen on validation (docs/experiments.md, 2026-11-28).
+# Student with a contrast term, for a recipe without one. Chosen on validation (docs/experiments.md, 2026-11-28).
 GML_STUDENT: dict[str, Any] = {
     "beta": 1.0, "alpha": 0.0, "adapter": 128, "queue_total": 1024, "queue_minimum": 2, "projection_dim": 64,
     "projection_hidden": 128, "epochs": 10, "batch_size": 256, "learning_rate": 0.3, "weight_decay": 0.01,
 }  # fmt: skip
 
-# Changes of section `data`. Validation is held out of train: at most 10 images and a fifth of a class; of CIFAR-10 100
-# of a class, which come from the images that the profile drops, but for the largest class.
+# Changes of section `data`. Validation is held out of train: at most 10 images and a fifth of a class. CIFAR-10: 100 images
+# per class, from the images that the profile drops (except in the largest class).
 HELD_OUT = {"validation_per_class": 10, "validation_share": 0.2}
 DATA_SETS: dict[str, dict[str, Any]] = {
     "plankton": {
@@ -64,7 +65,7 @@ DATA_SETS: dict[str, dict[str, Any]] = {
 
 
 def project_params(data_set: str, location: Path, encoder: str, size: int, views: int = 0) -> Params:
-    """Params of a data set with the recipe of a frozen encoder. location: folder of the Parquet files."""
+    """Return the params of a data set with the recipe of a frozen encoder. location: folder of the Parquet files."""
     text, _ = apply_recipe([RECIPE], ROOT / "params.yaml")
     known = ENCODERS[encoder]
     changes = {
@@ -77,19 +78,19 @@ def project_params(data_set: str, location: Path, encoder: str, size: int, views
 
 
 def gml_params(params: Params) -> Params:
-    """Params whose student has the contrast term."""
+    """Return params whose student has the contrast term."""
     return params if params.student.beta else merged(params, {"student": GML_STUDENT})
 
 
 def project_folder(work: Path, data_set: str, params: Params) -> Path:
-    """Folder of a project; features with augmented views have one of their own."""
+    """Return the folder of a project. Features with augmented views have a separate folder."""
     assert params.encoder is not None
     views = f"-views{params.encoder.views}" if params.encoder.views else ""
     return work / f"{data_set}-{params.encoder.name.replace('_', '-')}-{params.image.size}{views}"
 
 
 def prepare(params: Params, folder: Path) -> None:
-    """Run the stages split, prior and embed in `folder` where their output does not exist."""
+    """Run the stages split, prior and embed in `folder`, except stages whose output exists."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.chdir(folder):
         for stage, output in ((split, SPLIT / "classes.json"), (prior, PRIOR), (embed, EMBEDDINGS_INDEX)):
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a project."""
+    """Add the options that identify a project."""
     parser.add_argument("data_set", choices=list(DATA_SETS))
     parser.add_argument("--data", type=Path, required=True, help="folder of the Parquet files")
     parser.add_argument("--encoder", default="efficientnet_lite0", choices=list(ENCODERS))

@@ -1,8 +1,8 @@
 """Latency of one request to a served encoder against the encoder alone: `python -m benchmarks.encoder_requests`.
 
-One request at a time, in turns on the same cores. The encoder alone is its ONNX graph in ONNX Runtime with all cores
-and normalised pixels in memory. A request to `student` has pixels; one to `classifier` has a JPEG of the same size, and
-the server decodes it. The release has an adapter and a head with random weights on the encoder. A ratio is the median
+Both sides run in turns on the same cores, one request at a time. The encoder alone is its ONNX graph in ONNX Runtime, with
+all cores and normalised pixels in memory. A request to `student` contains pixels. A request to `classifier` contains a JPEG
+of the same size, which the server decodes. Adapter and classifier of the release have random weights. A ratio is the median
 over rounds, with the smallest and the largest. Goal: at most 1.15.
 
   python -m benchmarks.encoder_requests --encoder efficientnet_lite0 --size 224
@@ -43,12 +43,12 @@ from serving.server.triton_server import TritonServer
 from serving.transport.messages import Infer
 
 GOAL = 1.15
-IMAGES = 24  # of the generated data set, and different images in the requests
+IMAGES = 24  # images in the generated data set, and different images in the requests
 CLASSES, ADAPTER = 2, 320
 
 
 def with_weights(params: Params, folder: Path) -> Params:
-    """Params whose encoder can be loaded without a network: random weights, unless a Python package has its own."""
+    """Return params whose encoder loads without a network: random weights, unless a Python package has the weights."""
     assert params.encoder is not None
     encoder = ENCODERS[params.encoder.name]
     if encoder.source.startswith("package:"):
@@ -60,7 +60,7 @@ def with_weights(params: Params, folder: Path) -> Params:
 
 
 def make_release(params: Params) -> None:
-    """Run the stages, but not training: teacher and student have random weights."""
+    """Run the stages without training: teacher and student have random weights."""
     prior.run(params)
     embed.run(params)
     image, tau_s = params.image, params.student.tau_s
@@ -74,7 +74,7 @@ def make_release(params: Params) -> None:
 
 
 def encoder_side(params: Params) -> Side:
-    """The encoder alone: one image at a time in ONNX Runtime, which uses all cores."""
+    """Time the encoder alone: one image at a time in ONNX Runtime, on all cores."""
     assert params.encoder is not None
     size = params.image.size
     network = load_encoder(params.encoder, params.image).network
@@ -97,7 +97,7 @@ def encoder_side(params: Params) -> Side:
 
 
 def served_sides(server: TritonServer, size: int) -> dict[str, Side]:
-    """One request at a time to both models over HTTP."""
+    """Time one request at a time to each of the two models, over HTTP."""
     draw = np.random.default_rng(0)
     strength = np.zeros((1, 1), np.float32)
     pixels = draw.integers(0, 256, (IMAGES, 1, 3, size, size), dtype=np.uint8)

@@ -1,8 +1,8 @@
 """Throughput of stage `embed` against the bare forward pass of its encoder: `python -m benchmarks.encoders`.
 
-Both process the same number of photograph-sized JPEGs on the same cores, in turns in one process; the ratio is the
-median over rounds, with the smallest and the largest. The bare forward pass has its images in memory and takes its best
-batch size. `embed` reads, decodes and resizes the JPEGs besides, and writes shards. Goal: at least 0.9.
+Both process the same number of photograph-sized JPEGs on the same cores, in turns in one process. The ratio is the median
+over rounds, with the smallest and the largest. The bare forward pass has its images in memory and uses its fastest batch
+size. `embed` also reads, decodes and resizes the JPEGs, and writes shards. Goal: at least 0.9.
 
   python -m benchmarks.encoders --encoder efficientnet_lite0 --size 224 --images 512
   python -m benchmarks.encoders --heads           # training on stored features: benchmarks/encoder_heads.py
@@ -43,7 +43,7 @@ GOAL = 0.9
 
 
 def prepared(name: str, size: int, images: int, root: Path) -> Params:
-    """Params, after a split of a folder of generated JPEGs: smooth colours with noise, in two classes."""
+    """Generate a folder of JPEGs (smooth colours with noise, two classes), run stage split, and return the params."""
     draw = np.random.default_rng(0)
     for number in range(images):
         coarse = Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((SIDE, SIDE))
@@ -73,7 +73,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 @torch.inference_mode()
 def bare(encoder: LoadedEncoder, images: Tensor, batch: int) -> None:
-    """The forward pass alone, over normalised images."""
+    """Run the forward pass alone, on normalised images."""
     for part in images.split(batch):
         encoder.network(part)
 
@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--heads", action="store_true", help="time the training on features instead")
-    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/photographs-lite0.yaml", help="of --heads")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/photographs-lite0.yaml", help="for --heads")
     options = parser.parse_args()
     if options.heads:
         return 0 if encoder_heads.report(options.recipe) else 1

@@ -1,7 +1,7 @@
-"""Classifiers of stored features that Tailor is compared with: weighted kNN and scikit-learn's LogisticRegression.
+"""Baseline classifiers of stored features: weighted kNN and scikit-learn's LogisticRegression.
 
-Each returns balanced logits, to which a target prior can be added, for validation and test features. The one free number
-of each is chosen on validation, by the mean of per-class accuracies.
+Each returns balanced logits for validation and test features; a target prior can be added to them. Its one hyperparameter is
+chosen on validation, by the mean of per-class accuracies.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 from pipeline.evaluation.metrics import mean_of, per_class_accuracy
 
 NEIGHBOURS = (5, 10, 20, 50, 100)
-INVERSE_PENALTIES = (0.0001, 0.001, 0.01, 0.1)  # C of LogisticRegression, on features of mean 0 and deviation 1
+INVERSE_PENALTIES = (0.0001, 0.001, 0.01, 0.1)  # C of LogisticRegression, on standardised features
 ITERATIONS = 200
 TAU = 0.07  # temperature of a neighbour's vote
 BATCH = 512
 
-Logits = tuple[np.ndarray, np.ndarray]  # of validation and test
+Logits = tuple[np.ndarray, np.ndarray]  # logits of validation and test
 
 
 def knn(train: Tensor, labels: Tensor, validation: Tensor, targets: Tensor, test: Tensor, classes: int) -> Logits:
-    """k nearest neighbours by cosine; a vote has the weight exp(cosine / TAU), divided by the images of its class.
+    """Classify by the k nearest neighbours (cosine). The weight of a vote is exp(cosine / TAU) / images of its class.
 
     train [N,D], labels [N], validation [V,D], targets [V], test [T,D] → logits [V,C] and [T,C], log of the votes.
     """
@@ -47,7 +47,7 @@ def knn(train: Tensor, labels: Tensor, validation: Tensor, targets: Tensor, test
 def logistic_regression(
     train: Tensor, labels: Tensor, validation: Tensor, targets: Tensor, test: Tensor, classes: int
 ) -> Logits:
-    """LogisticRegression(class_weight="balanced"), L-BFGS, on features of mean 0 and deviation 1; as `knn`."""
+    """Fit LogisticRegression(class_weight="balanced") with L-BFGS on standardised features. Arguments and result: see `knn`."""
     mean, deviation = train.float().mean(0), train.float().std(0) + 1e-6
 
     def scaled(features: Tensor) -> np.ndarray:

@@ -45,7 +45,7 @@ HEADING = (
 
 
 def usable_forms(case: Case) -> list[str]:
-    """Return the names of the forms that run on the case's device: the fused kernels on CUDA only, if they are correct."""
+    """Return the names of the forms that run on the case's device. The fused kernels run on CUDA only, if correct."""
     (batch, keys), device = case.similarity.shape, case.similarity.device
     fused = device.type == "cuda" and not kernel_fault(
         device, batch, keys, case.runs.longest, OwnClassLogSumExp, timed=False

@@ -1,10 +1,10 @@
 """All measurements that need a GPU, in one command: `python -m benchmarks.gpu --data FOLDER --output FOLDER`.
 
-Runs steps in order of value, each in a separate process with a time limit. A step writes every figure to
-OUTPUT/results.json when it is measured; a failing step is recorded with its error, and the next step runs. Finished
-steps are skipped at the next call with the same output folder, and a step that does not fit into the remaining minutes
-is left for that call. OUTPUT holds three files: results.json, table.md, log.txt (the output of the steps). Training runs
-are stored under --work and resume from there.
+Runs steps in order of value, each in a separate process with a time limit. A step writes each figure to
+OUTPUT/results.json when it is measured. A failed step is recorded with its error, and the next step runs. A later call with
+the same output folder skips finished steps, and runs steps that did not fit into the minutes of the earlier call. OUTPUT
+contains three files: results.json, table.md, log.txt (the output of the steps). Training runs are stored under --work and
+resume from there.
 
   python -m benchmarks.gpu --plan
   python -m benchmarks.gpu --data gpu_pack/data --output OUTPUT --minutes 9
@@ -30,7 +30,7 @@ from serving.shared.atomic import write_file
 
 PACKS = ("cifar10-train.parquet", "cifar10-test.parquet", "plankton-train.parquet", "plankton-test.parquet")
 FINISHED = ("done", "failed")  # a stopped step runs again
-LIMIT = 3  # times the estimate: a step that takes longer has failed
+LIMIT = 3  # a step fails when it takes longer than this multiple of its estimate
 
 
 class Step(NamedTuple):
@@ -62,7 +62,7 @@ STEPS = [
     Step("plankton-32", 12, RUNS + "plankton_32", "plankton from scratch at 32 pixels: four methods, 3 seeds", True),
     Step("plankton-48", 18, RUNS + "plankton_48", "plankton from scratch at 48 pixels: four methods, 3 seeds", True),
 ]
-ENOUGH = 1.0  # minutes with which a step that resumes may start
+ENOUGH = 1.0  # remaining minutes that a resumable step needs to start
 
 
 class Results:
@@ -108,8 +108,8 @@ def _text(value: float | str) -> str:
 
 
 def measure(step: Step, options: argparse.Namespace) -> None:
-    """Process of a step: write its figures as they are measured. Its output is appended to OUTPUT/log.txt."""
-    os.setpgrp()  # so that the processes it starts end with it
+    """Run a step in its process; write each figure when it is measured. The output is appended to OUTPUT/log.txt."""
+    os.setpgrp()  # so that run_step can end all processes of the step
     with (options.output / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -152,7 +152,7 @@ def run_step(step: Step, options: argparse.Namespace, seconds: float) -> None:
         process.join(limit)
         code = process.exitcode
     finally:
-        with contextlib.suppress(ProcessLookupError):  # no group: the process has ended, or has not made it yet
+        with contextlib.suppress(ProcessLookupError):  # the group does not exist (yet)
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.join()
@@ -174,7 +174,7 @@ def run_step(step: Step, options: argparse.Namespace, seconds: float) -> None:
 
 
 def plan(steps: list[Step], results: Results) -> str:
-    """Text of --plan: the steps in order with their estimates and what an earlier call did."""
+    """Return the text of --plan: the steps in order, with estimate and status."""
     width = max(len(step.name) for step in steps)
     lines = [
         f"{s.name:<{width}}  {s.minutes:>4.1f} min  {results.status(s.name) or 'to run':<8}  {s.what}" for s in steps
@@ -193,7 +193,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, default=Path("build/gpu-work"), help="training runs (default: %(default)s)"
     )
-    parser.add_argument("--minutes", type=float, default=9, help="of the whole call (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=9, help="length of the call (default: %(default)s)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="every step at a small size: a test of the command")
     parser.add_argument("--only", nargs="+", metavar="STEP", choices=names, help=", ".join(names))
@@ -246,5 +246,5 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a terminated call ends its step
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a terminated call also ends its step
     sys.exit(main())

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the folder that a GPU machine without network needs beside the repository: wheels and image packs.
+# Make the folder of wheels and image packs that a GPU machine without a network needs besides the repository.
 #   benchmarks/gpu_pack.sh PACKS [FOLDER]    PACKS: folder of the four Parquet files; FOLDER: default gpu_pack
 set -euo pipefail
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then
@@ -17,7 +17,7 @@ for name in "${names[@]}"; do
 done
 mkdir -p "$folder/data" "$folder/wheels"
 for name in "${names[@]}"; do cp -f "$packs/$name.parquet" "$folder/data/"; done
-# The version of Python on the machine may be unknown: wheels of compiled packages are fetched for each.
+# The Python version of the GPU machine may be unknown, so the wheels of compiled packages are downloaded for each version.
 for version in 3.11 3.12 3.13; do
   python -m pip download --quiet --disable-pip-version-check --dest "$folder/wheels" --constraint "$root/constraints.txt" \
     --only-binary=:all: --implementation cp --python-version "$version" \

@@ -1,4 +1,4 @@
-"""Steps of benchmarks.gpu that train to the end: minutes and test accuracy, by the functions of benchmarks.accuracy."""
+"""Steps of benchmarks.gpu with complete training runs: minutes and test accuracy. They call benchmarks.accuracy."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def params_of(options: argparse.Namespace, recipe: Path, changes: dict[str, Any]
 
 
 def data_of(options: argparse.Namespace) -> Path:
-    """Return the folder of the packs; without --data, of generated ones (see make_packs)."""
+    """Return the folder of the packs; without --data, the folder of generated packs (see make_packs)."""
     if options.data is None:
         options.data = options.work / "packs"
         make_packs(options.data)
@@ -60,7 +60,7 @@ def data_of(options: argparse.Namespace) -> Path:
 
 
 def make_packs(folder: Path) -> None:
-    """Write packs of generated images, of the packs' names and columns, for a test of the command."""
+    """Write packs of generated images with the same names and columns, for a test of the command."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (name, count) in enumerate({"train": 1000, "test": 20}.items()):
         pixels, labels = generate_images(count, seed)
@@ -75,7 +75,7 @@ def make_packs(folder: Path) -> None:
 
 
 def cifar10(options: argparse.Namespace) -> Figures:
-    """Train teacher and student of the CIFAR-10 recipe with seed 0; minutes as the stages take them, and accuracies."""
+    """Train teacher and student of the CIFAR-10 recipe with seed 0; yield the minutes of the stages, and accuracies."""
     params, plus = params_of(options, CIFAR10, {}), PLUS.absolute()
     with contextlib.chdir(comparison_folder(params, plus, options.work)):
         resumed, minutes = Path("runs").exists(), []
@@ -91,7 +91,7 @@ def cifar10(options: argparse.Namespace) -> Figures:
 
 
 def cifar10_methods(options: argparse.Namespace) -> Figures:
-    """Compare METHODS on CIFAR-10; the runs of step cifar10 are used."""
+    """Compare METHODS on CIFAR-10. The runs of step cifar10 are reused."""
     params = params_of(options, CIFAR10, {})
     if options.tiny:
         return compare_methods(options, params, "all", SEEDS[:2], METHODS[:2])
@@ -116,7 +116,7 @@ def _plankton(options: argparse.Namespace, size: int) -> Figures:
 def compare_methods(
     options: argparse.Namespace, params: Params, measure: str, seeds: list[int], names: tuple[str, ...]
 ) -> Figures:
-    """Train methods, the seeds of each side by side; mean ± std over seeds of `measure` and its differences.
+    """Train methods, all seeds of a method at once; yield mean ± std over seeds of `measure` and of its differences.
 
     Finished runs are stored and not repeated.
     """

@@ -1,4 +1,4 @@
-"""Steps of benchmarks.gpu that measure speed and memory, by the functions of the other benchmarks.
+"""Steps of benchmarks.gpu that measure speed and memory. They call the other benchmarks.
 
 A step yields (figure, value, goal) as soon as a figure is measured.
 """
@@ -40,11 +40,11 @@ TIMM = ("timm/vit_small_patch16_224", "timm/vit_base_patch16_224", "timm/convnex
 CORES = min(len(os.sched_getaffinity(0)), 16)
 TINY_TRAINING = "--student resnet20 --teacher resnet20 --batch 16 --steps 2 --workers 1 --threads 1"
 TINY_IMAGENET = "--size 64 --student torchvision/resnet18 --teacher torchvision/resnet18 --batch 16 --queue 512"
-SATURATED = 0.95  # of the highest throughput
+SATURATED = 0.95  # share of the highest throughput
 
 
 def gpu_tests(options: argparse.Namespace) -> Figures:
-    """Run the tests with the mark `gpu`; raises RuntimeError, with pytest's output in the log, if none was collected."""
+    """Run the tests with the mark `gpu`. Raises RuntimeError if pytest collected none; its output is in the log."""
     files = [
         str(path) for path in sorted(Path("tests").rglob("test_*.py")) if "@pytest.mark.gpu" in path.read_text("utf-8")
     ]
@@ -66,7 +66,7 @@ def gpu_tests(options: argparse.Namespace) -> Figures:
 
 
 def gml_loss(options: argparse.Namespace) -> Figures:
-    """Time and peak memory of the losses at each size, after the values of all forms were compared."""
+    """Compare the values of all forms at each size, then measure time and peak memory."""
     for i, size in enumerate([(8, 64, 10)] if options.tiny else gml.SIZES):
         text = "B, K, C = " + ", ".join(map(str, size))
         case = make_case(*size, options.device)
@@ -98,7 +98,7 @@ def training_setup(options: argparse.Namespace, words: str = "") -> tuple[argpar
 
 
 def engine(options: argparse.Namespace) -> Figures:
-    """Compare the engine with the plain baseline, the goal's row first."""
+    """Compare the engine with the plain baseline; the row that has a goal is first."""
     arguments, setup = training_setup(options)
     yield "largest relative difference of losses and gradients in float64", difference(setup), "< 1e-9"
     for rows in (["student step", "student epoch"], ["teacher step", "teacher epoch", "views alone"]):
@@ -120,7 +120,7 @@ def images_per_second(setup: Setup, row: str, rounds: int) -> float:
 
 
 def marker(setup: Setup, marks: list[float], then: Callable[[int], None] = lambda _: None) -> Callable[[], None]:
-    """Return a function to call after each round, which appends the time to marks and calls `then` with their number."""
+    """Return a function to call after each round. It appends the time to marks and calls `then` with their number."""
 
     def turn() -> None:
         if setup.device.type == "cuda":
@@ -137,7 +137,7 @@ def with_params(setup: Setup, changes: dict[str, object]) -> Setup:
 
 
 def variants(options: argparse.Namespace) -> Figures:
-    """Speed of the student with and without CUDA graph, bfloat16 and the fused kernels."""
+    """Measure the speed of the student with and without CUDA graph, bfloat16 and the fused kernels."""
     setup, rounds = training_setup(options)[1], 1 if options.tiny else 3
     for row in ("student step",) if options.tiny else ("student step", "student epoch"):
         for precision, capture in itertools.product(("bfloat16", "float32"), (True, False)):
@@ -152,7 +152,7 @@ def variants(options: argparse.Namespace) -> Figures:
 
 
 def kernels(options: argparse.Namespace) -> Figures:
-    """Time of the ten most costly kernels of a student step (on the CPU: operators), and the share of idle time."""
+    """Measure the ten most costly kernels of a student step (on the CPU: operators), and the share of idle time."""
     setup, marks, profiler = training_setup(options)[1], [], profile()
 
     def then(count: int) -> None:
@@ -174,7 +174,7 @@ def kernels(options: argparse.Namespace) -> Figures:
 
 
 def batch_sizes(options: argparse.Namespace) -> Figures:
-    """Speed of steps by batch size, and the smallest size with SATURATED of the highest speed."""
+    """Measure the speed of steps by batch size, and find the smallest size with SATURATED of the highest speed."""
     sizes = [8, 16] if options.tiny else [64, 128, 256, 512, 1024, 2048]
     setup = training_setup(options, f"--batch {sizes[-1]}")[1]
     for stage in ("student", "teacher"):
@@ -188,7 +188,7 @@ def batch_sizes(options: argparse.Namespace) -> Figures:
 
 
 def imagenet_recipe(options: argparse.Namespace) -> Figures:
-    """Speed and memory of the ImageNet recipe and its options on photograph-sized JPEGs, against the estimate."""
+    """Measure speed and memory of the ImageNet recipe and its options on photograph-sized JPEGs, against the estimate."""
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         size = {"classes": 10, "scale": 0.02, "size": (100, 75)} if options.tiny else {"scale": 0.05, "workers": CORES}
         made_imagenet.make(Path(folder) / "data", pack=data_of(options) / "cifar10-train.parquet", **size)
@@ -211,7 +211,7 @@ def imagenet_recipe(options: argparse.Namespace) -> Figures:
 
 
 def streaming_loader(options: argparse.Namespace) -> Figures:
-    """Share of a training step's time that it waits for data with nvJPEG, then the loader against the DataLoader."""
+    """Measure the share of a training step spent waiting for data with nvJPEG, then compare loader and DataLoader."""
     count, batch, workers = (48, 8, 1) if options.tiny else (2048, 256, CORES)
     backbone = "torchvision/mobilenet_v3_small" if options.tiny else "torchvision/resnet50"
     with tempfile.TemporaryDirectory(dir=options.work) as folder:

@@ -48,7 +48,7 @@ HEADING = "| student | images/s | ratio | peak memory, GiB | estimate for a step
 
 
 class TrainingCost(NamedTuple):
-    """speed: images/s of a run of one epoch including evaluation; steps: of its steps alone, by wall time.
+    """speed: images/s of a run of one epoch including evaluation. steps: images/s of its steps alone, by wall time.
 
     peak: peak GiB. estimated: estimated GiB of a step.
     """

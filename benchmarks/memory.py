@@ -1,9 +1,9 @@
 """Size and latency of the served graph against the rows of its memory: `python -m benchmarks.memory`.
 
-Each graph is encoder, adapter, cosine classifier and a memory of K rows (0: none) with random weights, whose classes are
-long-tailed, in ONNX Runtime on the CPU. All graphs take the same pixels in turns in one process. Latency is the median
-over rounds; the ratio is the median over rounds of the graph's time over that of the first graph. Accuracy against K is
-measured on features: models.networks.memory.build_memory takes a limit.
+Each graph has an encoder, an adapter, a cosine classifier and a memory of K rows (0: none) in long-tailed classes, with random
+weights. It runs in ONNX Runtime on the CPU. All graphs process the same pixels in turns in one process. Latency is the median
+over rounds. The ratio is the median over rounds of a graph's time divided by that of the first graph. To measure accuracy by K,
+pass a limit to models.networks.memory.build_memory.
 
   python -m benchmarks.memory --encoder efficientnet_lite0 --size 224 --rows 0 512 1024 2048 4096 24320
 """
@@ -26,13 +26,13 @@ from models.networks.encoders import ENCODERS, Encoder
 from models.networks.memory import FeatureMemory, MemoryRows
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 
-ADAPTER, TAU_S = 320, 1 / 30  # of recipes/photographs-lite0.yaml
+ADAPTER, TAU_S = 320, 1 / 30  # hidden units of the adapter, temperature of the cosine classifier
 BATCHES = (1, 8)
 OPSET = 20
 
 
 def rows_of(rows: int, width: int, classes: int) -> MemoryRows:
-    """Random rows; class c has a number of them in proportion to 1 / (c + 1), and at least one."""
+    """Return random rows. Class c has at least one row, and a number in proportion to 1 / (c + 1)."""
     share = 1 / np.arange(1, classes + 1)
     lengths = np.maximum(1, np.floor(share / share.sum() * rows)).astype(int)
     lengths[0] += rows - lengths.sum()
@@ -42,7 +42,7 @@ def rows_of(rows: int, width: int, classes: int) -> MemoryRows:
 
 
 def graph(encoder: Encoder, size: int, classes: int, rows: int) -> bytes:
-    """The ONNX graph that a student with a memory of that many rows is exported to."""
+    """Export the ONNX graph of a student with a memory of `rows` rows."""
     network, width = build_backbone(f"timm/{encoder.model}", size), encoder.width
     memory = FeatureMemory(rows_of(rows, width, classes), classes, 0.07, 1.0) if rows else None
     head = feature_backbone(width, ADAPTER, with_input=rows > 0)
@@ -52,7 +52,7 @@ def graph(encoder: Encoder, size: int, classes: int, rows: int) -> bytes:
 
 
 def main() -> int:
-    """Print a row for each number of rows; returns 0."""
+    """Print a table row for each number of memory rows; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--encoder", default="efficientnet_lite0", choices=list(ENCODERS))
     parser.add_argument("--size", type=int, default=224)

@@ -140,7 +140,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add_device_option(parser)
     parser.add_argument("--student", help="backbone (default: resnet20 on the CPU, resnet32 on CUDA)")
     parser.add_argument("--teacher", help="backbone (default: resnet32 on the CPU, resnet56 on CUDA)")
-    parser.add_argument("--batch", type=int, default=128, help="images a batch (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=128, help="images per batch (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="steps a round (default: 4 on the CPU, a whole epoch on CUDA)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each row (default: 5)")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of the engine")

@@ -62,9 +62,9 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Replace every batch norm by one that uses the statistics of the whole batch; changes nothing in a single process.
+    """Replace every batch norm by one that uses the statistics of the whole batch. No change in a single process.
 
-    Batch norm of timm includes its activation, which the replacement applies too.
+    timm's batch norm includes an activation. The replacement applies it too.
     """
     if rank_count() == 1:
         return module
@@ -73,7 +73,7 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
         if any(isinstance(layer, nn.BatchNorm2d) and hasattr(layer, "act") for layer in module.modules()):
             from timm.layers.norm_act import convert_sync_batchnorm
 
-            convert = convert_sync_batchnorm  # PyTorch's would drop the activation
+            convert = convert_sync_batchnorm  # PyTorch's function would drop the activation
         converted: nn.Module = convert(module)
         return converted
     for name, child in module.named_children():
@@ -87,7 +87,8 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Synchronised batch norm on the CPU, where torch.nn.SyncBatchNorm is not supported.
 
-    Inputs of at least 2 dimensions. drop, act: of timm's batch norm, applied to the result.
+    Inputs of at least 2 dimensions. drop, act: dropout and activation of timm's batch norm, applied to
+    the normalised values.
     """
 
     drop: nn.Module

@@ -340,5 +340,5 @@ def preprocess(
     allow: Callable[[int], None] | None = None,
     interpolation: str = "bilinear",
 ) -> NDArray[np.uint8]:
-    """Encoded bytes to uint8 [3, size, size]: `decode`, then `resize`. interpolation: of FILTERS. Raises ImageError."""
+    """Encoded bytes to uint8 [3, size, size]: `decode`, then `resize`. interpolation: a key of FILTERS. Raises ImageError."""
     return resize(decode(data, resize_to, room, allow, interpolation), size, resize_to, interpolation)

@@ -15,7 +15,7 @@ from serving.shared.terminal import counted
 
 @dataclass(frozen=True)
 class Result:
-    """Numbers of images, and of those whose features were computed now. encoder: its name; None without an encoder."""
+    """Result of the stage. computed: number of images whose features this run computed. encoder: its name, or None."""
 
     images: int
     computed: int

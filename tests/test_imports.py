@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Packages of a training machine; their dependencies are added.
 TRAINING = ["torch", "torchvision", "numpy", "pyarrow", "pydantic", "pyyaml", "safetensors", "rich", "jinja2", "pillow"]
-# Packages of the GPU machine of docs/gpu.md: its own, and those that the carried folder installs.
+# Packages on the GPU machine of docs/gpu.md: installed before, and installed from the folder of gpu_pack.sh.
 GPU_MACHINE = [
     *("torch", "torchvision", "timm", "numpy", "pyarrow", "pillow", "onnx", "safetensors", "rich", "pytest", "pyyaml"),
     *("pydantic", "psutil", "ruamel.yaml", "hypothesis"),
@@ -47,7 +47,7 @@ owners = importlib.metadata.packages_distributions()
 hidden = {top for top, by in owners.items() if not {name_of(name) for name in by} & (carried | {"setuptools"})}
 hidden -= {"models", "pipeline", "serving", "tailor"}
 if "torch" in carried:
-    import torch._dynamo  # looks up, without an import, packages that would raise here
+    import torch._dynamo  # it searches for packages without importing them, which would raise here
 class Bare(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in hidden:

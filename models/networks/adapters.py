@@ -1,4 +1,4 @@
-"""Trained parts on the features of a frozen encoder: a residual adapter, or nothing."""
+"""The trained part between the features of a frozen encoder and the classifier: a residual adapter, or the identity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models.networks.backbones import Backbone
 
 
 class ResidualAdapter(nn.Module):
-    """x + up(gelu(down(layer_norm(x)))): a bottleneck of `hidden` units whose output starts at 0, so that it starts as x."""
+    """x + up(gelu(down(layer_norm(x)))), a bottleneck of `hidden` units. `up` starts at 0, so the output starts as x."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ResidualAdapter(nn.Module):
 
 
 class BackboneWithInput(Backbone):
-    """A backbone whose output has its input before the feature: [B,D] → [B,2D]."""
+    """A backbone that returns its input and its feature, concatenated: [B,D] → [B,2D]."""
 
     def forward(self, features: Tensor) -> Tensor:
         """features [B,D] → [B,2D], the input and then the feature."""
@@ -36,14 +36,14 @@ class BackboneWithInput(Backbone):
 
 
 def with_encoder(encoder: Backbone, head: Backbone) -> Backbone:
-    """An encoder, and the trained part between its features and the classifier, as one backbone of images [B,3,H,W]."""
+    """Join an encoder and a head (see feature_backbone) into one backbone that takes images [B,3,H,W]."""
     return Backbone(nn.Sequential(encoder, head), head.feature_dim)
 
 
 def feature_backbone(width: int, adapter: int, with_input: bool = False) -> Backbone:
-    """The trained part between features [B,width] and the classifier. adapter: its hidden units; 0 for no adapter.
+    """Build the trained part between features [B,width] and the classifier. adapter: hidden units; 0 for no adapter.
 
-    with_input: for a memory, the output of an adapter is [B,2*width], its input before its feature.
+    with_input: return the input and then the adapted feature, [B,2*width]; a memory needs the input.
     """
     if not adapter:
         return Backbone(nn.Identity(), width)

@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         return features
 
     def rate_factors(self) -> dict[nn.Parameter, float]:
-        """Weights with another learning rate than the classifier, as multiples of it: none; see TunedBackbone."""
+        """Factors of the learning rate, by weight. Empty here: only TunedBackbone has weights with another rate."""
         return {}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

@@ -31,9 +31,9 @@ class CosineClassifier(nn.Module):
 class ImageClassifier(nn.Module):
     """Backbone and cosine classifier. `tau_s` is part of the model, so that a checkpoint defines the scale of its logits.
 
-    backbone: its name, with image_size as for build_backbone, or the backbone itself. memory: its logits, of the feature
-    before an adapter, are added to those of the cosine classifier; cosine False: they are the logits, and there is no
-    cosine classifier.
+    backbone: its name, with image_size as for build_backbone, or the backbone itself. memory: computes logits from the
+    feature before an adapter; they are added to the logits of the cosine classifier. cosine: False for a network without
+    a cosine classifier, whose logits are those of the memory.
     """
 
     def __init__(

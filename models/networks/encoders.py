@@ -1,4 +1,4 @@
-"""Pretrained encoders by name: input, feature width, parameters, licence, source and sha256 of the weights. Data only.
+"""Pretrained encoders by name: input, feature width, parameters, licence, source and sha256 of the weights.
 
 An encoder that is not listed can be used as `timm/<model>`; its weights then need `encoder.weights` and
 `encoder.sha256` in params.yaml. No sha256 is listed for weights on a hub that were never downloaded to check them.
@@ -25,11 +25,12 @@ class UnknownEncoderError(ValueError):
 class Encoder:
     """A pretrained network without its classifier.
 
-    model: timm's name of the network. size: side of the images that it was trained on, pixels. width: of its feature.
-    parameters: their number. mean, std: of pixel values / 255. interpolation: of its authors' resize. source:
-    `package:<name>/<file>` of an installed Python package, or `hf://owner/name@revision`. sha256: of the file with the
-    weights; "" if params.yaml has to give it. by_order: the file's tensors have other names than timm's, in the same
-    order. accept: the value of encoder.licence that accepts a licence with conditions; "" if none is needed.
+    model: timm's name of the network. size: image side in its training, pixels. width: number of values of its feature.
+    parameters: number of parameters. mean, std: per channel, of pixel values / 255. interpolation: filter of its authors'
+    resize. source: `package:<name>/<file>` of an installed Python package, or `hf://owner/name@revision`. sha256: hash of
+    the weights file; "" if params.yaml has to give it. by_order: True if the tensors of the file have other names than
+    timm's, in the same order. accept: value of encoder.licence that accepts a licence with conditions; "" if the licence
+    has none.
     """
 
     name: str
@@ -78,7 +79,8 @@ ENCODERS = {
             "dinov3_b", "vit_base_patch16_dinov3.lvd1689m", 256, 768, 85_641_216, IMAGENET_MEAN, IMAGENET_STD,
             "DINOv3 License", "dinov3",
         ),
-        # OpenAI trained CLIP with QuickGELU. timm's model without it takes the same weights, and gives other features.
+        # OpenAI trained CLIP with QuickGELU. timm's model without QuickGELU loads the same weights but computes other
+        # features.
         _on_hub(
             "clip_b32", "vit_base_patch32_clip_quickgelu_224.openai", 224, 768, 87_456_000, CLIP_MEAN, CLIP_STD,
             repository="vit_base_patch32_clip_224.openai",

@@ -1,8 +1,9 @@
 """Memory of training features as a classifier: the class likelihood of Eq. 3, a mixture over the stored features of a class.
 
-log p(x|c) = log sum_k share_k * exp(cos(x, row_k) / tau) over the rows of class c, up to a constant. A row is a training
-image with share 1/n_c, or the mean of a cluster of the class's images, with the cluster's share of them. As a class
-likelihood it is balanced: the target prior is added to it as to the logits of L_cls.
+log p(x|c) = log sum_k share_k * exp(cos(x, row_k) / tau) over the rows of class c, up to a constant. A row is the feature
+of a training image, with share 1/n_c, or the mean of a cluster of the class's images, with the share of the class's images
+that are in the cluster. The result is a class likelihood, so it is balanced: the target prior is added to it as to the
+logits of L_cls.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from torch import Tensor, nn
 
 from models.networks.autocast import full_precision, without_autocast
 
-MEMORY_BYTES = 64 * 2**20  # of all rows in float16, unless a number of rows is given
-ITERATIONS = 10  # of k-means
-CHUNK = 4096  # images of a k-means step
+MEMORY_BYTES = 64 * 2**20  # default limit of all rows in float16
+ITERATIONS = 10  # k-means iterations
+CHUNK = 4096  # images that k-means compares with the centres at once
 
 
 class MemoryRows(NamedTuple):
-    """rows: [K,D] float16, of length 1, or means of such, sorted by class; log_share: [K] float32; row_class: [K] int64."""
+    """Rows of a memory, sorted by class.
+
+    rows: [K,D] float16, unit vectors or means of unit vectors. log_share: [K] float32. row_class: [K] int64.
+    """
 
     rows: Tensor
     log_share: Tensor
@@ -29,9 +33,9 @@ class MemoryRows(NamedTuple):
 
 
 class FeatureMemory(nn.Module):
-    """Logits of the memory, weight * log p(x|c), [B,C].
+    """Computes the logits of the memory: weight * log p(x|c), [B,C].
 
-    tau, weight: numbers, of `fit_memory`. A class without a row has the smallest likelihood of float32.
+    tau, weight: numbers that `fit_memory` returns. A class without a row has the smallest likelihood of float32.
     """
 
     rows: Tensor
@@ -53,7 +57,7 @@ class FeatureMemory(nn.Module):
 
 
 def empty_rows(rows: int, width: int) -> MemoryRows:
-    """Rows of zeros, into which a checkpoint is loaded."""
+    """Return rows of zeros; a checkpoint is loaded into them."""
     return MemoryRows(
         torch.zeros(rows, width, dtype=torch.float16), torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)
     )
@@ -62,8 +66,8 @@ def empty_rows(rows: int, width: int) -> MemoryRows:
 def log_mixture(cosines: Tensor, log_share: Tensor, row_class: Tensor, classes: int, tau: float) -> Tensor:
     """log sum_k share_k * exp(cos_k / tau) over the rows of each class: cosines [B,K] → [B,C].
 
-    The maximum of an image is subtracted before exp. A class with rows cannot underflow in float32 as long as
-    2 / tau - log_share is below 87: at 20,000 rows for every tau above .027.
+    The largest score of an image is subtracted before exp. A class with rows cannot underflow in float32 while
+    2 / tau - log_share is below 87; with 20,000 rows that holds for every tau above .027.
     """
     scores = cosines / tau + log_share
     peak = scores.amax(1, keepdim=True)
@@ -72,11 +76,11 @@ def log_mixture(cosines: Tensor, log_share: Tensor, row_class: Tensor, classes: 
 
 
 def build_memory(features: Tensor, labels: Tensor, classes: int, limit: int | None = None) -> MemoryRows:
-    """Rows of training features [N,D] with labels [N] int64: all images, or cluster means where `limit` rows cannot hold them.
+    """Build rows from training features [N,D] and labels [N] int64: one for each image, or cluster means above the limit.
 
-    limit: largest number of rows; None: as many as fit into MEMORY_BYTES. Each class has a row for each of its images
-    up to a number that is the same for all classes; a larger class has as many cluster means, by k-means on its features
-    of length 1. Deterministic. Raises ValueError if limit is below the number of classes with images.
+    limit: largest number of rows; None: as many as fit into MEMORY_BYTES. All classes have the same maximum of rows. A
+    class with at most that many images has a row for each image. A larger class has that many cluster means, by k-means on
+    its normalised features. Deterministic. Raises ValueError if limit is below the number of classes with images.
     """
     counts = torch.bincount(labels, minlength=classes)
     budget = rows_per_class(counts.tolist(), limit or max(MEMORY_BYTES // (2 * features.shape[1]), classes))
@@ -91,7 +95,7 @@ def build_memory(features: Tensor, labels: Tensor, classes: int, limit: int | No
 
 
 def rows_per_class(counts: list[int], limit: int) -> list[int]:
-    """min(count, m) for each class, with the largest m for which the sum is at most `limit`.
+    """Return min(count, m) for each class, with the largest m for which the sum is at most `limit`.
 
     Raises ValueError if one row for each class with images is more than `limit`.
     """
@@ -108,11 +112,12 @@ def rows_per_class(counts: list[int], limit: int) -> list[int]:
 
 
 def _cluster_means(unit: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Spherical k-means (Lloyd) of unit features [n,D]: means [k,D] of clusters with images, k <= most, and sizes [k].
+    """Spherical k-means (Lloyd) of unit features [n,D]: means [k,D] of non-empty clusters, k <= most, and sizes [k].
 
-    A mean is shorter than 1, and its product with a query is the mean cosine of its images. Rescaled to length 1 it would
-    be more similar to every query than its images are, and classes that keep their images would lose: on 13,992 images
-    of plankton and 4,061 rows, 45.3 % mean per-class accuracy (few 33.8) instead of 47.1 (47.0); all rows 48.1 (42.2).
+    The means are not normalised, so that the product of a mean and a query is the mean cosine of the cluster's images. A
+    normalised mean would be more similar to every query than its images are, at the cost of classes without clusters.
+    Measured on 13,992 images of plankton with 4,061 rows: mean per-class accuracy 47.1 % (few-shot 47.0 %); with
+    normalised means 45.3 % (33.8 %); with all rows 48.1 % (42.2 %).
     """
     chosen = torch.randperm(len(unit), generator=torch.Generator().manual_seed(0))[:most]
     centres, nearest = unit[chosen], torch.zeros(0, dtype=torch.int64)
@@ -124,5 +129,5 @@ def _cluster_means(unit: Tensor, most: int) -> tuple[Tensor, Tensor]:
             break
         centres = F.normalize(sums, dim=1)
     sizes = torch.bincount(nearest, minlength=most)
-    filled = sizes > 0  # a centre can lose its images
+    filled = sizes > 0  # a cluster can become empty
     return sums[filled] / sizes[filled, None], sizes[filled].float()

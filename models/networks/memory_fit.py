@@ -1,4 +1,4 @@
-"""Fit of the memory's two numbers, tau and weight, on validation images: least balanced cross-entropy."""
+"""Fit tau and weight of the memory on validation images, by the lowest balanced cross-entropy."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from models.networks.memory import MemoryRows, log_mixture
 
 TAUS = tuple(float(tau) for tau in np.geomspace(0.03, 0.2, 8))
-LARGEST_SCALE = 100.0  # of weight / tau, as CLIP limits its scale; reached where the memory makes no mistake
-LEAST_WEIGHT = 0.1  # of a memory alone: with weight 0, all its logits would be 0
-MINIMUM_IMAGES = 30  # with one image of two classes each, one mistake gave weight 0, and no mistake the largest weight
+LARGEST_SCALE = 100.0  # of weight / tau, the limit of CLIP; reached when the memory classifies every image correctly
+LEAST_WEIGHT = 0.1  # for a memory alone: with weight 0, all its logits would be 0
+MINIMUM_IMAGES = 30  # with one image in each of two classes, one mistake gave weight 0, no mistake the largest weight
 BISECTIONS = 40
-VALUES = 2**22  # log-likelihoods of one tau that are held in memory; more images than that are not used
+VALUES = 2**22  # largest number of log-likelihoods for one tau; images above it are not used
 BATCH = 256
-DEFAULT_TAU = 0.07  # with too few validation images: that of the GML loss in the paper
+DEFAULT_TAU = 0.07  # with too few validation images: the temperature of the GML loss in the paper
 
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """tau and weight of a memory, the cross-entropy at them (None: defaults), and the number of validation images."""
+    """Fitted tau and weight of a memory. loss: their cross-entropy; None for defaults. images: validation images."""
 
     tau: float
     weight: float
@@ -34,12 +34,12 @@ class MemoryFit:
 def fit_memory(
     stored: MemoryRows, features: Tensor, labels: Tensor, logits: Tensor, least_weight: float = 0.0
 ) -> MemoryFit:
-    """tau and weight with the least cross-entropy of logits + weight * log p(x|c) for the balanced target prior.
+    """Find tau and weight with the lowest cross-entropy of logits + weight * log p(x|c), for the balanced target prior.
 
-    features: [N,D] of the encoder; labels: [N] int64; logits: [N,C], balanced, to which the memory is added; zeros for
-    the memory alone. An image of a class with n images has the weight 1/n. tau is one of TAUS; for each of them the
-    cross-entropy is convex in the weight, which is at least least_weight and at most LARGEST_SCALE * tau. It is
-    least_weight if the memory lowers the cross-entropy at no tau. With fewer than MINIMUM_IMAGES images: DEFAULT_TAU and 1.
+    features: encoder features [N,D]. labels: [N] int64. logits: balanced logits [N,C] to which the memory is added; zeros
+    for the memory alone. An image of a class with n images has the weight 1/n in the loss. tau is one of TAUS. For each
+    tau the cross-entropy is convex in the weight, which lies between least_weight and LARGEST_SCALE * tau. The result is
+    least_weight if the memory lowers the cross-entropy for no tau. With fewer than MINIMUM_IMAGES images: DEFAULT_TAU and 1.
     """
     if len(labels) < MINIMUM_IMAGES:
         return MemoryFit(DEFAULT_TAU, 1.0, None, len(labels))
@@ -59,7 +59,7 @@ def fit_memory(
 
 
 def _mixtures(stored: MemoryRows, features: Tensor, classes: int) -> Tensor:
-    """Log-likelihoods for each of TAUS: [T,N,C]."""
+    """Compute the log-likelihoods [T,N,C] for each value of TAUS."""
     rows = stored.rows.float()
     batches = []
     for part in features.split(BATCH):
@@ -71,7 +71,7 @@ def _mixtures(stored: MemoryRows, features: Tensor, classes: int) -> Tensor:
 
 
 def _best_weight(logits: Tensor, mixture: Tensor, labels: Tensor, share: Tensor, bounds: tuple[float, float]) -> float:
-    """The weight within bounds at which the derivative of the cross-entropy is 0, by bisection."""
+    """Find the weight within bounds at which the derivative of the cross-entropy is 0, by bisection."""
     own = mixture.gather(1, labels[:, None])[:, 0]
 
     def slope(weight: float) -> float:

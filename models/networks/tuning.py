@@ -1,7 +1,7 @@
-"""Tune a pretrained encoder: choose the trained weights, add low-rank updates, set learning rates by layer.
+"""Tune a pretrained encoder: select the trained weights, add low-rank updates or adapters, set learning rates by layer.
 
-What is frozen does not change by one bit: its weights have no gradient, and its modules stay in eval mode, in which
-batch norm uses its running statistics and does not update them.
+Frozen weights and statistics stay bit-identical. Frozen weights have no gradient. Frozen modules stay in eval mode, in
+which batch norm uses its running statistics and does not update them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from models.networks.adapters import with_encoder
 from models.networks.backbones import Backbone
 
 Tune = Literal["none", "last_blocks", "lora", "adaptformer", "all"]
-ADAPTER_SCALE = 0.1  # as in the code of AdaptFormer
+ADAPTER_SCALE = 0.1  # the value in the code of AdaptFormer
 
 
 class TuneError(ValueError):
@@ -29,9 +29,10 @@ class TuneError(ValueError):
 class Tuning:
     """How an encoder is tuned.
 
-    tune: its last `blocks` blocks, a low-rank update of every linear layer and convolution, an adapter in each
-    transformer block, or all of it. rank: of the updates; hidden units of an adapter. rate: learning rate of its last
-    block as a multiple of that of the classifier; each block before it has `decay` times the rate of the next.
+    tune: `last_blocks` trains the last `blocks` blocks, `lora` a low-rank update of every linear layer and convolution,
+    `adaptformer` an adapter in each transformer block, `all` every weight. rank: rank of an update, or hidden units of an
+    adapter. rate: learning rate of the last block as a multiple of the classifier's. decay: each earlier block has `decay`
+    times the rate of the block after it.
     """
 
     tune: Tune
@@ -42,7 +43,7 @@ class Tuning:
 
 
 class TunedBackbone(Backbone):
-    """An encoder that is trained in part, and the part between its features and the classifier, trained as a whole.
+    """An encoder that is trained as `tuning` states, and the head after it (see feature_backbone).
 
     Raises TuneError when the encoder cannot be tuned in this way.
     """
@@ -70,13 +71,13 @@ class TunedBackbone(Backbone):
             layers_of(network)  # raises TuneError before training
 
     def train(self, mode: bool = True) -> TunedBackbone:
-        """Set training mode for the modules that have trained weights; all others are in eval mode."""
+        """Set training mode for the modules that have trained weights, and eval mode for all others."""
         super().train(mode)
         _keep_frozen(self)
         return self
 
     def rate_factors(self) -> dict[nn.Parameter, float]:
-        """Learning rate of each trained weight of the encoder, as a multiple of the rate of the classifier."""
+        """Return the learning rate of each trained encoder weight, as a multiple of the classifier's rate."""
         network, tuning = self.network.get_submodule("0.network"), self.tuning
         trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
         if tuning.decay == 1:
@@ -94,9 +95,9 @@ def _keep_frozen(module: nn.Module) -> None:
 
 
 def layers_of(network: nn.Module) -> dict[str, int]:
-    """Layer of each weight of a timm network: 0 for the stem, then a number for each block.
+    """Return the layer number of each weight of a timm network: 0 for the stem, then 1, 2, … for the blocks.
 
-    What follows the last block belongs to it. Raises TuneError for a network whose blocks timm does not describe.
+    Weights after the last block have its number. Raises TuneError for a network whose blocks timm does not describe.
     """
     from timm.models import group_parameters
 
@@ -104,7 +105,7 @@ def layers_of(network: nn.Module) -> dict[str, int]:
     described = matcher(coarse=False) if matcher else None
     if not isinstance(described, dict):
         raise TuneError(f"timm does not describe the blocks of {type(network).__name__}")
-    # Weights that no pattern names, such as the norm before a classifier, belong to the layer before them.
+    # Weights that match no pattern, such as the norm before a classifier, belong to the layer before them.
     rest = {"rest": [(r"", (99999,))]}
     layers: dict[str, int] = group_parameters(network, {**described, **rest}, reverse=True)
     return layers
@@ -117,8 +118,8 @@ def _last_layer(network: nn.Module) -> int:
 class LowRankUpdate(nn.Module):
     """W + up · down, an update of a weight W [out,...] of rank `rank` (LoRA, Hu et al. 2022); up starts at 0.
 
-    down: [rank,in], up: [out,rank]; of a convolution, `in` is input channels times the area of its kernel. The scale
-    alpha / rank of the paper is 1.
+    down: [rank,in]. up: [out,rank]. For a convolution, `in` is the number of input channels times the kernel area. The
+    scale alpha / rank of the paper is 1.
     """
 
     def __init__(self, weight: Tensor, rank: int) -> None:
@@ -134,9 +135,9 @@ class LowRankUpdate(nn.Module):
 
 
 def add_low_rank_updates(network: nn.Module, rank: int) -> None:
-    """Add an update to the weight of every linear layer and every convolution over all channels, the first one excepted.
+    """Add an update to the weight of each linear layer and each convolution, except the first and grouped convolutions.
 
-    Raises TuneError when there is none.
+    Raises TuneError when the network has no such layer.
     """
     convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     chosen: list[nn.Linear | nn.Conv2d] = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
@@ -168,7 +169,10 @@ class MlpAdapter(nn.Module):
 
 
 def add_adapters(network: nn.Module, hidden: int) -> None:
-    """Add an adapter to the MLP of every transformer block. Raises TuneError when there is none, or it has no linear layer."""
+    """Add an adapter to the MLP of every transformer block.
+
+    Raises TuneError when the network has no such block, or an MLP has no linear layer.
+    """
     mlps: list[Any] = [block.mlp for block in network.modules() if hasattr(block, "attn") and hasattr(block, "mlp")]
     if not mlps:
         raise TuneError("its network has no transformer blocks with an MLP")
@@ -176,7 +180,7 @@ def add_adapters(network: nn.Module, hidden: int) -> None:
         width = next((layer.in_features for layer in mlp.modules() if isinstance(layer, nn.Linear)), None)
         if width is None:
             raise TuneError(f"the MLP of its blocks, a {type(mlp).__name__}, has no linear layer")
-        # A hook keeps the names of the pretrained weights.
+        # A hook leaves the names of the pretrained weights unchanged.
         mlp.adapter = MlpAdapter(width, hidden)
         mlp.register_forward_hook(_with_adapter)
 
@@ -187,7 +191,7 @@ def _with_adapter(mlp: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a network with its low-rank updates added to the weights, by the names of the plain network."""
+    """Return the state_dict with low-rank updates added to the weights, with the names of the plain network."""
     state = model.state_dict()
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight") and isinstance(

@@ -64,10 +64,10 @@ class StudentObjective(nn.Module):
     ) -> None:
         """Create the heads, the queues and, if needed, the momentum encoder; a teacher that no term needs is not stored.
 
-        projection_hidden: hidden units of the projection heads; None: the feature width. teacher_adjustment: the
-        strength of the logit adjustment in the teacher's L_cls; None: the student's. If the two differ, L_KD adds the
+        projection_hidden: hidden units of the projection heads; None: the feature width. teacher_adjustment:
+        strength of the logit adjustment in the teacher's L_cls; None: that of the student. If the two differ, L_KD adds the
         difference times log_prior to the teacher's logits, so that L_KD and L_cls have the same minimum. Raises
-        ValueError when a teacher is needed and not given.
+        ValueError when a loss term needs a teacher and there is none.
         """
         super().__init__()
         self.model = model

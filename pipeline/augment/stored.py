@@ -1,4 +1,4 @@
-"""Views of stored features: which of the stored views of an image a step takes, drawn on the CPU as all random numbers."""
+"""Select one of the stored views of each image for a training step. Random numbers are drawn on the CPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pipeline.augment.views import Draws
 
 
 def draw_stored(count: int, views: int, stored: int, generator: torch.Generator) -> Draws:
-    """For each of `views` views of `count` images, one of `stored` stored views."""
+    """Draw the index of a stored view, below `stored`, for each of `views` views of `count` images."""
     return Draws((torch.randint(stored, (views, count, 1), generator=generator).double(),))
 
 
 def take_stored(features: Tensor, draws: Draws) -> Tensor:
-    """features [B,stored,D] → [views,B,D]."""
+    """Gather the drawn views: features [B,stored,D] → [views,B,D]."""
     number = draws.tables[0][..., 0].long()
     return features[torch.arange(len(features), device=features.device), number]

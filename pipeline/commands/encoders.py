@@ -15,7 +15,7 @@ from pipeline.shared.errors import ParamsError
 from serving.commands.options import AsJson, Debug, print_json
 from serving.shared.terminal import Console
 
-BATCH, SECONDS = 16, 2.0  # of a measurement
+BATCH, SECONDS = 16, 2.0  # images of a forward pass, and length of a measurement
 
 
 def encoders(
@@ -26,9 +26,9 @@ def encoders(
 ) -> None:
     """List the pretrained encoders.
 
-    With input size, feature width, parameters, licence, source and sha256 of the weights. An encoder computes the
-    features that teacher and student are trained on (section encoder of params.yaml). Any other network of timm can be
-    used as timm/<model>.
+    Prints input size, feature width, parameters, licence, source and sha256 of the weights. Teacher and student are
+    trained on the features of the encoder that section encoder of params.yaml names. Any other network of timm can be
+    used with the name timm/<model>.
     """
     listed = [_listed(name) for name in names or ENCODERS]
     speeds = {encoder.name: images_per_second(encoder) for encoder in listed} if measure else {}
@@ -52,7 +52,7 @@ def _listed(name: str) -> Encoder:
 
 
 def images_per_second(encoder: Encoder) -> float:
-    """Forward passes of random weights at the encoder's size, which take as long as with the pretrained weights."""
+    """Measure forward passes at the encoder's image size. Random weights take as long as the pretrained ones."""
     import torch
 
     from models.networks.backbones import build_backbone
@@ -71,7 +71,7 @@ def images_per_second(encoder: Encoder) -> float:
 
 
 def encoders_table(listed: list[Encoder], speeds: dict[str, float]) -> Table:
-    """The table of the command, at most 120 columns."""
+    """Return the table that the command prints, at most 120 columns wide."""
     table = Table(box=None, pad_edge=False, caption="sha256 -: give encoder.sha256. accept: value of encoder.licence.")
     numbers = ("pixels", "width", "parameters", *(["images/s"] if speeds else []))
     for column in ("name", *numbers, "licence", "accept", "weights", "sha256"):

@@ -31,7 +31,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite a file with unco
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the file, write nothing.")]
 EncoderName = Annotated[
     str | None,
-    typer.Option("--encoder", help="A name of `tailor encoders`, instead of the proposed one.", metavar="NAME"),
+    typer.Option("--encoder", help="Use this encoder of `tailor encoders`, not the proposed one.", metavar="NAME"),
 ]
 FromScratch = Annotated[bool, typer.Option("--no-encoder", help="Train from scratch, without a pretrained encoder.")]
 
@@ -86,9 +86,9 @@ def init(
     """Write a params.yaml for your own images.
 
     Counts the images of each class, reads their sizes, and chooses encoder or network, epochs, queues and held-out
-    images; a comment beside each value gives the reason. Features of a sample of images, computed in seconds, give the
-    time on this machine and an accuracy to expect. Nothing is trained, and every value can be changed. Outside a project
-    it first makes the working folder a project, as `tailor new` does.
+    images; a comment beside each value gives the reason. It computes the features of a sample of images in seconds, and
+    estimates the time on this machine and the accuracy from them. It trains nothing, and you can change every value.
+    Outside a project it first makes the working folder a project, as `tailor new` does.
     """
     from pipeline.model_io.devices import choose_device
     from pipeline.preparation.encoder_choice import choose_encoder
@@ -129,9 +129,9 @@ def init(
 
 
 def _template(output: Path, overwrite: bool) -> str:
-    """The text of the params file to change; the default one outside a project.
+    """Return the text of the params file to change; outside a project, the default text.
 
-    overwrite: whether uncommitted changes may be lost. Raises ParamsError if the file must not be written.
+    overwrite: whether to overwrite uncommitted changes. Raises ParamsError if the file must not be written.
     """
     from pipeline.preparation.project import default_params, enclosing_project
     from pipeline.shared.errors import ParamsError
@@ -151,7 +151,7 @@ def _template(output: Path, overwrite: bool) -> str:
 
 
 def _print_warnings(folder: Path, summary: FolderSummary, choice: EncoderChoice) -> None:
-    """Print to stderr what the folder lacks: images, readable files, features that separate the classes."""
+    """Print warnings to stderr: too few images, unreadable files, features that do not separate the classes."""
     from models.sample_size import ADVICE, warnings_of
     from pipeline.preparation.folder_summary import expected_tests
 

@@ -47,9 +47,9 @@ def memory(
         raise ParamsError(f"--card is {card:g}; expected more than 0")
     recipe = load_params(params)
     if recipe.encoder:
-        trains = f"{stage} trains on its stored features, not on images, and needs no estimate"
+        trains = f"{stage} trains on stored features, not on images, and needs no estimate"
         if stage.value == "student" and recipe.student.tune != "none":
-            trains = "there is no estimate for a student that tunes it"
+            trains = "there is no estimate for a student that tunes the encoder"
         raise ParamsError(f"encoder is {recipe.encoder.name}: {trains}")
     needed = estimate_memory(recipe, stage.value, choose_prior(recipe, classes, images))
     section = getattr(recipe, stage.value)

@@ -38,9 +38,9 @@ class Prior:
         return self.log_prior if self.loss_log_prior is None else self.loss_log_prior
 
     def balanced_shift(self, adjustment: float | None) -> np.ndarray:
-        """Shift that converts logits of a network trained with `adjustment` in L_cls to the balanced target prior: [C].
+        """Return the shift [C] that converts logits of a network trained with `adjustment` in L_cls to the balanced prior.
 
-        adjustment None: the logits are balanced as they are, as those of a memory alone.
+        adjustment: None if the logits are balanced already, for example the logits of a memory alone.
         """
         if adjustment is None:
             return np.zeros(len(self.classes))

@@ -198,7 +198,7 @@ class Normalisation:
         self._std = torch.tensor(params.std, device=device).view(3, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [..., 3,H,W] on the device → float32, same shape. Features, which are floats, stay as they are."""
+        """uint8 [..., 3,H,W] on the device → float32, same shape. Features, which are floats, are returned unchanged."""
         if images.is_floating_point():
             return images.float()
         return (images.float() / 255 - self._mean) / self._std

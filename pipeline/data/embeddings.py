@@ -1,9 +1,9 @@
-"""Stored features of images: shards of float16 safetensors beside an index, and a split of features for training.
+"""Stored features of images: write and read shards of float16 features, and load a split of features for training.
 
-artifacts/embeddings/ holds, for each split, shards of SHARD_ROWS rows in the order of the split's table, and index.json
-with the encoder that computed them. A shard has `features` float16 [n,1+V,D] (the image itself, then V augmented views)
-and `sha256` uint8 [n,32] of the encoded images; its metadata has the key of everything else that a feature depends on,
-and the sha256 of both tensors: features that were damaged or edited are computed again, not used.
+artifacts/embeddings/ holds shards of SHARD_ROWS rows for each split, in the order of the split's table. index.json records
+the encoder that computed them. A shard has the tensors `features`, float16 [n,1+V,D] (the image itself, then V augmented
+views), and `sha256`, uint8 [n,32], of the encoded images. Its metadata has the key of everything else that a feature
+depends on, and the sha256 of both tensors. Damaged or edited features are therefore detected and computed again.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from pipeline.sources import open_reader
 
 SHARD_ROWS = 1024
 FEATURES, HASHES, KEY, KEYS = "features", "sha256", "key", "keys"
-READER_BYTES = 256 * 2**20  # cache of the images that a report or an export reads
+READER_BYTES = 256 * 2**20  # size of the image cache of a report or an export
 
 
 @dataclass(frozen=True)
 class FeatureImages(Images):
-    """A split whose rows are features: images float16 [N,1+V,D], the feature of the image itself and of V views.
+    """A split of features instead of images. images: float16 [N,1+V,D], features of the image itself and of V views.
 
-    encoder: the record of the encoder.
+    encoder: EncoderRecord as a dict.
     """
 
     encoder: dict[str, Any]
 
     def pixels(self, chosen: Tensor) -> Tensor:
-        """Features float16 [B,D] of the images themselves, in the place of pixels."""
+        """Return the features float16 [B,D] of the images themselves, without views, instead of pixels."""
         return self.images[chosen, 0]
 
 
 def shard_name(split: str, number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"{split}-{number:05}.safetensors"
 
 
@@ -59,14 +59,14 @@ def split_hashes(split: str, folder: Path = SPLIT) -> np.ndarray:
 
 
 def write_shard(path: Path, features: Tensor, hashes: np.ndarray, key: str) -> None:
-    """Write a shard whole or not at all."""
+    """Write a shard atomically."""
     tensors = {FEATURES: features.contiguous(), HASHES: torch.from_numpy(hashes.copy())}
-    # One entry: safetensors writes several in random order.
+    # One metadata entry, because safetensors writes several entries in random order.
     write_file(path, safetensors.torch.save(tensors, {KEY: f"{key} {_checksum(tensors)}"}))
 
 
 def read_shard(path: Path, key: str) -> dict[str, Tensor] | None:
-    """The tensors of a shard; None if it does not exist, is damaged or has another key."""
+    """Return the tensors of a shard; None if it does not exist, is damaged or has another key."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             stored, _, checksum = (file.metadata() or {}).get(KEY, "").partition(" ")
@@ -86,7 +86,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 class StoredFeatures:
-    """Features of finished shards by the hash of the image. Memory: about 200 bytes an image; features stay on disk."""
+    """Finds features in finished shards by the hash of the image. Uses about 200 bytes per image; features stay on disk."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -104,7 +104,7 @@ class StoredFeatures:
         return True
 
     def missing(self, hashes: np.ndarray) -> list[int]:
-        """First row of each image of `hashes` uint8 [n,32] that no shard has."""
+        """Return the first row of each image in `hashes`, uint8 [n,32], whose feature is in no shard."""
         rows: dict[bytes, int] = {}
         for row, digest in enumerate(hashes):
             if (image := digest.tobytes()) not in self._at:
@@ -112,7 +112,7 @@ class StoredFeatures:
         return list(rows.values())
 
     def gather(self, hashes: np.ndarray, computed: dict[bytes, Tensor]) -> Tensor:
-        """Features [n,1+V,D] of `hashes`, from `computed` or from the shards, each of which is read once."""
+        """Gather the features [n,1+V,D] of `hashes` from `computed` and from the shards. Each shard is read once."""
         features: list[Tensor | None] = [computed.get(digest.tobytes()) for digest in hashes]
         rows_of_shard: dict[int, list[tuple[int, int]]] = {}
         for row, digest in enumerate(hashes):
@@ -137,7 +137,7 @@ def write_index(
 
 
 def _of(encoder: EncoderParams) -> dict[str, Any]:
-    unused = {"weights", "download", "licence"}  # weights have a sha256
+    unused = {"weights", "download", "licence"}  # the sha256 identifies the weights
     if not encoder.views:
         unused |= {"crop_padding", "flip"}
     return encoder.model_dump(mode="json", exclude=unused)
@@ -146,7 +146,7 @@ def _of(encoder: EncoderParams) -> dict[str, Any]:
 def read_index(encoder: EncoderParams, image: ImageParams, folder: Path = EMBEDDINGS) -> dict[str, Any]:
     """Read index.json: `encoder` is the record of the encoder whose features are stored, `keys` those of the shards.
 
-    Raises ParamsError when there are none, or when they were computed with other params.
+    Raises ParamsError when no features are stored, or when they were computed with other params.
     """
     path = folder / EMBEDDINGS_INDEX.name
     try:
@@ -169,19 +169,19 @@ def read_index(encoder: EncoderParams, image: ImageParams, folder: Path = EMBEDD
 
 
 def stored_encoder(params: Params) -> dict[str, Any] | None:
-    """Record of the encoder whose features teacher and student take; None if they take images. Raises as `read_index`."""
+    """Return the record of the encoder that computed the stored features; None without an encoder. Raises as `read_index`."""
     return read_index(params.encoder, params.image)["encoder"] if params.encoder else None
 
 
 def takes_features(params: Params, stage: str) -> bool:
-    """Whether the network of a stage takes stored features: if params have an encoder, which the stage does not tune."""
+    """Whether the network of a stage takes stored features: params have an encoder, and the stage does not tune it."""
     return params.encoder is not None and (stage != "student" or params.student.tune == "none")
 
 
 def training_inputs(
     params: Params, stage: str, device: torch.device, *, augment: AugmentParams, views: int
 ) -> tuple[AnyImages, AnyImages, str | None]:
-    """The training and the validation split of a stage: features if its network takes them, else as `training_images`."""
+    """Load the training and validation split of a stage: features if its network takes them, else images."""
     if not takes_features(params, stage):
         return training_images(params, device, augment=augment, views=views)
     return load_features(params, "train"), load_features(params, "validation"), None
@@ -195,7 +195,7 @@ def evaluation_inputs(params: Params, split: str, stage: str = "student") -> Any
 def load_features(params: Params, split: str, folder: Path = SPLIT, embeddings: Path = EMBEDDINGS) -> FeatureImages:
     """Load the features of a split into memory: 2 bytes a value.
 
-    Raises ParamsError as `read_index` does, StageError when the features are of other images than the split's.
+    Raises ParamsError as `read_index` does, StageError when the features belong to other images than those of the split.
     """
     if params.encoder is None:
         raise ParamsError("encoder is null; name one of `tailor encoders`")

@@ -48,7 +48,7 @@ class ImageStream:
     their shape and classes their share; otherwise such an image raises DataError. exactly: use the pixels of the
     server's decoder for any stream.decode. augment: of a params section with resized crops; views are cut from the
     originals if draws are passed with the indices. hold: bytes of decoded originals that are kept in memory. hashes:
-    sha256 of the encoded images, uint8 [N,32]; an image with another one raises DataError when it is read. Raises
+    sha256 of the encoded images, uint8 [N,32]; an image with another hash raises DataError when it is read. Raises
     ParamsError when the split does not exist or stream.decode is gpu and the device is not a GPU.
     """
 

@@ -140,7 +140,7 @@ def _bytes(data: bytes) -> Tensor:
 
 
 def evaluation_view(pixels: Tensor, image: ImageParams) -> Tensor:
-    """uint8 [3,H,W] → [3,size,size], as preprocess.resize: shorter side to resize_to by image.interpolation, centre crop."""
+    """uint8 [3,H,W] → [3,size,size], like preprocess.resize: resize the shorter side to resize_to, crop the centre."""
     height, width = pixels.shape[1:]
     if min(height, width) != image.resize_to:
         width, height = scaled_size(width, height, image.resize_to)

@@ -25,7 +25,7 @@ Part = Literal["cosine", "memory"]
 def student_parts(
     folder: Path, test: AnyImages, image: ImageParams, prior: Prior, device: torch.device
 ) -> dict[str, np.ndarray]:
-    """Balanced logits [N,C] of the student's cosine classifier alone and of its memory alone; empty if it has only one."""
+    """Compute balanced logits [N,C] of the student's cosine classifier and of its memory; empty if it has only one."""
     memory = load_config(folder, "student").memory
     if not memory or memory["classifier"] != "both":
         return {}
@@ -36,7 +36,7 @@ def student_parts(
 
 
 def take_part(model: ImageClassifier, config: ModelConfig, part: Part) -> ModelConfig:
-    """Reduce a network with a cosine classifier and a memory to one of them; returns the config of that."""
+    """Reduce a network with a cosine classifier and a memory to one of the two; returns its config."""
     memory = model.memory
     assert memory is not None and config.memory
     if part == "cosine":
@@ -58,7 +58,7 @@ def network_logits(
 ) -> np.ndarray:
     """Balanced logits [N,C] of the network that `stage` wrote to `folder`, for all images of `test`.
 
-    part: of a network with a cosine classifier and a memory, the logits of one of the two. Raises StageError if a logit
+    part: the classifier to use in a network with a cosine classifier and a memory; None for both. Raises StageError if a logit
     is not finite, and the errors of load_model and check_image.
     """
     model, config = load_model(folder, stage)

@@ -35,7 +35,7 @@ class ModelConfig:
     """Parameters that rebuild the network: backbone, number of classes, tau_s and the format of its input images.
 
     adjustment: strength of the logit adjustment in the L_cls that trained it; see Prior.balanced_shift. encoder: the
-    record of the frozen encoder whose features the network takes in the place of images; None for images. adapter:
+    record of the frozen encoder whose features are the inputs; None if images are the inputs. adapter:
     hidden units of the residual adapter on these features; 0 for none. memory: record of the memory of training features
     (training/student_memory.py); None for none. tune: `none`, or how the encoder was tuned: it is then part of the
     network, which takes images. tune_rank: hidden units of the adapters of tune `adaptformer`.
@@ -77,7 +77,7 @@ def build_model(config: ModelConfig, key: str) -> ImageClassifier:
 
 
 def describe_memory(record: dict[str, Any]) -> str:
-    """One line on a memory, from ModelConfig.memory."""
+    """Describe a memory in one line. record: ModelConfig.memory."""
     means = "" if record["rows"] == record["images"] else f" for {counted(record['images'], 'image')}"
     images = record["validation_images"]
     fitted = f"fitted on {counted(images, 'validation image')}" if images >= MINIMUM_IMAGES else few_images(images)
@@ -88,7 +88,7 @@ def describe_memory(record: dict[str, Any]) -> str:
 
 
 def few_images(images: int) -> str:
-    """Why tau and weight of a memory are not fitted. images: validation images, fewer than MINIMUM_IMAGES."""
+    """State why tau and weight of a memory are not fitted. images: number of validation images, too few for a fit."""
     return f"defaults: {counted(images, 'validation image')}, fewer than {MINIMUM_IMAGES}"
 
 
@@ -114,8 +114,8 @@ def check_image(config: ModelConfig, image: ImageParams, folder: Path) -> None:
 
 
 def check_encoder(config: ModelConfig, encoder: dict[str, Any] | None, folder: Path) -> None:
-    """Raise ParamsError when a network was trained on the features of another encoder, or on images. encoder: its record."""
-    compared = ("name", "model", "sha256", "size", "width")  # not licence and source: the weights have a sha256
+    """Raise ParamsError when a network was trained on images, or on features of another encoder than `encoder`."""
+    compared = ("name", "model", "sha256", "size", "width")  # the sha256 identifies the weights
     trained, given = ([each[key] for key in compared] if each else None for each in (config.encoder, encoder))
     if trained != given:
         names = [f"{each['name']} ({each['sha256'][:12]})" if each else "none" for each in (encoder, config.encoder)]
@@ -141,7 +141,7 @@ def _damaged(folder: Path, stage: str, error: Exception) -> StageError:
 
 
 def check_inputs(config: ModelConfig, features: dict[str, Any] | None, folder: Path) -> None:
-    """Raise ParamsError when a network does not take the inputs of a split: images, or features of the encoder `features`."""
+    """Raise ParamsError unless a network takes the inputs of a split. features: record of their encoder; None: images."""
     if config.tune == "none":
         check_encoder(config, features, folder)
     elif features:
@@ -151,10 +151,10 @@ def check_inputs(config: ModelConfig, features: dict[str, Any] | None, folder: P
 
 
 def attach_encoder(model: ImageClassifier, config: ModelConfig, params: Params, folder: Path) -> None:
-    """Put the encoder before a network that was trained on its features, which then takes images; else do nothing.
+    """Put the encoder before a network that was trained on its features. Do nothing for a network that takes images.
 
-    folder: of the network, for the message. Raises ParamsError when params name another encoder than it was trained
-    with, and as `load_encoder` does.
+    folder: folder of the network, for error messages. Raises ParamsError when the network was trained with another
+    encoder than the params name, and as `load_encoder` does.
     """
     if params.encoder is None:
         check_encoder(config, None, folder)

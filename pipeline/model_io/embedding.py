@@ -1,4 +1,4 @@
-"""Compute the features of all images of the splits with the frozen encoder, resumed after a kill."""
+"""Compute the features of all images of the splits with the frozen encoder. An interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ from pipeline.shared.fingerprint import sha256_of_sources
 from pipeline.shared.host_memory import keep_freed_memory
 from pipeline.shared.progress import progress_bar
 
-# Images of a forward pass. EfficientNet-Lite0, images per second of processor time with batches of 8, 16 and 32: 28, 28 and
-# 26 at 224 pixels, 80, 103 and 122 at 112 pixels. If freed memory is not kept: 19, 17 and 13; 71, 69 and 73.
+# Images of a forward pass. Images per second of processor time with EfficientNet-Lite0, batches of 8, 16 and 32: 28, 28 and
+# 26 at 224 pixels; 80, 103 and 122 at 112 pixels. Without keep_freed_memory: 19, 17 and 13; 71, 69 and 73.
 BATCH = {"cpu": 16, "cuda": 128}
 
 
 def embed_images(params: Params, section: EncoderParams, output: Path) -> tuple[int, int]:
-    """Write the features of all splits to `output`; returns the number of images, and of those computed now.
+    """Write the features of all splits to `output`; returns the number of images, and how many were computed now.
 
     Finished shards of an interrupted run are kept beside `output`; the same command resumes after them, and the result
-    is bit-identical. Features of images in the old output are copied. Raises StageError for a feature that is not
-    finite and while another process writes `output`, and as `load_encoder` and ImageStream do.
+    is bit-identical. Features of images in the old output are copied. Raises StageError if a feature is not finite or
+    another process writes `output`; also raises as `load_encoder` and ImageStream do.
     """
     with _locked(unfinished(output)) as work:
         return _embed(params, section, output, work)
@@ -79,10 +79,10 @@ def _embed(params: Params, section: EncoderParams, output: Path, work: Path) -> 
 
 
 class _SplitEmbedding:
-    """The features of one split: reads images as a stream, writes finished shards to the second of `folders`.
+    """Computes the features of one split: reads images as a stream, writes finished shards to the second of `folders`.
 
-    key: of all its features. A finished shard is named by the hashes of its images. A shard of an interrupted run whose
-    split has changed since then is therefore never overwritten, and its features stay usable.
+    key: key of its shards. The name of a finished shard is a hash of its images' hashes. When the split changes after an
+    interrupted run, its shards are therefore not overwritten, and their features are still used.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class _SplitEmbedding:
         self.key = sha256_of_json({"encoder": encoder.key(params.image), **views_key(self._section)})
         self._work, self._done, self._started = folders[1], 0, time.monotonic()
         self._stored = StoredFeatures(self.key)
-        # The old output first: whether an image is in it must not depend on how often the stage was interrupted.
+        # The old output first: which images it has must not depend on how often the stage was interrupted.
         for path in [*sorted(folders[0].glob("*.safetensors")), *sorted(self._work.glob("*.safetensors"))]:
             self._stored.add(path)
         self._stream = ImageStream(
@@ -145,7 +145,7 @@ class _SplitEmbedding:
 
 
 def views_key(section: EncoderParams) -> dict[str, object]:
-    """What the views of an image depend on; nothing without views."""
+    """Return the params that the views of an image depend on; an empty dict without views."""
     if not section.views:
         return {"views": 0}
     drawn = section.model_dump(include={"views", "crop_padding", "flip"})
@@ -154,14 +154,16 @@ def views_key(section: EncoderParams) -> dict[str, object]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
-    """Create a folder and hold its lock (flock, released when the process exits). Raises StageError if it is locked."""
+    """Create a folder and hold its lock (flock, released at process exit). Raises StageError if it is locked."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StageError(f"{folder}: another `embed` of this project runs; wait until it has finished") from None
+            raise StageError(
+                f"{folder}: another `embed` of this project is running; wait until it has finished"
+            ) from None
         if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
             raise StageError(f"{folder}: another `embed` of this project has just finished; run this command again")
         yield folder
@@ -170,7 +172,7 @@ def _locked(folder: Path) -> Iterator[Path]:
 
 
 def _link(written: Path, path: Path) -> None:
-    """Add a finished shard to the output: a hard link, or a copy where the file system has none."""
+    """Add a finished shard to the output by a hard link, or by a copy if the file system has no hard links."""
     try:
         os.link(written, path)
     except OSError:

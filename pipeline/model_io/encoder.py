@@ -42,9 +42,9 @@ FEATURE_CODE = (
 
 @dataclass(frozen=True)
 class EncoderRecord:
-    """What a release records of its encoder.
+    """The facts that a release records about its encoder.
 
-    model: timm's name of the network. source: of the weights. sha256: of their file. size: image side, pixels.
+    model: timm's name of the network. source: source of the weights. sha256: hash of their file. size: image side, pixels.
     """
 
     name: str
@@ -64,7 +64,7 @@ class LoadedEncoder:
     record: EncoderRecord
 
     def key(self, image: ImageParams) -> str:
-        """sha256 of what a feature depends on besides the image: encoder, section image, code, version of timm."""
+        """Hash everything but the image that a feature depends on: encoder, section image, code, version of timm."""
         record = {key: value for key, value in asdict(self.record).items() if key not in ("licence", "source")}
         code = sha256_of_sources(*FEATURE_CODE)
         return sha256_of_json(
@@ -72,10 +72,11 @@ class LoadedEncoder:
         )
 
     def features(self, pixels: Tensor, hashes: np.ndarray, image: ImageParams, views: EncoderParams) -> Tensor:
-        """Features float16 [B,1+V,D] on the CPU of uint8 [B,3,H,W] on the encoder's device: of the image, then of V views.
+        """Compute features float16 [B,1+V,D] on the CPU: of the image itself, then of V views.
 
-        hashes: sha256 of the encoded images, uint8 [B,32]. views: section `encoder`, for its weak views (crop and flip).
-        The draws of an image's views depend on its hash alone, not on the images that are computed with it.
+        pixels: uint8 [B,3,H,W] on the encoder's device. hashes: sha256 of the encoded images, uint8 [B,32]. views:
+        section `encoder`, which sets the weak views (crop and flip). The random numbers of an image's views depend on its
+        hash alone, not on the other images of the batch.
         """
         batches = pixels[None]
         if views.views:
@@ -142,7 +143,7 @@ def load_encoder(params: EncoderParams, image: ImageParams) -> LoadedEncoder:
     except ValueError as error:
         raise ParamsError(f"encoder.weights: {path} {error}; are these the weights of {encoder.name}?") from None
     _fit_size(network, encoder, image.size)
-    # The record names no path of this machine.
+    # The record contains no path of this machine.
     recorded = source if source.startswith((HUB, PACKAGE)) else path.name
     record = EncoderRecord(
         encoder.name, encoder.model, encoder.licence, recorded, expected, image.size, network.feature_dim
@@ -151,7 +152,7 @@ def load_encoder(params: EncoderParams, image: ImageParams) -> LoadedEncoder:
 
 
 def build_encoder(name: str, size: int) -> Backbone:
-    """An encoder by name for images of `size` pixels a side, with random weights. Raises ParamsError as `load_encoder`."""
+    """Build an encoder by name, for images of size x size pixels, with random weights. Raises as `load_encoder`."""
     encoder = describe(EncoderParams(name=name))
     network = _built(encoder, size)
     _fit_size(network, encoder, size)
@@ -159,7 +160,7 @@ def build_encoder(name: str, size: int) -> Backbone:
 
 
 def load_encoder_weights(network: Backbone, weights: dict[str, Tensor], by_order: bool = False) -> None:
-    """Load a state_dict with the network's names, or with others in the same order and a classifier at the end.
+    """Load a state_dict with the network's names, or with other names in the same order, then an optional classifier.
 
     Raises ValueError as Backbone.load_weights does.
     """
@@ -172,7 +173,7 @@ def load_encoder_weights(network: Backbone, weights: dict[str, Tensor], by_order
 
 
 def locate(source: str, download: bool) -> Path:
-    """The file of a source: package:<package>/<file>, hf://owner/name@revision, or a path. Raises ParamsError."""
+    """Return the file of a source: package:<package>/<file>, hf://owner/name@revision, or a path. Raises ParamsError."""
     if source.startswith(PACKAGE):
         package, _, file = source.removeprefix(PACKAGE).partition("/")
         specification = find_spec(package)
@@ -186,7 +187,7 @@ def locate(source: str, download: bool) -> Path:
 
 
 def _from_hub(source: str, download: bool) -> Path:
-    """Path of a hub's file in the hub's cache; downloaded if it is missing and `download` allows it."""
+    """Return the path of a hub's file in the local cache. A missing file is downloaded if `download` is True."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
@@ -222,7 +223,7 @@ def _check_image(encoder: Encoder, image: ImageParams) -> None:
 
 
 def build_on_meta(model: str) -> Backbone:
-    """The network without memory for its weights. Raises UnknownBackboneError."""
+    """Build the network on the meta device, without memory for its weights. Raises UnknownBackboneError."""
     with torch.device("meta"):
         return build_backbone(f"timm/{model}")
 
@@ -238,7 +239,7 @@ def _built(encoder: Encoder, size: int) -> Backbone:
 
 
 def _fit_size(network: Backbone, encoder: Encoder, size: int) -> None:
-    """Interpolate the position embeddings of a network with a fixed input size; check that any network takes the size."""
+    """Interpolate the position embeddings if the input size is fixed, and check that the network supports the size."""
     inner: Any = network.network
     try:
         if _timm_config(encoder.model).fixed_input_size and size != encoder.size:

@@ -1,4 +1,4 @@
-"""Pretrained weights from a file: tensors only, never a pickle with code, checked by sha256."""
+"""Read pretrained weights from a file and check its sha256. Only tensors are loaded; code in a pickle never runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.params import PretrainedParams
 from pipeline.shared.errors import ParamsError
 
 PICKLED = (".pth", ".pt", ".bin")
-# What torch.load raises for damaged files, beside UnpicklingError: its reader does not check what it reads.
+# Exceptions of torch.load for damaged files, besides UnpicklingError: its reader does not validate the content.
 DAMAGED = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
     struct.error,
@@ -45,9 +45,9 @@ def load_pretrained(backbone: Backbone, pretrained: PretrainedParams | None, key
 
 
 def read_weights(path: Path, sha256: str, key: str, hash_key: str) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors or PyTorch file, once, and check the sha256 of what was read.
+    """Read a safetensors or PyTorch file once, check the sha256 of its content, and return the tensors.
 
-    Raises ParamsError that names `key`, or `hash_key` for another sha256.
+    Raises ParamsError that names `key`, or `hash_key` if the sha256 differs.
     """
     try:
         content = path.read_bytes()
@@ -61,7 +61,7 @@ def read_weights(path: Path, sha256: str, key: str, hash_key: str) -> dict[str, 
         if path.suffix not in PICKLED:
             return safetensors.torch.load(content)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle of a file that is then refused
+            warnings.simplefilter("ignore")  # the file is then refused with an own message
             weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except safetensors.SafetensorError as error:
         raise ParamsError(f"{key} is {str(path)!r}, which is no safetensors file: {error}") from None

@@ -24,7 +24,7 @@ class ServedStudent(nn.Module):
 
     The pixel normalisation is one multiply and add; the class matrix is normalised and divided by tau_s once, here.
     shift: [C], Prior.balanced_shift of the network, so that strength 0 is the balanced prior for any adjustment in the
-    loss. The memory of a student with one is part of the graph, in float32.
+    loss. If the student has a memory, it is part of the graph, in float32.
     """
 
     scale: Tensor
@@ -66,7 +66,7 @@ class ServedStudent(nn.Module):
     def head(self, outputs: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits [B,C] and the unit feature [B,D] from the backbone's output and strength [B,1].
 
-        outputs: features [B,D], with a memory and an adapter [B,2D]; see ImageClassifier.
+        outputs: features [B,D], or [B,2D] with a memory and an adapter; see ImageClassifier.
         """
         if self.memory is None:
             feature = F.normalize(outputs, dim=1)

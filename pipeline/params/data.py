@@ -92,7 +92,7 @@ class StreamParams(Section):
 class ImageParams(Section):
     """Network input: shorter side to resize_to, centre crop of size (pixels), then (x/255 - mean) / std per channel.
 
-    interpolation: of the resize, in embed and by the server; bicubic is for the features of an encoder only.
+    interpolation: filter of the resize in `embed` and in the server; bicubic needs an encoder.
     """
 
     size: Annotated[int, Field(ge=8, le=1024)]

@@ -1,4 +1,4 @@
-"""Section `encoder` of params.yaml: the frozen pretrained network whose features teacher and student are trained on."""
+"""Section `encoder` of params.yaml: the pretrained network that computes the features for teacher and student."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class EncoderParams(Section):
     """Frozen pretrained encoder.
 
-    name: of `tailor encoders`, or timm/<model>. weights: a .safetensors or .pth file, or hf://owner/name@revision; null
-    is the source that `tailor encoders` lists. sha256: of that file; null is the listed one. download: allow the
-    download of an hf:// address. licence: accepts a licence with conditions, by the key that `tailor encoders` lists.
-    views: number of augmented views of each training image, beside the image itself. crop_padding, flip: of these views.
+    name: a name that `tailor encoders` lists, or timm/<model>. weights: a .safetensors or .pth file, or
+    hf://owner/name@revision; null for the source that `tailor encoders` lists. sha256: hash of that file; null for the
+    listed one. download: whether an hf:// address may be downloaded. licence: accepts a licence with conditions; the value
+    is in `tailor encoders`. views: number of stored augmented views of each training image, besides the image itself.
+    crop_padding, flip: augmentation of these views.
     """
 
     name: str
@@ -32,7 +33,7 @@ class EncoderParams(Section):
     flip: bool = True
 
 
-# Features are computed once, so a step cannot crop or change an image; encoder.views has stored views instead.
+# Features are computed once, so a training step cannot augment an image. encoder.views stores augmented views instead.
 NO_AUGMENT = AugmentParams(crop_padding=0, flip=False, cutout=0)
 FIXED = ("crop", "crop_padding", "flip", "policy", "cutout", "mix")
 
@@ -40,7 +41,7 @@ FIXED = ("crop", "crop_padding", "flip", "policy", "cutout", "mix")
 def check_encoder_sections(
     encoder: EncoderParams | None, image: ImageParams, sections: dict[str, TrainingParams]
 ) -> None:
-    """Raise ValueError unless each training section takes features exactly if there is an encoder."""
+    """Raise ValueError unless teacher and student have backbone `encoder` if, and only if, there is an encoder."""
     if encoder is None and image.interpolation != "bilinear":
         raise ValueError(f"image.interpolation is {image.interpolation!r}; without an encoder, expected bilinear")
     for name, section in sections.items():
@@ -48,7 +49,7 @@ def check_encoder_sections(
         if (section.backbone == "encoder") != (encoder is not None):
             raise ValueError(
                 f"{name}.backbone is {section.backbone!r}, but section encoder is {'null' if encoder is None else 'set'}; "
-                "expected backbone: encoder in teacher and student, exactly if there is an encoder"
+                "expected backbone: encoder in teacher and student if, and only if, there is an encoder"
             )
         if encoder is None:
             if section.adapter:

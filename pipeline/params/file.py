@@ -105,7 +105,7 @@ def _explain(path: Path, entry: Any) -> str:
     if entry["type"] == "missing":
         return f"{path}: {key} is missing; add it (see the file's default in the repository)"
     message = entry["msg"].removeprefix("Value error, ")
-    if not key:  # an error of several sections, which the message names
+    if not key:  # an error about several sections; the message names them
         return f"{path}: {message}"
     value = "" if isinstance(entry["input"], dict | BaseModel) else f" is {entry['input']!r};"
     return f"{path}: {key}{value or ':'} {message[:1].lower()}{message[1:]}"

@@ -32,7 +32,7 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
 
 
 def _complete(document: Any, name: str, values: dict[str, Any]) -> None:
-    """Add the keys that a section leaves out, because `dvc exp run -S` changes only keys that the file has."""
+    """Add the keys that a section lacks, because `dvc exp run -S` changes only keys that the file has."""
     section = document[name]
     missing = {key: value for key, value in values.items() if key not in section}
     if missing and section.fa.flow_style():

@@ -81,9 +81,9 @@ class TrainingParams(Section):
     the difference, so that `balanced` and `train` mean the same for every strength. ema_decay: decay of the moving
     average of weights, which is evaluated and saved instead of the last step's weights; 0 for none. accumulate: number
     of parts of a batch (gradient accumulation), for batches that do not fit into the device's memory. pretrained:
-    initial weights. backbone `encoder`: the features of section encoder, which stay as they are; adapter: hidden units
-    of a residual adapter on them, 0 for none. momentum: of sgd; of adamw the first beta (the second is 0.999).
-    gradient_clip: largest norm of the gradient of a step; 0 for no limit.
+    initial weights. backbone: `encoder` stands for the stored features of section encoder. adapter: hidden units of a
+    residual adapter on these features; 0 for none. momentum: momentum of sgd, or first beta of adamw (the second beta is
+    0.999). gradient_clip: largest norm of the gradient of a step; 0 for no limit.
     """
 
     backbone: str
@@ -107,8 +107,9 @@ class TrainingParams(Section):
 class MemoryParams(Section):
     """Memory of training features as a classifier, on the features of a frozen encoder (docs/encoders.md).
 
-    classifier: `both` adds its logits to those of the trained cosine classifier; `memory` uses it alone, and nothing is
-    trained. rows: at most this number; larger classes then keep means of clusters. null: 64 MiB of rows.
+    classifier: `both` adds the logits of the memory to those of the trained cosine classifier; `memory` uses the memory
+    alone, and nothing is trained. rows: largest number of rows; classes with more images store means of clusters. null
+    stands for 64 MiB of rows.
     """
 
     classifier: Literal["both", "memory"] = "both"
@@ -127,7 +128,7 @@ class StudentParams(TrainingParams):
     the encoder, `lora` a low-rank update (rank tune_rank) of its linear layers and convolutions, `adaptformer` an
     adapter (tune_rank hidden units) in each transformer block, `all` the whole encoder; the student then takes images,
     and the teacher stays on the frozen encoder. tune_rate: learning rate of the encoder's last block as a multiple of
-    learning_rate; tune_decay: multiplies it once more for each block before the last.
+    learning_rate. tune_decay: each earlier block has tune_decay times the rate of the block after it.
     """
 
     gamma: NonNegative

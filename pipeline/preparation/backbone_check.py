@@ -26,7 +26,7 @@ CLASSES = 3
 def main(backbone: str, size: int, opset: int | None, encoder: bool = False) -> None:
     """Build the network, run a forward pass in training mode on two images, and export it unless opset is None.
 
-    encoder: whether backbone is the name of an encoder, timm/<model>, and not of a backbone.
+    encoder: True if backbone is the name of an encoder (timm/<model>).
     """
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)

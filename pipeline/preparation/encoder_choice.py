@@ -1,4 +1,4 @@
-"""`tailor init`: choose a frozen encoder for a folder of images, or training from scratch; the rule is in SIZES and below."""
+"""`tailor init`: choose a frozen encoder for a folder of images, or training from scratch. The rule: SIZES and below."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ Suggestions = dict[str, tuple[Any, str]]
 
 RECIPE = "photographs-lite0.yaml"
 DEFAULT = "efficientnet_lite0"  # `make install` installs its weights
-# The rule by the median of the images' shorter sides, in pixels: (from, image size, reason); the last row that applies.
-# `full`: the encoder's own size; `reduced`: that of REDUCED; None: training from scratch. Five-fold kNN on Lite0's features
-# of 665 plankton images of 55 pixels: 79.1 % at 128 pixels and 79.0 % at 224, 95 % intervals of 10 points.
+# Rows (smallest side, image size, reason), by the median of the images' shorter sides in pixels; the last row that applies
+# is used. `full`: the encoder's own size; `reduced`: the size in REDUCED; None: training from scratch. Measured with Lite0
+# on 665 plankton images of 55 pixels: five-fold kNN 79.1 % at 128 pixels, 79.0 % at 224, 95 % intervals of 10 points.
 SIZES = (
     (0, None, "images below 32 pixels have no details of photographs"),
     (32, "reduced", "small images: at the full size they take three times as long"),
     (64, "full", "the size of the pretraining"),
 )
-REDUCED = {"efficientnet_lite0": 128, "efficientnet_lite2": 128}  # a third of the time
-LONGEST_MINUTES = 20  # of `embed` with the full size; above, the reduced size
-# Training images from which a folder is trained from scratch if kNN on the features is not above chance.
+REDUCED = {"efficientnet_lite0": 128, "efficientnet_lite2": 128}  # takes a third of the time
+LONGEST_MINUTES = 20  # limit for `embed` at the full size; above it the reduced size is used
+# From this number of training images, a folder is trained from scratch if kNN on the features is not above chance.
 MANY = 20_000
-# Seconds of `dvc repro` besides `embed`: the start of nine stages, report and export (with `embed` of 665 images at 128
-# pixels 135 s of processor time); for each training image, both trainings of the recipe.
+# Seconds of `dvc repro` besides `embed`. START_SECONDS: the start of nine stages, report and export (measured: 135 s of
+# processor time, with `embed` of 665 images at 128 pixels). TRAINING_SECONDS: teacher and student, for each training image.
 START_SECONDS, TRAINING_SECONDS = 100, 0.005
 WHY = "pretrained features need fewer images than training from scratch"
 
 
 @dataclass(frozen=True)
 class EncoderChoice:
-    """The encoder of a project, or None for training from scratch, with the reason.
+    """The encoder of a project and the reason. encoder: None for training from scratch.
 
-    size: image side in pixels. size_reason: its reason. sample: measured features; None without an encoder. seconds: of
-    the first `dvc repro` on this machine, estimated.
+    size: image side in pixels. size_reason: reason for the size. sample: measurement of a sample; None without an encoder.
+    seconds: estimated time of the first `dvc repro` on this machine.
     """
 
     encoder: Encoder | None
@@ -55,7 +55,7 @@ class EncoderChoice:
     seconds: float = 0
 
     def estimate(self) -> dict[str, Any]:
-        """The measured figures as JSON values."""
+        """Return the measured figures as JSON values."""
         if self.sample is None:
             return {}
         accuracy = self.sample.accuracy
@@ -67,9 +67,9 @@ class EncoderChoice:
 
 
 def choose_encoder(summary: FolderSummary, name: str | None, device: torch.device) -> EncoderChoice:
-    """Choose by the size and number of images, the time of `embed` here, and kNN on the features of a sample.
+    """Choose by the size and number of the images, the time of `embed` on this machine, and kNN on a sample's features.
 
-    name: an encoder that the user gave, which is never replaced by training from scratch. Raises ParamsError if its
+    name: an encoder that the user named; it is never replaced by training from scratch. Raises ParamsError if its
     weights cannot be loaded.
     """
     size, reason = _size(summary.shorter, name)
@@ -120,7 +120,7 @@ def _measured(summary: FolderSummary, encoder: Encoder, size: int, device: torch
 
 
 def image_values(encoder: Encoder, size: int) -> dict[str, Any]:
-    """Section image for an encoder at a side in pixels."""
+    """Return section `image` for an encoder. size: image side in pixels."""
     return {
         "size": size, "resize_to": size, "mean": list(encoder.mean), "std": list(encoder.std),
         "interpolation": encoder.interpolation,
@@ -133,27 +133,27 @@ def _recipe() -> dict[str, Any]:
 
 REASONS = {
     "pretrained": "the encoder has its own weights",
-    "image.mean": "of the encoder's pretraining",
-    "image.std": "of the encoder's pretraining",
-    "image.interpolation": "of the encoder's pretraining",
-    "image.resize_to": "the whole shorter side; the centre of the longer one",
+    "image.mean": "the value of the encoder's pretraining",
+    "image.std": "the value of the encoder's pretraining",
+    "image.interpolation": "the filter of the encoder's pretraining",
+    "image.resize_to": "keeps the whole shorter side and the centre of the longer side",
     "backbone": "a cosine classifier on the encoder's features",
     "adapter": "hidden units of a residual adapter on the features",
     "projection_hidden": "the heads embed the whole queue in each step: ten times as fast as with the feature width",
-    "epochs": "an epoch reads stored features: seconds",
-    "learning_rate": "in proportion to the batch",
+    "epochs": "an epoch reads stored features and takes seconds",
+    "learning_rate": "in proportion to the batch size",
     "batch_size": f"recipes/{RECIPE}; at most an eighth of the training images",
 }
 
 
 def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Suggestions:
-    """The recipe's values for an encoder: dotted key → (value, reason).
+    """Return the recipe's values for an encoder: dotted key → (value, reason).
 
-    batch: the largest batch for the number of images. Where it is below the recipe's, the learning rate is in proportion.
+    batch: largest batch size for the number of images. If it is below the recipe's, the learning rate is scaled with it.
     """
     recipe = _recipe() | {"image": image_values(encoder, choice.size)}
     del recipe["encoder"]
-    section = EncoderParams(name=encoder.name).model_dump(mode="json")  # all keys: `dvc exp run -S` adds none
+    section = EncoderParams(name=encoder.name).model_dump(mode="json")  # all keys, because `dvc exp run -S` adds none
     values: Suggestions = {"encoder": (section, choice.reason)}
     for key, value in _flat(recipe).items():
         part, _, last = key.rpartition(".")
@@ -170,7 +170,7 @@ def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Sugge
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
+    """Flatten nested mappings to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,4 +1,4 @@
-"""`tailor init`: features of a sample of images, their five-fold kNN accuracy, and the encoder's speed on this machine."""
+"""`tailor init`: compute features of a sample of images; measure five-fold kNN accuracy and the encoder's speed."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from pipeline.shared.errors import DataError
 from pipeline.sources import Row, Source
 from serving.shared.terminal import counted
 
-IMAGES, FEWEST_OF_A_CLASS, SECONDS = 400, 4, 10.0  # of a sample; its forward passes stop after SECONDS
+IMAGES, FEWEST_OF_A_CLASS, SECONDS = 400, 4, 10.0  # limits of a sample; forward passes stop after SECONDS
 FOLDS, NEIGHBOURS, TEMPERATURE = 5, 10, 0.07
 
 
 @dataclass(frozen=True)
 class SampleResult:
-    """Mean per-class accuracy of kNN on a sample of images, its 95 % interval, and images/s of decoding and encoder.
+    """Result of a sample: mean per-class accuracy of kNN with its 95 % interval, and the speed.
 
-    images, classes: of the sample. of_classes: classes of the folder. accuracy: NO_ESTIMATE if no class has two images.
+    images, classes: numbers of the sample. of_classes: number of classes in the folder. accuracy: NO_ESTIMATE if no class
+    has two images. images_per_second: speed of decoding and encoder together.
     """
 
     images: int
@@ -44,7 +45,7 @@ class SampleResult:
 
     @property
     def above_chance(self) -> bool:
-        """Whether the interval of the accuracy excludes that of equally likely classes."""
+        """Whether the interval of the accuracy excludes chance, 1 / classes."""
         return self.accuracy.low is not None and self.accuracy.low > 1 / self.classes
 
     def __str__(self) -> str:
@@ -61,8 +62,8 @@ class SampleResult:
 def measure_sample(source: Source, encoder: LoadedEncoder, image: ImageParams, device: torch.device) -> SampleResult:
     """Compute the features of a stratified sample of the training images, at most IMAGES in about SECONDS seconds.
 
-    Images that cannot be read are left out, and of identical files all but the first: kNN would find an image's copy in
-    another fold. Raises DataError if no image can be read.
+    Unreadable images are skipped. Of identical files only the first is used, because kNN would find the copy of an image
+    in another fold. Raises DataError if no image can be read.
     """
     rows = stratified_sample([row for row in source.rows if row.split == "train"], len(source.classes))
     features, labels, speed = _features(source, rows, encoder, image, device)
@@ -72,9 +73,9 @@ def measure_sample(source: Source, encoder: LoadedEncoder, image: ImageParams, d
 
 
 def stratified_sample(rows: list[Row], classes: int, seed: int = 0) -> list[Row]:
-    """At most IMAGES rows, the same number of each class where it has them; the first rows are a sample too.
+    """Draw at most IMAGES rows, the same number from each class as far as possible. Any first part is stratified too.
 
-    Of more than IMAGES / FEWEST_OF_A_CLASS classes a random choice is taken, because kNN needs several images of a class.
+    With more than IMAGES / FEWEST_OF_A_CLASS classes, classes are drawn at random: kNN needs several images per class.
     """
     generator = np.random.default_rng(seed)
     members = [generator.permutation(own) for own in class_members(np.array([row.label for row in rows]), classes)]
@@ -87,11 +88,11 @@ def stratified_sample(rows: list[Row], classes: int, seed: int = 0) -> list[Row]
 def _features(
     source: Source, rows: list[Row], encoder: LoadedEncoder, image: ImageParams, device: torch.device
 ) -> tuple[Tensor, np.ndarray, float]:
-    """Features float32 [n,D], labels [n], and images/s."""
+    """Compute features float32 [n,D] and labels [n], and measure images/s."""
     encoder.network.to(device, memory_format=torch.channels_last)
 
     def compute(pixels: Tensor) -> Tensor:
-        hashes = np.zeros((len(pixels), 32), np.uint8)  # of use to augmented views only
+        hashes = np.zeros((len(pixels), 32), np.uint8)  # only augmented views use the hashes
         return encoder.features(pixels.to(device), hashes, image, EncoderParams(name="sample"))[:, 0].float()
 
     compute(torch.zeros(1, 3, image.size, image.size, dtype=torch.uint8))  # the first pass allocates memory
@@ -112,7 +113,7 @@ def _features(
 
 
 def _decoded(source: Source, row: Row, image: ImageParams) -> tuple[bytes, Tensor] | None:
-    """sha256 of the file, and its pixels; None if it cannot be read."""
+    """Return the sha256 of the file and its pixels; None if it cannot be read."""
     try:
         encoded = source.read(row.reference)
         return hashlib.sha256(encoded).digest(), decode_exact(encoded, image)
@@ -123,7 +124,7 @@ def _decoded(source: Source, row: Row, image: ImageParams) -> tuple[bytes, Tenso
 def _batches(
     rows: list[Row], decoded: Iterator[tuple[bytes, Tensor] | None], size: int
 ) -> Iterator[tuple[list[Row], Tensor]]:
-    """The readable images in batches, the last one smaller; of identical files the first."""
+    """Yield the readable images in batches, without copies of a file. The last batch may be smaller."""
     distinct = _distinct(rows, decoded)
     while part := list(itertools.islice(distinct, size)):
         yield [row for row, _ in part], torch.stack([pixels for _, pixels in part])
@@ -138,11 +139,11 @@ def _distinct(rows: list[Row], decoded: Iterator[tuple[bytes, Tensor] | None]) -
 
 
 def knn_accuracy(features: Tensor, labels: np.ndarray, seed: int = 0) -> Estimate:
-    """Mean per-class accuracy of cosine kNN in FOLDS folds, with the interval of `weighted_accuracy`.
+    """Estimate the mean per-class accuracy of cosine kNN in FOLDS folds, with the interval of `weighted_accuracy`.
 
     features: float [N,D]; labels: int [N], 0..C-1. Each image is classified by its NEIGHBOURS nearest images of the other
-    folds, weighted by exp(cosine / TEMPERATURE) as by Wu et al. 2018 (Unsupervised Feature Learning via Non-Parametric
-    Instance Discrimination). The folds are stratified; classes of one image are left out.
+    folds, weighted by exp(cosine / TEMPERATURE); source: Wu et al. 2018, Unsupervised Feature Learning via Non-Parametric
+    Instance Discrimination. The folds are stratified. Classes with one image are left out.
     """
     classes = int(labels.max()) + 1
     fold, generator = np.zeros(len(labels), np.int64), np.random.default_rng(seed)

@@ -21,7 +21,7 @@ from serving.shared.terminal import counted
 SMALL, TINY_PHOTOGRAPH = 40, 96  # pixels of the shorter side
 LARGEST_QUEUE = 65536  # the paper's value for iNaturalist 2018
 FROM_SCRATCH = EncoderChoice(None, "--no-encoder")
-# Values without an encoder; a params.yaml of before the encoders lacks the keys of NEW_KEYS.
+# Values without an encoder. A params.yaml of an older release lacks the keys in NEW_KEYS.
 NEW_KEYS: dict[str, Any] = {
     "encoder": None,
     "image.interpolation": "bilinear",
@@ -31,7 +31,7 @@ NEW_KEYS: dict[str, Any] = {
     "student.tune": "none",
     "student.memory": None,
 }
-NO_ENCODER = NEW_KEYS | {"student.beta": 1.0, "student.alpha": 1.0}  # the recipe of an encoder sets both to 0
+NO_ENCODER = NEW_KEYS | {"student.beta": 1.0, "student.alpha": 1.0}  # the recipe with an encoder sets both to 0
 
 
 def suggest_params(
@@ -39,7 +39,7 @@ def suggest_params(
 ) -> Suggestions:
     """Choose params: dotted key of params.yaml → (value, reason). gpu: whether training will run on a GPU.
 
-    choice: an encoder, or training from scratch. Raises DataError if a class is too small to hold out a test image.
+    choice: see choose_encoder. Raises DataError if a class is too small to hold out a test image.
     """
     classes, smallest, total = len(summary.counts), min(summary.counts), sum(summary.split_sizes()[0])
     tail = f"your own class sizes: {counted(max(summary.counts), 'image')} to {smallest:,}"
@@ -73,7 +73,7 @@ def suggest_params(
 
 
 def _batch_size(total: int, largest: float) -> int:
-    """Batch size for a number of training images: the power of two within an eighth of them, 8 to `largest`."""
+    """Return the batch size: the largest power of two up to an eighth of the training images, from 8 to `largest`."""
     power = 2 ** int(math.log2(max(total / 8, 1)))
     return int(min(total, max(8, min(largest, power))))
 
@@ -145,7 +145,7 @@ def write_text(template: str, suggested: Suggestions) -> tuple[str, Params]:
 
     from pipeline.params.recipe import dump_document, load_document
 
-    document = load_document(template)  # puts each key on one line, also lists
+    document = load_document(template)  # puts each key on one line, lists too
     for key in suggested:
         _clear_mapping(document, key)
     template = dump_document(document)
@@ -172,7 +172,7 @@ def write_text(template: str, suggested: Suggestions) -> tuple[str, Params]:
 
 
 def _clear_mapping(document: Any, key: str) -> None:
-    """Replace a mapping at a dotted key, such as section `encoder`, by null: a value is written on the line of its key."""
+    """Replace a mapping at a dotted key, such as section `encoder`, by null. A value is written on the line of its key."""
     *sections, last = key.split(".")
     for section in sections:
         document = document.get(section) or {}

@@ -1,4 +1,4 @@
-"""`tailor init`: number and size of the images in a user's folder, and the sizes of the splits held out of them."""
+"""`tailor init`: count and measure the images of a user's folder, and compute the sizes of the splits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.sources.folder import FolderSource
 from pipeline.sources.source import Row
 from serving.shared.terminal import counted
 
-DECODED_IMAGES = 300  # at most about this number
+DECODED_IMAGES = 300  # approximate limit
 TEST_SHARE, MOST_TESTED = 0.2, 50  # per class; 50 at most, because all classes have equal weight in the metrics
 VALIDATION_SHARE, MOST_VALIDATED = 0.1, 20
 
@@ -44,7 +44,7 @@ class FolderSummary:
         return max(self.counts) / min(self.counts)
 
     def split_sizes(self) -> tuple[list[int], list[int]]:
-        """Training and test images of each class, after `suggest_params` has held out what the folder does not."""
+        """Return the training and test images of each class, after the test images that `suggest_params` holds out."""
         training, tested = self.counts, self.tested
         if tested is None:
             tested = [test_size(count, MOST_TESTED, TEST_SHARE) for count in training]
@@ -100,6 +100,6 @@ def _shorter_side(source: FolderSource, row: Row) -> int | None:
 
 
 def expected_tests(summary: FolderSummary) -> dict[str, SampleSize]:
-    """Sample sizes of the test split that results from `suggest_params`, for all classes and by its shot groups."""
+    """Return sample sizes of the test split that results from `suggest_params`: all classes, and each shot group."""
     training, tested = summary.split_sizes()
     return sample_sizes(tested, [shot_group(count) for count in training])

@@ -17,7 +17,7 @@ FILES = Path(__file__).with_name("project_files")  # its dvc.yaml is named stage
 SOURCE_README = (
     "Put one folder of images per class here, with the name of the class. Then run: tailor init data/source\n"
 )
-SITE_CACHE = ".dvc-site-cache"  # relative to the working folder of `dvc`, so it must not lie in .dvc
+SITE_CACHE = ".dvc-site-cache"  # DVC resolves it against its working folder, so it must not lie in .dvc
 DVC_CONFIG = {
     "core.analytics": "false",
     "core.check_update": "false",

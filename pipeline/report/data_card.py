@@ -76,7 +76,7 @@ def data_card(
 ) -> str:
     """Render the card: a YAML block that huggingface_hub reads, then Markdown.
 
-    facts: of `data_facts`. memory: ModelConfig.memory of the student, whose numbers the validation split fits.
+    facts: see `data_facts`. memory: ModelConfig.memory of the student; its tau and weight are fitted on validation.
     """
     total = sizes.train + sizes.validation + sizes.test
     metadata = {

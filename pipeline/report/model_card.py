@@ -72,7 +72,7 @@ def model_card(
 
 
 def network_name(params: Params) -> str:
-    """Name of the student's network for the card: of its pretrained encoder, or of its backbone."""
+    """Return the name of the student's network for the card: its pretrained encoder, or its backbone."""
     return params.encoder.name if params.encoder else params.student.backbone
 
 
@@ -93,7 +93,7 @@ def model_facts(
     encoder: dict[str, Any] | None = None,
     memory: dict[str, Any] | None = None,
 ) -> list[tuple[str, str]]:
-    """Facts about the model as (term, text) pairs. size: of an image; strength: the default of serving.
+    """Facts about the model as (term, text) pairs. size: image side in pixels. strength: the default strength in serving.
 
     encoder: the record of the pretrained encoder, frozen or tuned; None for a network without one. memory:
     ModelConfig.memory of the student.
@@ -103,7 +103,10 @@ def model_facts(
     trained = describe_training(teacher, student, encoder)
     alone = memory is not None and memory["classifier"] == "memory"
     if alone:
-        classifier, trained = f"a memory of {counted(len(prior.classes), 'class')}", "none: the memory answers alone"
+        classifier, trained = (
+            f"a memory of {counted(len(prior.classes), 'class')}",
+            "none: the memory is the only classifier",
+        )
     if encoder:
         adapter = ", a residual adapter" if student.adapter and not alone else ""
         network = f"{tuned_name(encoder['name'], student)}{adapter}"
@@ -124,7 +127,7 @@ def model_facts(
 
 
 def describe_training(teacher: TrainingParams, student: StudentParams, encoder: dict[str, Any] | None) -> str:
-    """Epochs and loss terms of a student: those whose weight is above 0; the teacher if one of them needs it."""
+    """Describe a student's epochs, its loss terms with a weight above 0, and the teacher if one of them needs it."""
     adjusted = "logit-adjusted cross-entropy" if student.adjustment else "cross-entropy"
     gml = "the GML loss (ICML 2023, Mutual Information Maximization between Latent Features and Ground-Truth Labels)"
     terms = [name for name, weight in ((adjusted, student.gamma), (gml, student.beta)) if weight]
@@ -137,7 +140,7 @@ def describe_training(teacher: TrainingParams, student: StudentParams, encoder: 
 
 
 def tuned_name(name: str, student: StudentParams) -> str:
-    """Name of an encoder with how it was tuned, such as `efficientnet_lite0 (last 2 blocks tuned)`."""
+    """Return the name of an encoder and how it was tuned, such as `efficientnet_lite0 (last 2 blocks tuned)`."""
     how = {
         "last_blocks": f"last {counted(student.tune_blocks, 'block')} tuned",
         "lora": f"tuned by LoRA of rank {student.tune_rank}, merged into the weights",

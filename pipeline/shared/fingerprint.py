@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]  # the folder that holds the packages
 PACKAGES = ("models", "pipeline", "serving")
 STAGES = ("split", "prior", "embed", "teacher", "student", "evaluate", "export", "seeds")
 FOLDER = Path(".tailor/code")
-VERSION_FILE = "serving/shared/version.py"  # not hashed: a new version number alone runs no stage again
+VERSION_FILE = "serving/shared/version.py"  # not hashed, because a new version number alone must not run a stage again
 DIGITS = 16  # leading digits of a sha256 in the files
 
 
@@ -76,7 +76,7 @@ def code_sha256(root: Path = ROOT) -> str:
 
 
 def sha256_of_sources(*patterns: str, root: Path = ROOT) -> str:
-    """sha256 over source files, without their comments and docstrings; patterns: relative to the packages' folder."""
+    """Hash source files (sha256) without comments and docstrings. patterns: relative to the folder of the packages."""
     files = [file for pattern in patterns for file in sorted(root.glob(pattern))]
     return hashlib.sha256("".join(map(_hash, files)).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""SGD or AdamW with its state allocated from the start, so that all steps are alike, and the learning rate by epoch."""
+"""SGD or AdamW with all state allocated before the first step, as a captured step needs; learning rate by epoch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from models.objectives.teacher import TeacherObjective
 from pipeline.params import LearningRateParams, TrainingParams
 
 ADAM_SECOND_BETA = 0.999
-# Adam's first step moves every weight by about the rate, also one whose gradient is nothing but rounding. The check of a
-# captured step therefore runs at a rate below its tolerance.
+# Adam's first step changes every weight by about the learning rate, even if its gradient is only rounding error. The check
+# of a captured step therefore uses a learning rate below its tolerance.
 ADAM_CAPTURE_RATE = 1e-4
 
 
 class Optimiser:
     """SGD with momentum, or AdamW, over an objective's trained parameters; `objective.undecayed()` have no weight decay.
 
-    factors: parameters whose learning rate is a multiple of `set_rate`'s, with that multiple; of all others it is 1.
+    factors: multiple of `set_rate`'s learning rate, by parameter; 1 for all other parameters.
     On CUDA, PyTorch's fused kernel is used with the learning rate in a tensor, which a captured step reads at every
     replay.
     """
@@ -54,7 +54,7 @@ class Optimiser:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self._optimiser: torch.optim.Optimizer
         if params.optimizer == "adamw":
-            # Fused also on the CPU, where 60 tensors of 90,000 values take 23 ms, and 75 ms otherwise.
+            # Fused on the CPU too: 60 tensors of 90,000 values take 23 ms instead of 75 ms.
             betas = params.momentum, ADAM_SECOND_BETA
             self._optimiser = torch.optim.AdamW(groups, betas=betas, fused=True, capturable=cuda)
             buffers = ("exp_avg", "exp_avg_sq")
@@ -82,7 +82,7 @@ class Optimiser:
         self._optimiser.zero_grad(set_to_none=True)
 
     def descend(self) -> Tensor:
-        """Update the parameters by their gradients; returns the norm of the gradient before clipping, a scalar tensor."""
+        """Update the parameters with their gradients; returns the norm of the gradient before clipping, a scalar tensor."""
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self._clip:
             nn.utils.clip_grads_with_norm_(self.parameters, self._clip, norm)
@@ -90,7 +90,7 @@ class Optimiser:
         return norm
 
     def state(self) -> list[Tensor]:
-        """Momentum of SGD, or moments and step counter of AdamW, parameter by parameter; empty for SGD without momentum."""
+        """Return the momentum of SGD, or moments and step counter of AdamW, by parameter; empty for SGD without momentum."""
         state = self._optimiser.state
         return [tensor for p in self.parameters if p in state for tensor in state[p].values()]
 

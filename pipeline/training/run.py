@@ -56,7 +56,7 @@ ENCODER = "encoder"  # the backbone that takes the stored features of section en
 
 @dataclass(frozen=True)
 class Result:
-    """The record of the last epoch of a training stage, its output folder, and the record of the student's memory."""
+    """Result of a training stage: record of its last epoch, output folder, record of the student's memory."""
 
     last: dict[str, float]
     output: Path
@@ -74,7 +74,7 @@ class Result:
 def model_config(
     section: TrainingParams, image: ImageParams, classes: int, encoder: dict[str, Any] | None = None
 ) -> ModelConfig:
-    """The config of the network that a params section trains. encoder: record of the encoder whose features it takes."""
+    """Return the config of the network that a params section trains. encoder: record of the encoder of its features."""
     tune, tune_rank = (section.tune, section.tune_rank) if isinstance(section, StudentParams) else ("none", 0)
     return ModelConfig(
         section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment,
@@ -221,7 +221,7 @@ def check_backbones(teacher: str, student: str, size: int, opset: int) -> None:
     Checked on untrained networks before training: otherwise a backbone that cannot be exported fails after hours. Only
     rank 0 runs the check.
     """
-    if "/" in teacher:  # Tailor's CIFAR ResNets accept every size; tests export them. `embed` runs the encoder.
+    if "/" in teacher:  # Tailor's CIFAR ResNets accept every size, and tests export them. `embed` has run the encoder.
         _check_network("teacher.backbone", teacher, size, teacher)
     if "/" in student:
         _check_network("student.backbone", student, size, student, str(opset))
@@ -234,7 +234,7 @@ def check_tuned_export(encoder: EncoderParams | None, student: StudentParams, si
 
 
 def _check_network(key: str, name: str, size: int, network: str, *options: str) -> None:
-    """Run pipeline.preparation.backbone_check in a process. options: its arguments after the size; none: no export."""
+    """Run pipeline.preparation.backbone_check in a process. options: its arguments after the size; without any, no export."""
     if os.environ.get("RANK", "0") != "0":
         return
     command = [sys.executable, "-P", "-m", "pipeline.preparation.backbone_check", network, str(size), *options]

@@ -51,7 +51,7 @@ class StepInputs:
 
 
 class Step:
-    """The training step of a run: views of the batch, the objective's loss, the optimiser, moving average of the weights.
+    """Training step of a run: views of the batch, loss of the objective, optimiser, moving average of the weights.
 
     precision: the dtype of convolutions and matrix products; norms, softmax and losses are always float32. The images
     are on the device as uint8, or are part of the inputs. With several ranks, each processes its share of the batch,
@@ -82,7 +82,7 @@ class Step:
         self._module: nn.Module = objective if alone else shared_gradients(objective)
         self._augment = params.augment
         self._images = None if train.images is None else train.images.to(device)
-        # Stored views of each image, for features; 0 for images, whose views are drawn and cut here.
+        # Number of stored views of each image, for features. 0 for images: their views are drawn and cropped in this class.
         self._stored = train.images.shape[1] if isinstance(train, FeatureImages) else 0
         self.labels, self._size = train.labels.to(device), image.size
         self.normalise = Normalisation(image, device)

@@ -1,4 +1,4 @@
-"""The memory of the student: rows from the training features, tau and weight fitted on the validation split."""
+"""Build the memory of the student: rows from training features; tau and weight fitted on the validation split."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Weights = Mapping[str, Tensor]
 
 
 class StudentMemory:
-    """Adds a memory to trained weights and their config. images: those of the training split.
+    """Adds a memory to trained weights and their config. train: the split whose features become the rows.
 
     Raises ParamsError if student.memory.rows is below the number of classes.
     """
@@ -51,7 +51,7 @@ class StudentMemory:
             )  # fmt: skip
 
     def add(self, weights: Weights, config: ModelConfig) -> tuple[Weights, ModelConfig]:
-        """Weights and config of the network with the memory; the config records the fits of both and of the memory alone."""
+        """Return weights and config of the network with the memory. The config records both fits."""
         alone = self._fit(torch.zeros(len(self._labels), config.classes), LEAST_WEIGHT)
         used = alone
         if self._section.classifier == "both":
@@ -65,7 +65,7 @@ class StudentMemory:
         return {**weights, **stored}, replace(config, memory=record)
 
     def alone(self, config: ModelConfig) -> tuple[Weights, ModelConfig, dict[str, float]]:
-        """Weights and config of a network that is the memory alone, and its record in the place of an epoch's."""
+        """Return weights and config of a network with only the memory, and a record that replaces the record of an epoch."""
         weights, config = self.add({}, replace(config, adapter=0, adjustment=None))
         assert config.memory
         record: dict[str, float] = {"epoch": 0}
@@ -91,7 +91,7 @@ class StudentMemory:
 def write_memory(
     section: MemoryParams, config: ModelConfig, params: Params, prior: Prior, output: Path
 ) -> tuple[dict[str, float], Path, dict[str, Any] | None]:
-    """Write a student that is the memory alone, by rank 0; returns its record, the output and the memory's record."""
+    """Write a student with only the memory (rank 0 writes). Returns its record, the output, and the record of the memory."""
     train, validation = load_features(params, "train"), load_features(params, "validation")
     memory = StudentMemory(section, train, validation, prior, params.image)
     weights, config, record = memory.alone(config)

@@ -33,8 +33,8 @@ def build_objective(
 ) -> StudentObjective:
     """Build the student's objective from the stage's seed.
 
-    The teacher is loaded from its folder if a loss term needs it. A student that tunes the encoder takes images, and so
-    does its teacher, whose encoder is frozen. Raises ParamsError when the encoder cannot be tuned as section.tune.
+    The teacher is loaded from its folder if a loss term needs it. A student that tunes the encoder takes images. Its
+    teacher then takes images too, with the frozen encoder. Raises ParamsError when section.tune cannot tune the encoder.
     """
     weights, frozen, teacher_adjustment = weights_of(section), None, None
     pretrained = load_encoder(encoder, image).network if encoder and section.tune != "none" else None
@@ -47,7 +47,7 @@ def build_objective(
             frozen.backbone = with_encoder(pretrained, frozen.backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # Without the encoder, which tuned_backbone adds with its pretrained weights.
+        # Built without the encoder; tuned_backbone adds it with its pretrained weights.
         model = build_model(replace(config, tune="none"), "student.backbone")
         load_pretrained(model.backbone, section.pretrained, "student.pretrained")
         if pretrained:
@@ -56,7 +56,7 @@ def build_objective(
 
 
 def tuned_backbone(pretrained: Backbone, head: Backbone, section: StudentParams) -> TunedBackbone:
-    """A student's backbone: a copy of the pretrained encoder, which section.tune trains, and the part after it."""
+    """Build a student's backbone from a copy of the pretrained encoder, which section.tune trains, and the head."""
     tuning = Tuning(section.tune, section.tune_blocks, section.tune_rank, section.tune_rate, section.tune_decay)
     try:
         return TunedBackbone(copy.deepcopy(pretrained), head, tuning)
@@ -65,7 +65,7 @@ def tuned_backbone(pretrained: Backbone, head: Backbone, section: StudentParams)
 
 
 def check_tuning(encoder: EncoderParams | None, section: StudentParams) -> None:
-    """Raise ParamsError when the encoder cannot be tuned as section.tune; for use before the teacher's training."""
+    """Raise ParamsError when section.tune cannot tune the encoder. Called before the teacher is trained."""
     if encoder and section.tune != "none":
         network = build_on_meta(describe(encoder).model)
         with torch.device("meta"):

@@ -34,7 +34,7 @@ class ImageFormat(BaseModel):
     """Parameters of `models.preprocess`: resize the shorter side to resize_to, centre crop of `size` (pixels).
 
     room: a large JPEG is decoded at a reduced size, at least room * resize_to. 0 disables it, as in exports from before
-    this key existed. interpolation: of the resize.
+    this key existed. interpolation: filter of the resize.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -78,7 +78,7 @@ class Manifest(BaseModel):
     files: names of files beside the manifest with their sha256. encoder: name, licence, source and sha256 of the
     weights of a pretrained encoder, and how it was tuned; None for a network without one. memory: rows, tau and weight of
     the memory of training features; None without one. half: set for a graph with a float16 backbone; None for float32.
-    code_revision: the git commit of the project. code_sha256: of the source files that made the release; empty in
+    code_revision: the git commit of the project. code_sha256: hash of the source files that wrote the release; empty in
     releases from before this key existed.
     """
 

@@ -1,4 +1,4 @@
-"""Error classes, and the text that names a missing extra.
+"""Error classes, and the text of errors about missing extras.
 
 Each message is one line that names the file, argument or address and what is allowed.
 """
@@ -27,5 +27,5 @@ class RepositoryError(ServingError):
 
 
 def install_command(*extras: str) -> str:
-    """The remedy of a message about a missing package: how to install extras of pyproject.toml. No index has Tailor."""
+    """Return the text that states how to install extras of pyproject.toml. Tailor is on no package index."""
     return f"run `pip install -e '.[{','.join(extras)}]'` in Tailor's source folder"

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[2]  # the checkout, or site-packages
 def source_commit() -> str:
     """First 12 digits of the git commit of Tailor's source, `+changes` if tracked files differ.
 
-    Outside a checkout it is the commit that the build recorded. `unknown` if there is none, or if git is missing or
+    Outside a checkout: the commit that the build recorded. `unknown` if no commit is recorded, git is missing, or git
     refuses to read the checkout.
     """
-    if not (ROOT / ".git").exists():  # in site-packages git would find the repository of another project
+    if not (ROOT / ".git").exists():  # in site-packages, git would read the repository of another project
         return COMMIT_FILE.read_text(encoding="utf-8").strip() if COMMIT_FILE.is_file() else "unknown"
     commit = _git("rev-parse", "--short=12", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None

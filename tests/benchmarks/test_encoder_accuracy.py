@@ -1,4 +1,4 @@
-"""benchmarks.encoder_accuracy: smoke test of the whole comparison at a small size; no accuracy is asserted."""
+"""benchmarks.encoder_accuracy: smoke test of a complete comparison at a small size; no accuracy is asserted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks import encoder_accuracy, encoder_projects
 from benchmarks.accuracy import merged
 from benchmarks.feature_classifiers import knn, logistic_regression
 
-SIZES = [12, 6, 4]  # images of each class
+SIZES = [12, 6, 4]  # images by class
 SECTION = {"epochs": 1, "batch_size": 8}
 STUDENT = {"adapter": 8, "projection_hidden": 8, "projection_dim": 8, "queue_total": 16, "beta": 1.0, "alpha": 0.0}
 SMALL = {"teacher": SECTION, "student": {**SECTION, **STUDENT}}

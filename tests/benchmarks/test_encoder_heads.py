@@ -41,6 +41,6 @@ def test_the_report_has_seconds_losses_and_accuracies_of_teacher_student_and_log
 def test_the_balanced_loss_weighs_each_class_the_same(heads):
     compared = encoder_heads.Heads(heads)
     logits = torch.zeros(75, 4)
-    logits[:, 0] = 2.0  # right for 40 images of the first class, wrong for all others
+    logits[:, 0] = 2.0  # correct for 40 images of the first class, wrong for all others
     right, wrong = (-logits[0].log_softmax(0)[label].item() for label in (0, 1))
     assert compared.balanced_loss(logits) == pytest.approx((right + 3 * wrong) / 4)

@@ -1,4 +1,4 @@
-"""benchmarks.gpu: every step at a small size on the CPU; failing, killed and slow steps; the folder to carry."""
+"""benchmarks.gpu: every step at a small size on the CPU; failing, killed and slow steps; the folder for the GPU machine."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_wrong_arguments_are_a_usage_error(words, message, capsys):
 
 @pytest.fixture
 def packs(tmp_path):
-    """Image packs of one megabyte, and a `python` whose `pip download` writes one wheel for each version."""
+    """Make image packs of one megabyte, and a `python` whose `pip download` writes one wheel for each version."""
     (tmp_path / "packs").mkdir()
     for name in gpu.PACKS:
         (tmp_path / "packs" / name).write_bytes(bytes(10**6))

@@ -1,4 +1,4 @@
-"""`make demo-photos` runs the whole way on a folder of JPEGs with the installed weights of EfficientNet-Lite0."""
+"""`make demo-photos` runs all stages on a folder of JPEGs with the installed weights of EfficientNet-Lite0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARES = {"red": (14, (200, 60, 60)), "green": (8, (60, 200, 60)), "blue": (4, (
 
 
 def make(tmp_path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run make with the environment of the tests: `-o install` takes it as installed."""
+    """Run make in the environment of the tests: `-o install` skips the target `install`."""
     command = ["make", "-o", "install", "demo-photos", f"PHOTOS={tmp_path / 'project'}", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -47,5 +47,7 @@ def test_make_demo_photos_trains_serves_and_compares_on_a_folder_of_photographs(
 def test_make_demo_photos_needs_a_folder(tmp_path, arguments):
     done = make(tmp_path, *arguments)
     assert done.returncode == 2
-    assert "expected a folder that holds a folder of images for each class, as in: make demo-photos" in done.stderr
+    assert (
+        "expected a folder that holds a folder of images for each class, for example: make demo-photos" in done.stderr
+    )
     assert not (tmp_path / "project").exists()

@@ -31,7 +31,7 @@ from tests.support.small_encoder import tiny_encoder, tiny_params
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STAGES = (pipeline.split, pipeline.prior, pipeline.embed, pipeline.teacher, pipeline.student, pipeline.evaluate)
-# With tau_s 1 a probability is never near 0 or 1, so that a small difference of the pixels changes it.
+# With tau_s 1 no probability is near 0 or 1, so a small difference of the pixels changes each of them.
 CHANGES = {
     "image.interpolation": "bicubic", "student.queue_total": 64, "serving.top_k": 2, "evaluate.top_k": 2,
     "teacher.tau_s": 1.0, "student.tau_s": 1.0,
@@ -46,7 +46,7 @@ ENCODERS = {
 
 
 def photographs(root):
-    """Write JPEG files of two classes, larger than the network's input, so that the interpolation changes their pixels."""
+    """Write JPEG files of two classes, larger than the network's input, so that their pixels depend on the interpolation."""
     draw = np.random.default_rng(0)
     for channel, (name, count) in enumerate((("red", 24), ("green", 12))):
         for number in range(count):
@@ -60,7 +60,7 @@ def photographs(root):
 
 
 def expected_logits(params, interpolation):
-    """Logits [N,C] of the test images by PyTorch on pixels of the release's own format, with another interpolation."""
+    """Compute the logits [N,C] of the test images by PyTorch, in the release's image format with another interpolation."""
     model, config = load_model(STUDENT, "student")
     attach_encoder(model, config, params, STUDENT)
     form = load_manifest(EXPORT).image.model_copy(update={"interpolation": interpolation})
@@ -74,7 +74,7 @@ def expected_logits(params, interpolation):
 
 
 def assert_served(images, logits, tolerance):
-    """Assert that both protocols return the probabilities of those balanced logits under every kind of prior."""
+    """Assert that both protocols return the probabilities of these balanced logits under every kind of prior."""
     log_prior = np.array(json.loads(PRIOR.read_text())["log_prior"])
     own = np.array([0.9, 0.1])
     expected = {

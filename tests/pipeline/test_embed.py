@@ -259,7 +259,7 @@ def test_a_second_run_at_the_same_time_is_refused_and_the_first_one_finishes(wei
     monkeypatch.setattr(LoadedEncoder, "features", twice)
     assert pipeline.embed.run(params).computed == 49
     assert refused[0].returncode == 1
-    assert refused[0].stderr.endswith("another `embed` of this project runs; wait until it has finished\n")
+    assert refused[0].stderr.endswith("another `embed` of this project is running; wait until it has finished\n")
 
 
 @pytest.mark.faults

@@ -34,7 +34,7 @@ def _weights(tmp_path, monkeypatch):
 
 
 def until(stages, weights, changes=None):
-    """Params, after those stages on a folder of two classes."""
+    """Run these stages on a folder of two classes and return the params."""
     ready = tiny_params(weights, folder(weights.parent / "images", {"a": 30, "b": 9}), changes)
     for stage in stages:
         stage.run(ready)

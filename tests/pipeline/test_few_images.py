@@ -1,4 +1,4 @@
-"""The whole way from two classes of two images each, with the params that `tailor init` proposes."""
+"""All stages on two classes of two images each, with the params that `tailor init` proposes."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def _weights(tmp_path, monkeypatch):
 
 
 def until(stages, weights, changes):
-    """Params, after those stages on a folder of three classes, one of which trains on few images."""
+    """Run these stages on a folder of three classes, one with few training images, and return the params."""
     ready = tiny_params(weights, folder(weights.parent / "images", {"a": 40, "b": 12, "c": 4}), changes)
     for stage in stages:
         stage.run(ready)
@@ -55,7 +55,7 @@ def record():
 
 
 def mixture(features, classes, tau, weight):
-    """The memory's logits of features [N,D], by numpy from the stored features of the training images."""
+    """Compute the memory's logits of features [N,D] with numpy, from the stored features of the training images."""
     stored = safetensors.torch.load_file(STUDENT / "model.safetensors")
     rows, row_class = stored["memory.rows"].double().numpy(), stored["memory.row_class"].numpy()
     cosines = F.normalize(features.double(), dim=1).numpy() @ rows.T
@@ -140,7 +140,7 @@ def test_with_few_validation_images_the_memory_has_the_default_numbers_and_a_war
 
 
 def test_enough_validation_images_fit_the_numbers_and_a_memory_alone_that_does_not_help_keeps_a_weight(weights, capsys):
-    """The images are noise, so the memory has nothing to predict classes by."""
+    """The images are noise, so the memory cannot predict classes."""
     sizes = {"a": 60, "b": 60}
     given = {"data.validation_per_class": 20, **ALONE}
     ready = tiny_params(weights, folder(weights.parent / "images", sizes), given)

@@ -175,5 +175,5 @@ def test_a_further_seed_of_a_student_with_a_memory_or_a_tuned_encoder_has_the_me
         for name in ("teacher", "student")
     }
     assert len(losses["teacher"]) == 2
-    # The memory alone depends on the features, not on a seed.
+    # A memory alone depends on the features, not on a seed.
     assert len(losses["student"]) == (1 if networks == {"teacher", "student"} else 2)

@@ -39,13 +39,13 @@ PREFIX = "backbone.network.0.network."
 @pytest.fixture(name="weights")
 def _weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # A process of several seconds in each run; test_backbone_check.py runs it.
+    # The check takes several seconds in each run; test_backbone_check.py tests it.
     monkeypatch.setattr(pipeline.student, "check_tuned_export", lambda *_: None)
     return tiny_encoder(tmp_path, monkeypatch)
 
 
 def until(stages, weights, tune, **changes):
-    """Params with a tuned student, after those stages on a folder of two classes."""
+    """Run these stages on a folder of two classes and return the params, with a tuned student."""
     given = {
         "student.queue_total": 64, "student.tune": tune, "student.tune_rank": 2, "student.tune_rate": 1.0,
         "student.augment.flip": True, "student.optimizer": "adamw", "student.learning_rate": 0.001, **changes,
@@ -57,7 +57,7 @@ def until(stages, weights, tune, **changes):
 
 
 def stop_at_epoch(monkeypatch, number):
-    """Interrupt the next training run at its epoch `number`; later ones run."""
+    """Interrupt the next training run at its epoch `number`; later runs are not interrupted."""
     whole, epochs = Training._epoch, []
 
     def stopping(self, *arguments):
@@ -176,7 +176,7 @@ def test_the_export_of_the_encoder_is_tried_before_the_student_trains(weights, m
 
     monkeypatch.setattr(pipeline.student, "check_tuned_export", refuse)
     with pytest.raises(ParamsError, match=rf"^tiny all 32 {params.export.opset}$"):
-        pipeline.student.run(params)  # there is no teacher either, which would be refused later
+        pipeline.student.run(params)  # there is no teacher either; that error would come later
 
 
 def test_adapters_for_an_encoder_without_transformer_blocks_are_refused_before_and_after_the_teacher_trains(

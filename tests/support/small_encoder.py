@@ -17,7 +17,7 @@ from pipeline.params import Params
 from pipeline.shared.artifacts import sha256_of
 from tests.support.making import data_params, params
 
-TINY = "test_vit"  # of timm: 0.3 million parameters, made for tests
+TINY = "test_vit"  # a network of timm for tests, 0.3 million parameters
 
 
 def tiny_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch, model: str = TINY) -> Path:
@@ -45,7 +45,7 @@ def tiny_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tiny_params(weights: Path, source: Path, changes: dict[str, Any] | None = None) -> Params:
-    """Params for a folder of images at 32 pixels, with the encoder `tiny`. changes: dotted keys."""
+    """Return params for a folder of images at 32 pixels, with the encoder `tiny`. changes: dotted keys."""
     data = data_params(source).model_dump(mode="json")["data"]
     given = {
         **{f"data.{key}": value for key, value in data.items()},

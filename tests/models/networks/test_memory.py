@@ -1,4 +1,4 @@
-"""The memory against a numpy reference and known distributions: its rows, its likelihoods, the fit of its numbers."""
+"""The memory against a numpy reference and known distributions: rows, likelihoods, fit of tau and weight."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from models.prior import adjust_logits, log_class_prior
 
 
 def directions(classes, width, seed=0):
-    """A mean direction of length 1 for each class."""
+    """Return a mean direction of length 1 for each class."""
     return F.normalize(torch.randn(classes, width, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
 def drawn(means, counts, spread, seed):
-    """Features around the mean direction of their class, and labels."""
+    """Draw features around the mean direction of their class; return features and labels."""
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     noise = torch.randn(len(labels), means.shape[1], generator=torch.Generator().manual_seed(seed))
     return means[labels] + spread * noise, labels
 
 
 def reference(features, rows, labels, classes, tau):
-    """log of the mean over the unit rows of a class of exp(cos / tau), in float64, class by class."""
+    """Compute, for each class in float64, the log of the mean of exp(cos / tau) over the unit rows of the class."""
     features = features.astype(np.float64)
     cosines = features @ rows.astype(np.float64).T / np.linalg.norm(features, axis=1, keepdims=True)
     return np.stack(
@@ -43,7 +43,7 @@ def reference(features, rows, labels, classes, tau):
 
 
 def accuracy(logits, labels):
-    """Mean over classes of the share of correct predictions."""
+    """Return the mean of per-class accuracies."""
     right = (logits.argmax(1) == labels).double()
     return float(torch.stack([right[labels == c].mean() for c in labels.unique()]).mean())
 
@@ -86,7 +86,7 @@ def test_centres_stand_for_the_clusters_of_a_class_with_their_shares():
     own = stored.row_class == 0
     assert len(stored.rows) <= 32 and int((stored.row_class == 1).sum()) == 2
     assert (stored.rows.float().norm(dim=1) <= 1.001).all()
-    # The mean of the rows by their shares is the mean of the images, for the class with clusters too.
+    # The mean of the rows, weighted by their shares, is the mean of the images, also for the class with clusters.
     mean = F.normalize(first, dim=1).mean(0)
     assert torch.allclose(stored.log_share[own].exp() @ stored.rows[own].float(), mean, atol=1e-3)
     nearest = (stored.rows[own].float() @ clusters.T).argmax(1)
@@ -129,7 +129,7 @@ def test_the_memory_is_balanced_and_the_target_prior_moves_it_to_the_frequencies
         bayes = torch.tensor(kappa * np.cos(angles[:, None] - means) + log_prior)
         right, best = ((each.argmax(1) == target).double().mean() for each in (logits, bayes))
         assert right > best - 0.02
-        # Probabilities, and not only the order of the classes.
+        # Compare probabilities, not only the order of the classes.
         assert np.abs(softmax(logits.numpy(), axis=1) - softmax(bayes.numpy(), axis=1)).mean() < 0.06
 
 

@@ -1,4 +1,4 @@
-"""Tuning of a pretrained encoder: what is trained, what stays as it is, low-rank updates, learning rates by layer."""
+"""Tuning of a pretrained encoder: trained and frozen weights, low-rank updates, learning rates by layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.networks.cosine_classifier import ImageClassifier
 from models.networks.tuning import LowRankUpdate, TunedBackbone, TuneError, Tuning, layers_of, merged_state
 
 ENCODERS = ["test_vit", "test_efficientnet", "test_convnext"]
-# Names of the weights of the last block, with the layers after it.
+# Names of the weights of the last block and of the layers after it.
 LAST_BLOCK = {
     "test_vit": r"blocks\.5\.|norm\.",
     "test_efficientnet": r"blocks\.4\.0\.|conv_head|bn2",
@@ -24,7 +24,7 @@ LAST_BLOCK = {
 
 
 def tuned(name: str, tune: str, *, blocks: int = 1, rank: int = 2, rate: float = 0.1, decay: float = 1.0):
-    """A classifier of three classes on a tuned encoder, in training mode."""
+    """Build a classifier of three classes on a tuned encoder, in training mode."""
     torch.manual_seed(0)
     encoder = build_backbone(f"timm/{name}")
     head = feature_backbone(encoder.feature_dim, 4)
@@ -43,7 +43,7 @@ def train(model: ImageClassifier, steps: int = 2) -> None:
 
 
 def changed_by_training(model: ImageClassifier) -> set[str]:
-    """Names in the state of the encoder, without batch counters, that training changes, if by a single bit."""
+    """Return the names in the encoder's state, without batch counters, whose values are not bit-identical after training."""
     before = copy.deepcopy(merged_state(model))
     train(model)
     after = merged_state(model)
@@ -82,7 +82,7 @@ def test_lora_changes_full_layers_alone_by_a_matrix_of_its_rank_and_no_bias_norm
     before = copy.deepcopy(merged_state(model))
     assert changed_by_training(model) == expected
     for update in model.modules():
-        if isinstance(update, LowRankUpdate):  # training changes weights by little more than their rounding
+        if isinstance(update, LowRankUpdate):  # training changes weights by little more than the rounding error
             nn.init.normal_(update.up)
     for path in expected:
         key = f"backbone.network.0.network.{path}"
@@ -100,7 +100,7 @@ def test_a_merged_network_has_the_plain_names_and_the_outputs_of_the_tuned_one(n
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(plain.eval()(images)[1], model.eval()(images)[1])
     assert model.backbone.network[0].network is not plain.backbone.network[0].network
-    train(model)  # the merge is a copy, and the tuned network trains further
+    train(model)  # the merge is a copy, so the tuned network can continue training
 
 
 def test_adaptformer_trains_its_adapters_alone_beside_the_mlp_of_every_block():

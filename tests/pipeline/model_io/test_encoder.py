@@ -1,4 +1,4 @@
-"""Pretrained encoders: the listed ones, and one clear line for each fault of their weights."""
+"""Pretrained encoders: the list, loading, and a one-line error for each fault of the weights."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_the_list_agrees_with_timm(name):
     assert listed.interpolation == config.interpolation
     assert config.license in (listed.licence.lower(), listed.licence.lower().replace(" ", "-"))
     assert listed.source.startswith("package:") or listed.source == f"hf://{config.hf_hub_id}@main"
-    # timm has one model for each activation of the authors' code, both with the same weights.
+    # timm has two models for weights trained with QuickGELU; only the model named quickgelu has this activation.
     assert "quickgelu" in listed.model or "QuickGELU" not in "".join(config.notes or ())
     assert listed.width == network.feature_dim
     assert listed.parameters == sum(parameter.numel() for parameter in network.parameters())

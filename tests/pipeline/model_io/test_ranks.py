@@ -131,7 +131,7 @@ def test_the_shared_batch_norm_is_the_batch_norm_of_the_whole_batch(tmp_path):
 
 
 def converted_act_norm() -> torch.Tensor:
-    """Run timm's batch norm with activation on this rank's half of a batch after its conversion."""
+    """Convert timm's batch norm with activation, and run it on this rank's half of a batch."""
     batch = torch.randn(8, 5, 4, 4, generator=torch.Generator().manual_seed(3))
     network = synchronise_batch_norm(torch.nn.Sequential(BatchNormAct2d(5)), CPU)
     return gather_batch(network(batch[dist.get_rank() * 4 :][:4]).detach())
@@ -145,7 +145,7 @@ def test_a_batch_norm_of_timm_keeps_its_activation_on_two_ranks(tmp_path):
 
 
 def tuned_run() -> dict[str, torch.Tensor]:
-    """Train the last block of an encoder for an epoch; return the states before and after it."""
+    """Train the last block of an encoder for an epoch; return the states before and after."""
     training = made_training("teacher", epochs=1, optimizer="adamw", learning_rate=1e-3)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -31,7 +31,7 @@ def test_a_student_backbone_that_does_not_export_is_refused_before_training():
 
 
 def tuned(name, size):
-    """Params of a student that tunes the encoder `name`."""
+    """Return params of a student that tunes the encoder `name`."""
     return params(
         {
             "encoder": {"name": name}, "student.tune": "last_blocks", "image.size": size, "image.resize_to": size,

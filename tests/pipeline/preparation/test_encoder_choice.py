@@ -36,14 +36,14 @@ SECTION = (
 
 @pytest.fixture(name="tiny")
 def _tiny(tmp_path, monkeypatch):
-    """The encoder `tiny` as the default; 160 pixels, reduced: 32."""
+    """Make the encoder `tiny` the default: 160 pixels, reduced size 32."""
     tiny_package(tmp_path, monkeypatch)
     monkeypatch.setattr(encoder_choice, "DEFAULT", "tiny")
     monkeypatch.setitem(encoder_choice.REDUCED, "tiny", 32)
 
 
 def photographs(root: Path, side: int, counts: dict[str, int], difference: int = 60) -> Path:
-    """A folder of JPEGs of noise; difference: of the mean colour of the classes, in grey levels."""
+    """Make a folder of JPEGs of noise. difference: between the mean colours of the classes, in grey levels."""
     for label, (name, count) in enumerate(counts.items()):
         for number in range(count):
             pixels = picture(100 * label + number, (side, side)) // 4 + np.uint8(difference * label)
@@ -64,7 +64,7 @@ def test_the_proposed_values_are_those_of_the_recipe(tmp_path):
 
 @pytest.mark.slow
 def test_dvc_changes_any_key_of_a_proposed_encoder(tmp_path):
-    """`dvc exp run -S encoder.views=4` calls this function, which refuses a key that the file lacks."""
+    """`dvc exp run -S encoder.views=4` calls this function. It refuses a key that the file lacks."""
     from dvc.utils.hydra import apply_overrides
 
     summary = folder_summary([900, 300], shorter=400)
@@ -96,7 +96,7 @@ def test_a_proposal_replaces_another_one_in_both_directions():
     ],
 )
 def test_a_proposal_from_scratch_replaces_what_only_an_encoder_can_have(old, new):
-    """`tailor init` would stop otherwise: such a value without section encoder is refused."""
+    """Otherwise `tailor init` would fail, because such a value is refused without section encoder."""
     summary = folder_summary([900, 300], shorter=400)
     assert TEMPLATE.count(f"\n  {old}") == 1
     text = TEMPLATE.replace(f"\n  {old}", f"\n  {new}")
@@ -241,7 +241,7 @@ def test_knn_leaves_out_classes_of_one_image():
 
 @pytest.mark.usefixtures("tiny")
 def test_identical_files_count_once_in_the_expected_accuracy(tmp_path):
-    """Noise without a class has chance accuracy; with each file four times, kNN would find its copies."""
+    """Noise has chance accuracy. If copies counted, kNN would find the four copies of each file."""
     folder = photographs(tmp_path / "photos", 48, {"a": 10, "b": 10}, difference=0)
     once = choose_encoder(inspect_folder(folder), "tiny", CPU).sample
     assert once.images == 20 and not once.above_chance

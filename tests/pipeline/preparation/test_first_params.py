@@ -78,7 +78,7 @@ def test_without_a_gpu_init_suggests_small_images_and_gives_the_reason() -> None
 
 @pytest.mark.parametrize("gpu", [True, False])
 def test_the_recipe_of_an_encoder_applies_to_the_suggested_params(tmp_path: Path, gpu: bool) -> None:
-    """With a GPU the suggested crop of photographs is `resized`, which stored features cannot have."""
+    """With a GPU the suggested crop of photographs is `resized`, which is not possible with stored features."""
     text, _ = write_text(TEMPLATE, suggest_params(folder_summary([300, 30], shorter=400), "data/source", gpu))
     (tmp_path / "params.yaml").write_text(text)
     applied, _ = apply_recipe([ROOT / "recipes/photographs-lite0.yaml"], tmp_path / "params.yaml")

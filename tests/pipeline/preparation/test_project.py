@@ -52,7 +52,7 @@ def test_a_project_has_its_own_git_repository_unless_it_is_inside_one(tmp_path: 
     assert "analytics = false" in (tmp_path / "alone/.dvc/config").read_text()
 
 
-# Runs at the start of each Python process: any use of DVC's default site cache, which each user may write, fails.
+# Runs at the start of each Python process. Every use of DVC's default site cache, which each user can write, fails.
 NO_DEFAULT_CACHE = """
 import sys
 def refuse(event, arguments):

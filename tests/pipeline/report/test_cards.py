@@ -1,4 +1,4 @@
-"""What the cards record of the training: the loss terms with a weight, the teacher, the uses of the validation split."""
+"""Training facts in the cards: loss terms with a weight, the teacher, the uses of the validation split."""
 
 import pytest
 

@@ -11,7 +11,7 @@ from tests.support.small_training import made_objective, training_params
 
 
 class Weights(torch.nn.Module):
-    """An objective with two trained parameters, of which `temperature` has no weight decay."""
+    """An objective with two trained parameters; `temperature` has no weight decay."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ GRADIENTS = [([0.3, -0.4, 0.0], 0.1), ([0.2, 0.1, -1.0], -0.2), ([0.0, 0.0, 2.0]
 
 
 def descended(objective: Weights, **changes) -> tuple[list[float], list[float]]:
-    """The parameters after a step on each of GRADIENTS, and the norms that the steps returned."""
+    """Take a step on each of GRADIENTS; return the parameters, and the norms that the steps returned."""
     optimiser, norms = Optimiser(objective, training_params(**changes)), []
     for weight, temperature in GRADIENTS:
         optimiser.zero_gradients()

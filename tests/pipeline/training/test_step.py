@@ -153,7 +153,7 @@ def test_a_cuda_graph_does_what_the_plain_step_does(stage, accumulate, recompute
     for _ in range(2):
         objective = made_objective("student" if stage == "adamw" else stage)
         objective.to(device, memory_format=torch.channels_last)
-        # At the rate at which the engine captures.
+        # The learning rate that the engine uses for the capture.
         changes = {**ADAMW, "learning_rate": ADAM_CAPTURE_RATE} if stage == "adamw" else {}
         params = training_params(ema_decay=0.9, accumulate=accumulate, **changes)
         steps.append(Step(objective, params, IMAGE, made_images(32), device, torch.bfloat16, recompute))

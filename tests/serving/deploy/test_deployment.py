@@ -136,7 +136,7 @@ def test_every_package_that_the_command_imports_is_installed_in_its_stage(stage:
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     by_module = metadata.packages_distributions()
-    # Besides the requirements: optional imports of packages.
+    # Not requirements: optional imports of packages.
     installed = installed_with(requirements) | {"setuptools", "brotli", "ml-dtypes", "grpcio-tools"}
     missing = {
         name

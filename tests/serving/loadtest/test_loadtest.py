@@ -197,7 +197,7 @@ def test_an_interrupted_load_test_leaves_no_process(server: TritonServer, images
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     log, waited = report / "locust.log", time.monotonic() + 60
-    # Locust prints the second line instead of the first where a worker reports late.
+    # Locust prints the second line instead of the first if a worker reports late.
     while not (log.is_file() and re.search("All users spawned|Spawning is complete", log.read_text())):
         assert time.monotonic() < waited, log.read_text() if log.is_file() else process.poll()
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Version and commit of Tailor: in a checkout, in an installation and without git."""
+"""Version and commit of Tailor in a checkout, in an installation, and without git."""
 
 from __future__ import annotations
 
