@@ -43,8 +43,8 @@ from models.networks.memory import FeatureMemory, build_memory
 from models.networks.memory_fit import LEAST_WEIGHT, fit_memory
 from pipeline import student, teacher
 from pipeline.data.class_prior import Prior, load_prior
-from pipeline.data.embeddings import FeatureImages, load_features
 from pipeline.evaluation.network_metrics import network_logits, network_metrics
+from pipeline.features.stored import FeatureImages, load_features
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
 from pipeline.shared.artifacts import sha256_of_json, write_file, write_json

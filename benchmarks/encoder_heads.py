@@ -28,7 +28,7 @@ from benchmarks.encoder_projects import gml_params
 from models.networks.cosine_classifier import ImageClassifier
 from models.prior import class_prior, shot_group
 from pipeline.data.class_prior import Prior
-from pipeline.data.embeddings import FeatureImages
+from pipeline.features.stored import FeatureImages
 from pipeline.model_io.checkpoint import build_model
 from pipeline.model_io.inference import balanced_logits
 from pipeline.params import Params, TrainingParams, parse_params

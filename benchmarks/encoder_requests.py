@@ -31,7 +31,7 @@ from benchmarks.serving_turns import Side, in_rounds, median, ratios
 from models.networks.backbones import build_backbone
 from models.networks.encoders import ENCODERS
 from pipeline import embed, evaluate, export, prior
-from pipeline.data.embeddings import stored_encoder
+from pipeline.features.stored import stored_encoder
 from pipeline.model_io.checkpoint import ModelConfig, build_model, save_model
 from pipeline.model_io.encoder import load_encoder
 from pipeline.onnx_export.graph import TRACED_BATCH, trace

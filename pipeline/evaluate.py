@@ -17,7 +17,6 @@ from models.sample_size import from_json, warnings_of
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
-from pipeline.data.embeddings import evaluation_inputs, stored_encoder
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import (
     network_logits,
@@ -27,6 +26,7 @@ from pipeline.evaluation.network_metrics import (
 )
 from pipeline.evaluation.predictions import GateError, Predictions, check_comparable, load_predictions
 from pipeline.evaluation.runs import load_run
+from pipeline.features.stored import evaluation_inputs, stored_encoder
 from pipeline.model_io.checkpoint import BEST, load_config
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params

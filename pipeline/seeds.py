@@ -16,8 +16,8 @@ from typing import Any
 from pipeline import student, teacher
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
-from pipeline.data.embeddings import evaluation_inputs
 from pipeline.evaluation.network_metrics import network_logits, network_metrics, student_parts
+from pipeline.features.stored import evaluation_inputs
 from pipeline.model_io.checkpoint import BEST
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params

@@ -19,11 +19,11 @@ from models.sample_size import sample_sizes, warnings_of
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
-from pipeline.data.embeddings import evaluation_inputs, stored_encoder
 from pipeline.evaluation.comparison import Measure, compare
 from pipeline.evaluation.metrics import GROUPS, adjusted_probabilities
 from pipeline.evaluation.network_metrics import TARGET_PRIORS, network_logits
 from pipeline.evaluation.predictions import Predictions
+from pipeline.features.stored import evaluation_inputs, stored_encoder
 from pipeline.model_io.devices import choose_device, joined_ranks
 from pipeline.params import ImageParams, Params, StudentParams, TrainingParams
 from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, STUDENT

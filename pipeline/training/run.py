@@ -21,7 +21,7 @@ from models.networks.tuning import merged_state
 from models.objectives.student import StudentObjective
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.class_prior import Prior
-from pipeline.data.embeddings import FeatureImages, training_inputs
+from pipeline.features.stored import FeatureImages, training_inputs
 from pipeline.model_io.checkpoint import BEST, ModelConfig, build_model, describe_memory, save_model
 from pipeline.model_io.encoder import describe
 from pipeline.model_io.pretrained import load_pretrained

@@ -15,7 +15,7 @@ from models.distributed import rank
 from models.networks.memory import FeatureMemory, build_memory
 from models.networks.memory_fit import LEAST_WEIGHT, MINIMUM_IMAGES, MemoryFit, fit_memory
 from pipeline.data.class_prior import Prior
-from pipeline.data.embeddings import FeatureImages, load_features
+from pipeline.features.stored import FeatureImages, load_features
 from pipeline.model_io.checkpoint import ModelConfig, build_model, few_images, save_model
 from pipeline.model_io.inference import balanced_logits
 from pipeline.params import ImageParams, MemoryParams, Params

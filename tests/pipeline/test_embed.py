@@ -21,8 +21,8 @@ import torch
 import pipeline.embed
 import pipeline.split
 from models.preprocess import preprocess
-from pipeline.data.embeddings import load_features
-from pipeline.model_io.embedding import BATCH
+from pipeline.features.compute import BATCH
+from pipeline.features.stored import load_features
 from pipeline.model_io.encoder import LoadedEncoder, load_encoder
 from pipeline.shared.artifacts import EMBEDDINGS, SPLIT, sha256_of
 from pipeline.shared.errors import DataError, ParamsError, StageError
@@ -35,8 +35,8 @@ from tests.support.small_encoder import tiny_encoder, tiny_params
 @pytest.fixture(name="weights")
 def _weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.model_io.embedding.SHARD_ROWS", 16)
-    monkeypatch.setattr("pipeline.data.embeddings.SHARD_ROWS", 16)
+    monkeypatch.setattr("pipeline.features.compute.SHARD_ROWS", 16)
+    monkeypatch.setattr("pipeline.features.stored.SHARD_ROWS", 16)
     monkeypatch.setitem(BATCH, "cpu", 4)
     return tiny_encoder(tmp_path, monkeypatch)
 

@@ -18,7 +18,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pipeline.data.assignment import SPLITS
-from pipeline.data.embeddings import (
+from pipeline.data.stream import ImageStream
+from pipeline.features.stored import (
     HASHES,
     SHARD_ROWS,
     StoredFeatures,
@@ -29,7 +30,6 @@ from pipeline.data.embeddings import (
     write_index,
     write_shard,
 )
-from pipeline.data.stream import ImageStream
 from pipeline.model_io.devices import choose_device
 from pipeline.model_io.encoder import LoadedEncoder, load_encoder
 from pipeline.params import EncoderParams, Params
