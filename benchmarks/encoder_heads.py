@@ -50,7 +50,7 @@ def generated(counts: list[int], generator: torch.Generator, means: Tensor) -> F
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     features = (means[labels] + torch.randn(len(labels), means.shape[1], generator=generator)).relu().half()
     names = [str(number) for number in range(len(labels))]
-    return FeatureImages(features[:, None], labels, names, names, None, ENCODER)  # type: ignore[arg-type]  # no source
+    return FeatureImages(features[:, None], labels, names, names, None, ENCODER)
 
 
 def prior_of(counts: list[int]) -> Prior:

@@ -51,7 +51,7 @@ def with_weights(params: Params, folder: Path) -> Params:
     """Params whose encoder can be loaded without a network: random weights, unless a Python package has its own."""
     assert params.encoder is not None
     encoder = ENCODERS[params.encoder.name]
-    if encoder.source.startswith("package:"):
+    if encoder.package:
         return params
     path = folder / "random.safetensors"
     safetensors.torch.save_file(build_backbone(f"timm/{encoder.model}").network.state_dict(), path)

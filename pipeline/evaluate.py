@@ -60,7 +60,8 @@ class Result:
 
 def run(params: Params, output: Path = EVALUATION) -> Result:
     """Evaluate both networks on the test split; no other stage reads it. Raises DataError when it is empty."""
-    prior, test = load_prior(), evaluation_inputs(params, "test")
+    prior, inputs = load_prior(), evaluation_inputs(params, "test")
+    test = inputs["student"]
     if len(test) == 0:
         raise DataError(
             "data/split/test.parquet: holds no images; set data.test_per_class or give the source a test split"
@@ -68,9 +69,6 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     data, image, settings = params.data, params.image, params.evaluate
     device, labels = choose_device(params.device), test.labels.numpy()
     champion, notes = _champion(settings.champion, test, labels, prior)
-    # The teacher takes stored features also where the student tunes the encoder and takes images.
-    tuned = params.student.tune != "none"
-    inputs = {"student": test, "teacher": evaluation_inputs(params, "test", "teacher") if tuned else test}
     logits = {
         name: network_logits(folder, name, inputs[name], image, prior, device) for name, folder in NETWORKS.items()
     }
@@ -82,7 +80,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         # Listed separately: a score of an epoch that was selected by its score must be labelled as such.
         best = network_logits(STUDENT / BEST, "student", test, image, prior, device)
         metrics["student_best_epoch"] = network_metrics(best, labels, prior, settings)
-    validation, held_out = None, evaluation_inputs(params, "validation")
+    validation, held_out = None, evaluation_inputs(params, "validation")["student"]
     if len(held_out):  # the temperature is fitted on validation images
         validation = network_logits(STUDENT, "student", held_out, image, prior, device), held_out.labels.numpy()
     figures = analyse_predictions(

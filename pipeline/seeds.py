@@ -136,14 +136,14 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
 
 
 def _evaluate(params: Params, folder: Path) -> Metrics:
-    prior, test = load_prior(), evaluation_inputs(params, "test")
-    teachers = evaluation_inputs(params, "test", "teacher") if params.student.tune != "none" else test
+    prior, inputs = load_prior(), evaluation_inputs(params, "test")
+    test = inputs["student"]
     device, labels = choose_device(params.device), test.labels.numpy()
     networks = {"teacher": folder / "teacher", "student": folder / "student"}
     if (folder / "student" / BEST).is_dir():
         networks["student_best_epoch"] = folder / "student" / BEST
     logits = {
-        name: network_logits(path, name, teachers if name == "teacher" else test, params.image, prior, device)
+        name: network_logits(path, name, inputs["teacher"] if name == "teacher" else test, params.image, prior, device)
         for name, path in networks.items()
     }
     logits |= student_parts(folder / "student", test, params.image, prior, device)

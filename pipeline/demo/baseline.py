@@ -53,7 +53,8 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
 
     Raises DataError if the test split is empty.
     """
-    prior, test = load_prior(), evaluation_inputs(params, "test")
+    prior, inputs_of = load_prior(), evaluation_inputs(params, "test")
+    test = inputs_of["student"]
     if len(test) == 0:
         raise DataError("data/split/test.parquet: holds no images; the comparison needs a test split")
     plain = classification_section(params.student, adjustment=0.0)
@@ -67,10 +68,9 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
             objective = teacher_objective(plain, config, prior, stage_seed(params.seed, "teacher"))
             train_network("teacher", objective, config, recipe, prior, device, output, inputs)
     device, image = choose_device(params.device), params.image
-    plain_test = evaluation_inputs(params, "test", "teacher") if params.student.tune != "none" else test
     predictions = {
-        PLAIN: _predict(output, "teacher", image, plain_test, prior, device, "train"),
-        CORRECTED: _predict(output, "teacher", image, plain_test, prior, device, "balanced"),
+        PLAIN: _predict(output, "teacher", image, inputs_of["teacher"], prior, device, "train"),
+        CORRECTED: _predict(output, "teacher", image, inputs_of["teacher"], prior, device, "balanced"),
         STUDENT_ROW: _predict(STUDENT, "student", image, test, prior, device, "balanced"),
     }
     measures = {

@@ -23,7 +23,6 @@ from pipeline.features.stored import (
     HASHES,
     SHARD_ROWS,
     StoredFeatures,
-    bad_rows,
     read_shard,
     shard_name,
     split_hashes,
@@ -136,7 +135,8 @@ class _SplitEmbedding:
         parts = [missing[first : first + batch] for first in range(0, len(missing), batch)]
         for part, pixels in zip(parts, self._stream.batches(chosen, batch) if parts else (), strict=True):
             features = self._encoder.features(pixels.to(self._device), rows[part], self._image, self._section)
-            if bad := bad_rows(features):
+            bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+            if bad:
                 raise StageError(
                     f"{self._stream.references[start + part[bad[0]]]}: its feature is not finite; are the weights of encoder "
                     f"{self._section.name} damaged?"

@@ -64,7 +64,7 @@ class Result:
 
     def __str__(self) -> str:
         score = f", validation {self.last['validation_accuracy']:.1%}" if "validation_accuracy" in self.last else ""
-        stored = f"{describe_memory(self.memory)}" if self.memory else ""
+        stored = describe_memory(self.memory) if self.memory else ""
         if "loss" not in self.last:
             return f"nothing trained, {stored}{score} → {self.output}"
         trained = f"{counted(self.last['epoch'], 'epoch')}, loss {self.last['loss']:.4f}{score}"

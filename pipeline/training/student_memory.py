@@ -36,7 +36,7 @@ class StudentMemory:
     def __init__(
         self, section: MemoryParams, train: FeatureImages, validation: FeatureImages, prior: Prior, image: ImageParams
     ) -> None:
-        self._section, self._validation, self._prior, self._image = section, validation, prior, image
+        self._section, self._prior, self._image = section, prior, image
         try:
             self._rows = build_memory(train.images[:, 0], train.labels, len(prior.classes), section.rows)
         except ValueError as error:
@@ -97,7 +97,7 @@ def write_memory(
     weights, config, record = memory.alone(config)
     if rank() == 0:
         with whole_folder(output) as folder:
-            save_model(dict(weights), config, folder)
+            save_model(weights, config, folder)
             write_file(folder / "metrics.jsonl", as_jsonl([record]))
             write_file(folder / "history.csv", as_csv([record]))
     return record, output, config.memory
