@@ -6,7 +6,6 @@ import pytest
 import safetensors.torch
 
 import pipeline.embed
-import pipeline.split
 from pipeline.features.stored import load_features
 from pipeline.shared.artifacts import EMBEDDINGS, sha256_of
 from pipeline.shared.errors import ParamsError, StageError
