@@ -220,6 +220,13 @@ def comparison_folder(params: Params, plus: Path, work: Path) -> Path:
     return folder
 
 
+def publish(report: str, output: Path | None) -> None:
+    """Print a report, and write it to the file `output` unless that is None."""
+    print(report)
+    if output:
+        write_file(output, report)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
@@ -249,10 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     command = f"`python -m benchmarks.accuracy {shlex.join(arguments or sys.argv[1:])}`"
     report = f"{command}\n\n{where}, torch {torch.__version__}, Python {platform.python_version()}.\n\n"
-    report += table(results, options.seeds)
-    print(report)
-    if output:
-        write_file(output, report)
+    publish(report + table(results, options.seeds), output)
     return 0
 
 

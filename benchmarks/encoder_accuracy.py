@@ -36,26 +36,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.accuracy import classification_alone, format_difference, format_mean_std, merged
-from benchmarks.encoder_projects import add_options, gml_params, prepare, project_folder, project_params
+from benchmarks.accuracy import classification_alone, format_difference, format_mean_std, merged, publish
+from benchmarks.encoder_projects import NOTES, add_options, gml_params, prepare, project_folder, project_params
 from benchmarks.feature_classifiers import knn, logistic_regression
 from models.networks.memory import FeatureMemory, build_memory
 from models.networks.memory_fit import LEAST_WEIGHT, fit_memory
 from pipeline import student, teacher
 from pipeline.data.class_prior import Prior, load_prior
-from pipeline.data.embeddings import FeatureImages, load_features
 from pipeline.evaluation.network_metrics import network_logits, network_metrics
+from pipeline.features.stored import FeatureImages, load_features
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
-from pipeline.shared.artifacts import sha256_of_json, write_file, write_json
+from pipeline.shared.artifacts import sha256_of_json, write_json
 
 COLUMNS = ("all", "many", "medium", "few")
-NOTES = {
-    "tiny-imagenet-lt": "Tiny-ImageNet's classes are classes of ImageNet, on which the encoder was trained: these figures "
-    "profit from pretraining, those of CIFAR-10 and plankton do not.",
-    "cifar10-if100": "CIFAR-10 and plankton are not ImageNet; Tiny-ImageNet's classes are, and its figures profit from it.",
-    "plankton": "Plankton and CIFAR-10 are not ImageNet; Tiny-ImageNet's classes are, and its figures profit from it.",
-}
 
 
 @dataclass(frozen=True)
@@ -177,9 +171,8 @@ def with_memory(base: Logits | None, data: Features) -> Logits:
 def measure(row: Row, params: Params, data: Features) -> dict[str, Any]:
     """Return the cells of a row for one seed, from its file or after training."""
     name = row.name.replace(" ", "-").replace(",", "")
-    depends = params.model_dump(mode="json", include={"seed", *row.sections} if row.sections else {"encoder"})
-    if "student" in row.sections:
-        depends = gml_params(params).model_dump(mode="json", include={"seed", *row.sections})
+    section_params = gml_params(params) if "student" in row.sections else params
+    depends = section_params.model_dump(mode="json", include={"seed", *row.sections} if row.sections else {"encoder"})
     path = Path(f"runs/{name}-{sha256_of_json(depends)[:12]}.json")
     if not path.is_file():
         print(f"seed {params.seed}, {row.name}", flush=True)
@@ -207,9 +200,8 @@ def table(results: dict[str, list[dict[str, Any]]], split: str = "test") -> str:
         base = [run[split]["all"] for run in results.get("L_cls", [])]
         values = [run[split]["all"] for run in runs] * (len(base) if len(runs) == 1 else 1)
         paired = name != "L_cls" and base and len(values) == len(base)
-        cells.append(
-            format_difference([own - other for own, other in zip(values, base, strict=True)]) if paired else ""
-        )
+        differences = [own - other for own, other in zip(values, base, strict=True)] if paired else []
+        cells.append(format_difference(differences) if differences else "")
         lines.append(f"| {name} | {' | '.join(cells)} | {statistics.median(run['seconds'] for run in runs):,.0f} |")
     return "\n".join(lines) + "\n"
 
@@ -242,16 +234,14 @@ def main(arguments: list[str] | None = None) -> int:
             seeds = options.seeds if row.sections else [options.seeds[0]]
             results[row.name] = [measure(row, merged(params, {"seed": seed}), data) for seed in seeds]
     groups = ", ".join(f"{data.prior.groups.count(group)} {group}" for group in COLUMNS[1:])
-    text = (
+    report = (
         f"`python -m benchmarks.encoder_accuracy {shlex.join(arguments or sys.argv[1:])}`\n\n"
         f"{options.encoder} at {options.size} pixels, frozen; {len(data.train):,} training, {len(data.validation):,} "
         f"validation and {len(data.test):,} test images; classes: {groups}. {os.cpu_count()} CPU cores, torch "
         f"{torch.__version__}, Python {platform.python_version()}. {NOTES[options.data_set]}\n\n"
         f"{table(results, options.split)}\nSeeds {', '.join(map(str, options.seeds))}; last epoch; {options.split}.\n"
     )
-    print(text)
-    if output:
-        write_file(output, text)
+    publish(report, output)
     return 0
 
 

@@ -28,7 +28,7 @@ from benchmarks.encoder_projects import gml_params
 from models.networks.cosine_classifier import ImageClassifier
 from models.prior import class_prior, shot_group
 from pipeline.data.class_prior import Prior
-from pipeline.data.embeddings import FeatureImages
+from pipeline.features.stored import FeatureImages
 from pipeline.model_io.checkpoint import build_model
 from pipeline.model_io.inference import balanced_logits
 from pipeline.params import Params, TrainingParams, parse_params
@@ -50,7 +50,7 @@ def generated(counts: list[int], generator: torch.Generator, means: Tensor) -> F
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     features = (means[labels] + torch.randn(len(labels), means.shape[1], generator=generator)).relu().half()
     names = [str(number) for number in range(len(labels))]
-    return FeatureImages(features[:, None], labels, names, names, None, ENCODER)  # type: ignore[arg-type]  # no source
+    return FeatureImages(features[:, None], labels, names, names, None, ENCODER)
 
 
 def prior_of(counts: list[int]) -> Prior:

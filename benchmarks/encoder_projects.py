@@ -62,6 +62,13 @@ DATA_SETS: dict[str, dict[str, Any]] = {
         "validation_share": 0.02,
     },
 }
+# Of a report on the data set: whether the encoder was trained on its classes.
+NOTES = {
+    "tiny-imagenet-lt": "Tiny-ImageNet's classes are classes of ImageNet, on which the encoder was trained: these figures "
+    "profit from pretraining, those of CIFAR-10 and plankton do not.",
+    "cifar10-if100": "CIFAR-10 and plankton are not ImageNet; Tiny-ImageNet's classes are, and its figures profit from it.",
+    "plankton": "Plankton and CIFAR-10 are not ImageNet; Tiny-ImageNet's classes are, and its figures profit from it.",
+}
 
 
 def project_params(data_set: str, location: Path, encoder: str, size: int, views: int = 0) -> Params:

@@ -31,7 +31,7 @@ from benchmarks.serving_turns import Side, in_rounds, median, ratios
 from models.networks.backbones import build_backbone
 from models.networks.encoders import ENCODERS
 from pipeline import embed, evaluate, export, prior
-from pipeline.data.embeddings import stored_encoder
+from pipeline.features.stored import stored_encoder
 from pipeline.model_io.checkpoint import ModelConfig, build_model, save_model
 from pipeline.model_io.encoder import load_encoder
 from pipeline.onnx_export.graph import TRACED_BATCH, trace
@@ -51,7 +51,7 @@ def with_weights(params: Params, folder: Path) -> Params:
     """Return params whose encoder loads without a network: random weights, unless a Python package has the weights."""
     assert params.encoder is not None
     encoder = ENCODERS[params.encoder.name]
-    if encoder.source.startswith("package:"):
+    if encoder.package:
         return params
     path = folder / "random.safetensors"
     safetensors.torch.save_file(build_backbone(f"timm/{encoder.model}").network.state_dict(), path)

@@ -17,8 +17,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +27,7 @@ from torch import Tensor
 
 import pipeline.embed
 import pipeline.split
-from benchmarks import encoder_heads
+from benchmarks.encoder_heads import report, timed
 from models.networks.encoders import ENCODERS
 from pipeline.model_io.encoder import LoadedEncoder, load_encoder
 from pipeline.params import Params, parse_params
@@ -64,13 +62,6 @@ def prepared(name: str, size: int, images: int, root: Path) -> Params:
     return params
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock seconds of a call."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 @torch.inference_mode()
 def bare(encoder: LoadedEncoder, images: Tensor, batch: int) -> None:
     """Run the forward pass alone, on normalised images."""
@@ -89,21 +80,21 @@ def main() -> int:
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/photographs-lite0.yaml", help="for --heads")
     options = parser.parse_args()
     if options.heads:
-        return 0 if encoder_heads.report(options.recipe) else 1
+        return 0 if report(options.recipe) else 1
     keep_freed_memory()  # as embed does, for both sides
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         params = prepared(options.encoder, options.size, options.images, Path(folder))
         encoder = load_encoder(params.encoder, params.image)
         encoder.network.to(memory_format=torch.channels_last)
         images = torch.randn(options.images, 3, options.size, options.size).to(memory_format=torch.channels_last)
-        best = min(BATCHES, key=lambda batch: seconds(lambda: bare(encoder, images[:128], batch)))
-        overhead = seconds(lambda: load_encoder(params.encoder, params.image))
+        best = min(BATCHES, key=lambda batch: timed(lambda: bare(encoder, images[:128], batch))[0])
+        overhead, _ = timed(lambda: load_encoder(params.encoder, params.image))
         sides = []
         for _ in range(options.rounds):
             shutil.rmtree(EMBEDDINGS, ignore_errors=True)
             with contextlib.redirect_stderr(io.StringIO()):
-                embed = seconds(lambda: pipeline.embed.run(params)) - overhead
-            sides.append((options.images / embed, options.images / seconds(lambda: bare(encoder, images, best))))
+                embed = timed(lambda: pipeline.embed.run(params))[0] - overhead
+            sides.append((options.images / embed, options.images / timed(lambda: bare(encoder, images, best))[0]))
     ratios = [embedded / forwarded for embedded, forwarded in sides]
     for label, column in (("embed", 0), (f"bare forward, batch {best}", 1)):
         print(f"{label}: {statistics.median(side[column] for side in sides):,.1f} images/s")

@@ -17,10 +17,9 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from models.networks.adapters import feature_backbone
-from models.networks.backbones import Backbone, build_backbone
+from models.networks.adapters import feature_backbone, with_encoder
+from models.networks.backbones import build_backbone
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.encoders import ENCODERS, Encoder
 from models.networks.memory import FeatureMemory, MemoryRows
@@ -46,7 +45,7 @@ def graph(encoder: Encoder, size: int, classes: int, rows: int) -> bytes:
     network, width = build_backbone(f"timm/{encoder.model}", size), encoder.width
     memory = FeatureMemory(rows_of(rows, width, classes), classes, 0.07, 1.0) if rows else None
     head = feature_backbone(width, ADAPTER, with_input=rows > 0)
-    model = ImageClassifier(Backbone(nn.Sequential(network, head), width), classes, TAU_S, memory=memory)
+    model = ImageClassifier(with_encoder(network, head), classes, TAU_S, memory=memory)
     served = ServedStudent(model, list(encoder.mean), list(encoder.std), [0.0] * classes)
     return to_onnx(served.eval(), size, OPSET)
 

@@ -112,7 +112,8 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise input [N,C,...]; in training by the mean and variance of the samples of all ranks."""
-        return self.act(self.drop(self._normalised(input)))  # type: ignore[no-any-return]
+        activated: Tensor = self.act(self.drop(self._normalised(input)))
+        return activated
 
     def _normalised(self, input: Tensor) -> Tensor:
         if not self.training:

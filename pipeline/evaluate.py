@@ -17,7 +17,6 @@ from models.sample_size import from_json, warnings_of
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
-from pipeline.data.embeddings import evaluation_inputs, stored_encoder
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import (
     network_logits,
@@ -27,6 +26,7 @@ from pipeline.evaluation.network_metrics import (
 )
 from pipeline.evaluation.predictions import GateError, Predictions, check_comparable, load_predictions
 from pipeline.evaluation.runs import load_run
+from pipeline.features.stored import evaluation_inputs, stored_encoder
 from pipeline.model_io.checkpoint import BEST, load_config
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
@@ -60,7 +60,8 @@ class Result:
 
 def run(params: Params, output: Path = EVALUATION) -> Result:
     """Evaluate both networks on the test split; no other stage reads it. Raises DataError when it is empty."""
-    prior, test = load_prior(), evaluation_inputs(params, "test")
+    prior, inputs = load_prior(), evaluation_inputs(params, "test")
+    test = inputs["student"]
     if len(test) == 0:
         raise DataError(
             "data/split/test.parquet: holds no images; set data.test_per_class or give the source a test split"
@@ -68,9 +69,6 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     data, image, settings = params.data, params.image, params.evaluate
     device, labels = choose_device(params.device), test.labels.numpy()
     champion, notes = _champion(settings.champion, test, labels, prior)
-    # The teacher takes stored features also where the student tunes the encoder and takes images.
-    tuned = params.student.tune != "none"
-    inputs = {"student": test, "teacher": evaluation_inputs(params, "test", "teacher") if tuned else test}
     logits = {
         name: network_logits(folder, name, inputs[name], image, prior, device) for name, folder in NETWORKS.items()
     }
@@ -82,7 +80,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         # Listed separately: a score of an epoch that was selected by its score must be labelled as such.
         best = network_logits(STUDENT / BEST, "student", test, image, prior, device)
         metrics["student_best_epoch"] = network_metrics(best, labels, prior, settings)
-    validation, held_out = None, evaluation_inputs(params, "validation")
+    validation, held_out = None, evaluation_inputs(params, "validation")["student"]
     if len(held_out):  # the temperature is fitted on validation images
         validation = network_logits(STUDENT, "student", held_out, image, prior, device), held_out.labels.numpy()
     figures = analyse_predictions(

@@ -16,8 +16,8 @@ from typing import Any
 from pipeline import student, teacher
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
-from pipeline.data.embeddings import evaluation_inputs
 from pipeline.evaluation.network_metrics import network_logits, network_metrics, student_parts
+from pipeline.features.stored import evaluation_inputs
 from pipeline.model_io.checkpoint import BEST
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
@@ -136,14 +136,14 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
 
 
 def _evaluate(params: Params, folder: Path) -> Metrics:
-    prior, test = load_prior(), evaluation_inputs(params, "test")
-    teachers = evaluation_inputs(params, "test", "teacher") if params.student.tune != "none" else test
+    prior, inputs = load_prior(), evaluation_inputs(params, "test")
+    test = inputs["student"]
     device, labels = choose_device(params.device), test.labels.numpy()
     networks = {"teacher": folder / "teacher", "student": folder / "student"}
     if (folder / "student" / BEST).is_dir():
         networks["student_best_epoch"] = folder / "student" / BEST
     logits = {
-        name: network_logits(path, name, teachers if name == "teacher" else test, params.image, prior, device)
+        name: network_logits(path, name, inputs["teacher"] if name == "teacher" else test, params.image, prior, device)
         for name, path in networks.items()
     }
     logits |= student_parts(folder / "student", test, params.image, prior, device)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
-from pipeline.data.embeddings import stored_encoder
+from pipeline.features.stored import stored_encoder
 from pipeline.model_io.checkpoint import WEIGHTS
 from pipeline.model_io.devices import joined_ranks
 from pipeline.params import Params

@@ -35,6 +35,11 @@ class BackboneWithInput(Backbone):
         return torch.cat([full_precision(features), full_precision(super().forward(features))], 1)
 
 
+def input_and_feature(outputs: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Input and feature, [B,width] each, in the output of a BackboneWithInput; without an adapter, [B,width] is both."""
+    return outputs[:, :width], outputs[:, -width:]
+
+
 def with_encoder(encoder: Backbone, head: Backbone) -> Backbone:
     """Join an encoder and a head (see feature_backbone) into one backbone that takes images [B,3,H,W]."""
     return Backbone(nn.Sequential(encoder, head), head.feature_dim)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.networks.adapters import input_and_feature
 from models.networks.autocast import full_precision, without_autocast
 from models.networks.backbones import Backbone, build_backbone
 from models.networks.memory import FeatureMemory
@@ -65,15 +66,6 @@ class ImageClassifier(nn.Module):
         outputs = full_precision(self.backbone(images))
         if self.memory is None:
             return outputs, self.classifier(outputs) / self.tau_s
-        features, recalled = self.feature_of(outputs), self.recalled(outputs)
+        before, features = input_and_feature(outputs, self.feature_dim)
+        recalled: Tensor = self.memory(before)
         return features, self.classifier(features) / self.tau_s + recalled if self.cosine else recalled
-
-    def feature_of(self, outputs: Tensor) -> Tensor:
-        """The feature [B,D] in the output of the backbone, which may have the feature before the adapter first."""
-        return outputs[:, -self.feature_dim :]
-
-    def recalled(self, outputs: Tensor) -> Tensor:
-        """Logits [B,C] of the memory for the output of the backbone."""
-        assert self.memory is not None
-        logits: Tensor = self.memory(outputs[:, : self.feature_dim])
-        return logits

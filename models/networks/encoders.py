@@ -15,6 +15,7 @@ IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
+HUB, PACKAGE = "hf://", "package:"  # of a source
 
 
 class UnknownEncoderError(ValueError):
@@ -47,12 +48,17 @@ class Encoder:
     by_order: bool = False
     accept: str = ""
 
+    @property
+    def package(self) -> str:
+        """The Python package with the weights; "" for weights on a hub."""
+        return self.source.removeprefix(PACKAGE).partition("/")[0] if self.source.startswith(PACKAGE) else ""
+
 
 def _on_hub(
     name: str, model: str, size: int, width: int, parameters: int, mean: Triple, std: Triple,
     licence: str = "Apache-2.0", accept: str = "", repository: str = "",
 ) -> Encoder:  # fmt: skip
-    source = f"hf://timm/{repository or model}@main"
+    source = f"{HUB}timm/{repository or model}@main"
     return Encoder(name, model, size, width, parameters, mean, std, licence, source, accept=accept)
 
 
@@ -100,15 +106,10 @@ ENCODERS = {
 }  # fmt: skip
 
 
-def find_encoder(name: str) -> Encoder | None:
-    """The listed encoder of that name; None for `timm/<model>`, which only timm describes.
-
-    Raises UnknownEncoderError for any other name.
-    """
-    if name.startswith("timm/"):
-        return None
+def find_encoder(name: str) -> Encoder:
+    """The listed encoder of that name. Raises UnknownEncoderError."""
     if name not in ENCODERS:
         nearest = difflib.get_close_matches(name, ENCODERS, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else "; `tailor encoders` lists them"
-        raise UnknownEncoderError(f"expected an encoder of `tailor encoders` or timm/<model>{hint}")
+        raise UnknownEncoderError(f"expected an encoder of `tailor encoders` or, in params.yaml, timm/<model>{hint}")
     return ENCODERS[name]

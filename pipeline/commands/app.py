@@ -6,11 +6,10 @@ packages inside its function, so that `tailor --help` is fast and every command 
 
 from __future__ import annotations
 
-from pipeline.commands.compare import compare
 from pipeline.commands.data import app as data
 from pipeline.commands.doctor import doctor
 from pipeline.commands.encoders import encoders
-from pipeline.commands.evaluation import gate, shifted_priors
+from pipeline.commands.evaluation import compare, gate, shifted_priors
 from pipeline.commands.experiments import experiments
 from pipeline.commands.init import init, new, recipe
 from pipeline.commands.retrain import history, ingest, retrain, schedule

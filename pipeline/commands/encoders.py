@@ -40,15 +40,9 @@ def encoders(
 
 def _listed(name: str) -> Encoder:
     try:
-        encoder = find_encoder(name)
+        return find_encoder(name)
     except UnknownEncoderError as error:
         raise ParamsError(f"{name!r}: {error}") from None
-    if encoder is None:
-        raise ParamsError(
-            f"{name} is not in this list; encoder.name in params.yaml can be any timm/<model>, with encoder.weights and "
-            "encoder.sha256"
-        )
-    return encoder
 
 
 def images_per_second(encoder: Encoder) -> float:
@@ -86,10 +80,5 @@ def encoders_table(listed: list[Encoder], speeds: dict[str, float]) -> Table:
 
 
 def _where(encoder: Encoder) -> str:
-    package = package_of(encoder)
+    package = encoder.package
     return f"package, {'installed' if find_spec(package) else 'not installed'}" if package else "hub"
-
-
-def package_of(encoder: Encoder) -> str:
-    """The Python package with the weights; "" for weights on a hub."""
-    return encoder.source.removeprefix("package:").split("/")[0] if encoder.source.startswith("package:") else ""

@@ -24,26 +24,30 @@ from pipeline.params import AugmentParams, DataParams, ImageParams, Params
 from pipeline.shared.artifacts import SPLIT
 from pipeline.shared.errors import DataError
 from pipeline.shared.host_memory import free_bytes
-from pipeline.sources import Source, in_parts, open_source, reading_order
+from pipeline.sources import ImageReader, in_parts, open_source, reading_order
 
 SHARE = 0.5  # of free memory that a decoded split may take; larger splits are streamed
 
 
 @dataclass(frozen=True)
 class Images:
-    """A decoded split: images uint8 [N,3,H,W]; labels int64 [N]; N sample_ids; N references to images in the source."""
+    """A decoded split: images uint8 [N,3,H,W]; labels int64 [N]; N sample_ids; N references to images in the source.
+
+    source: None for rows that were generated, which have no files.
+    """
 
     images: Tensor
     labels: Tensor
     sample_ids: list[str]
     references: list[str]
-    source: Source
+    source: ImageReader | None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
     def encoded(self, index: int) -> bytes:
         """The original bytes of one image."""
+        assert self.source is not None
         return self.source.read(self.references[index])
 
     def order(self, generator: torch.Generator) -> Tensor:

@@ -19,11 +19,11 @@ from models.sample_size import sample_sizes, warnings_of
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
-from pipeline.data.embeddings import evaluation_inputs, stored_encoder
 from pipeline.evaluation.comparison import Measure, compare
 from pipeline.evaluation.metrics import GROUPS, adjusted_probabilities
 from pipeline.evaluation.network_metrics import TARGET_PRIORS, network_logits
 from pipeline.evaluation.predictions import Predictions
+from pipeline.features.stored import evaluation_inputs, stored_encoder
 from pipeline.model_io.devices import choose_device, joined_ranks
 from pipeline.params import ImageParams, Params, StudentParams, TrainingParams
 from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, STUDENT
@@ -53,7 +53,8 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
 
     Raises DataError if the test split is empty.
     """
-    prior, test = load_prior(), evaluation_inputs(params, "test")
+    prior, inputs_of = load_prior(), evaluation_inputs(params, "test")
+    test = inputs_of["student"]
     if len(test) == 0:
         raise DataError("data/split/test.parquet: holds no images; the comparison needs a test split")
     plain = classification_section(params.student, adjustment=0.0)
@@ -67,10 +68,9 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
             objective = teacher_objective(plain, config, prior, stage_seed(params.seed, "teacher"))
             train_network("teacher", objective, config, recipe, prior, device, output, inputs)
     device, image = choose_device(params.device), params.image
-    plain_test = evaluation_inputs(params, "test", "teacher") if params.student.tune != "none" else test
     predictions = {
-        PLAIN: _predict(output, "teacher", image, plain_test, prior, device, "train"),
-        CORRECTED: _predict(output, "teacher", image, plain_test, prior, device, "balanced"),
+        PLAIN: _predict(output, "teacher", image, inputs_of["teacher"], prior, device, "train"),
+        CORRECTED: _predict(output, "teacher", image, inputs_of["teacher"], prior, device, "balanced"),
         STUDENT_ROW: _predict(STUDENT, "student", image, test, prior, device, "balanced"),
     }
     measures = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.networks.backbones import Backbone, UnknownBackboneError, build_backbone
-from models.networks.encoders import Encoder, UnknownEncoderError, find_encoder
+from models.networks.encoders import HUB, PACKAGE, Encoder, UnknownEncoderError, find_encoder
 from pipeline.augment import Draws, apply_views, draw_views
 from pipeline.data.dataset import normalise
 from pipeline.model_io.pretrained import read_weights
@@ -22,15 +22,8 @@ from pipeline.shared.artifacts import sha256_of_json
 from pipeline.shared.errors import ParamsError
 from pipeline.shared.fingerprint import sha256_of_sources
 
-HUB, PACKAGE = "hf://", "package:"
 HUB_FILE = "model.safetensors"
-FREE_LICENCES = (
-    "apache-2.0",
-    "mit",
-    "bsd-3-clause",
-    "cc-by-4.0",
-    "unknown",
-)  # of timm's models; others have conditions
+FREE_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "unknown")  # others of timm have conditions
 # The code between an encoded image and its feature.
 FEATURE_CODE = (
     "models/networks/backbones.py",
@@ -93,12 +86,11 @@ class LoadedEncoder:
 
 def describe(params: EncoderParams) -> Encoder:
     """The entry of `tailor encoders`; for timm/<model> an entry made from timm's own description of it."""
-    try:
-        listed = find_encoder(params.name)
-    except UnknownEncoderError as error:
-        raise ParamsError(f"encoder.name is {params.name!r}; {error}") from None
-    if listed:
-        return listed
+    if not params.name.startswith("timm/"):
+        try:
+            return find_encoder(params.name)
+        except UnknownEncoderError as error:
+            raise ParamsError(f"encoder.name is {params.name!r}; {error}") from None
     model = params.name.removeprefix("timm/")
     try:
         network = build_on_meta(model)

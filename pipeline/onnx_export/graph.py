@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.networks.adapters import input_and_feature
 from models.networks.cosine_classifier import ImageClassifier
 from models.prior import adjust_logits
 
@@ -72,8 +73,9 @@ class ServedStudent(nn.Module):
             feature = F.normalize(outputs, dim=1)
             logits = F.linear(feature, self.class_matrix, self.class_bias)
         else:
-            feature = F.normalize(outputs[:, -self.feature_dim :], dim=1)
-            logits = self.memory(outputs[:, : self.feature_dim])
+            before, features = input_and_feature(outputs, self.feature_dim)
+            feature = F.normalize(features, dim=1)
+            logits = self.memory(before)
             if self.class_matrix is not None:
                 logits = logits + F.linear(feature, self.class_matrix, self.class_bias)
         return adjust_logits(logits, self.log_prior, strength), feature

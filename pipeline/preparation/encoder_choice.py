@@ -103,12 +103,9 @@ def _size(shorter: int, name: str | None) -> tuple[str | None, str]:
 
 def _listed(name: str) -> Encoder:
     try:
-        encoder = find_encoder(name)
+        return find_encoder(name)
     except UnknownEncoderError as error:
         raise ParamsError(f"--encoder {name!r}: {error}") from None
-    if encoder is None:
-        raise ParamsError(f"--encoder {name!r}: expected a name that `tailor encoders` lists; see docs/encoders.md")
-    return encoder
 
 
 def _measured(summary: FolderSummary, encoder: Encoder, size: int, device: torch.device) -> SampleResult:
@@ -125,10 +122,6 @@ def image_values(encoder: Encoder, size: int) -> dict[str, Any]:
         "size": size, "resize_to": size, "mean": list(encoder.mean), "std": list(encoder.std),
         "interpolation": encoder.interpolation,
     }  # fmt: skip
-
-
-def _recipe() -> dict[str, Any]:
-    return resolve(RECIPES / RECIPE, set())
 
 
 REASONS = {
@@ -151,7 +144,7 @@ def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Sugge
 
     batch: largest batch size for the number of images. If it is below the recipe's, the learning rate is scaled with it.
     """
-    recipe = _recipe() | {"image": image_values(encoder, choice.size)}
+    recipe = resolve(RECIPES / RECIPE, set()) | {"image": image_values(encoder, choice.size)}
     del recipe["encoder"]
     section = EncoderParams(name=encoder.name).model_dump(mode="json")  # all keys, because `dvc exp run -S` adds none
     values: Suggestions = {"encoder": (section, choice.reason)}

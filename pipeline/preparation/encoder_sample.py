@@ -18,7 +18,7 @@ from pipeline.data.profiles import class_members
 from pipeline.data.stream_decoding import decode_exact
 from pipeline.data.stream_prefetch import default_workers
 from pipeline.evaluation.intervals import Estimate, weighted_accuracy
-from pipeline.model_io.embedding import BATCH
+from pipeline.features.compute import BATCH
 from pipeline.model_io.encoder import LoadedEncoder
 from pipeline.params import EncoderParams, ImageParams
 from pipeline.shared.errors import DataError

@@ -125,8 +125,7 @@ class Training:
         self._monitor = NonFiniteMonitor(self.device)
         self._generator = torch.Generator().manual_seed(self.seed)
         self._at = Position()
-        # Finished epochs, and steps of the next, in the newest checkpoint.
-        self._checkpoint: tuple[int, int] | None = None
+        self._checkpoint: tuple[int, int] | None = None  # the newest: finished epochs, and steps of the next
         self._saved = time.monotonic()
 
     def _captured(self, progress: Progress) -> Callable[[StepInputs], dict[str, Tensor]]:
@@ -190,13 +189,12 @@ class Training:
         try:
             if len(validation):
                 record["validation_accuracy"] = accuracy(self.model, validation, self.image, self.device, self.shift)
+                self._update_best(record)
             elif at.epoch + 1 == self.params.epochs:
                 indices = torch.arange(min(batch, len(self._train)))
                 outputs(self.model, self._train.pixels(indices), self.image, self.device)
         except NotFiniteError as error:
             raise self._diverged(str(error)) from None
-        if len(validation):
-            self._update_best(record)
         record["images_per_second"] = (steps - first) * batch / seconds
         record["memory_mib"] = peak_memory_mib(self.device)
         record.update(data)

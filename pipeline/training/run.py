@@ -21,7 +21,7 @@ from models.networks.tuning import merged_state
 from models.objectives.student import StudentObjective
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.class_prior import Prior
-from pipeline.data.embeddings import FeatureImages, training_inputs
+from pipeline.features.stored import FeatureImages, training_inputs
 from pipeline.model_io.checkpoint import BEST, ModelConfig, build_model, describe_memory, save_model
 from pipeline.model_io.encoder import describe
 from pipeline.model_io.pretrained import load_pretrained
@@ -64,7 +64,7 @@ class Result:
 
     def __str__(self) -> str:
         score = f", validation {self.last['validation_accuracy']:.1%}" if "validation_accuracy" in self.last else ""
-        stored = f"{describe_memory(self.memory)}" if self.memory else ""
+        stored = describe_memory(self.memory) if self.memory else ""
         if "loss" not in self.last:
             return f"nothing trained, {stored}{score} → {self.output}"
         trained = f"{counted(self.last['epoch'], 'epoch')}, loss {self.last['loss']:.4f}{score}"

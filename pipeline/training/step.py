@@ -17,7 +17,7 @@ from models.objectives.student import StudentObjective
 from models.objectives.teacher import Mixed, TeacherObjective
 from pipeline.augment import Draws, MixDraws, apply_mix, apply_views, draw_mix, draw_stored, draw_views, take_stored
 from pipeline.data.dataset import AnyImages, Normalisation
-from pipeline.data.embeddings import FeatureImages
+from pipeline.features.stored import FeatureImages
 from pipeline.params import EngineParams, ImageParams, TrainingParams
 from pipeline.shared.host_memory import copy_to_device
 from pipeline.training.optimiser import Optimiser

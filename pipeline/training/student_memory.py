@@ -15,7 +15,7 @@ from models.distributed import rank
 from models.networks.memory import FeatureMemory, build_memory
 from models.networks.memory_fit import LEAST_WEIGHT, MINIMUM_IMAGES, MemoryFit, fit_memory
 from pipeline.data.class_prior import Prior
-from pipeline.data.embeddings import FeatureImages, load_features
+from pipeline.features.stored import FeatureImages, load_features
 from pipeline.model_io.checkpoint import ModelConfig, build_model, few_images, save_model
 from pipeline.model_io.inference import balanced_logits
 from pipeline.params import ImageParams, MemoryParams, Params
@@ -36,7 +36,7 @@ class StudentMemory:
     def __init__(
         self, section: MemoryParams, train: FeatureImages, validation: FeatureImages, prior: Prior, image: ImageParams
     ) -> None:
-        self._section, self._validation, self._prior, self._image = section, validation, prior, image
+        self._section, self._prior, self._image = section, prior, image
         try:
             self._rows = build_memory(train.images[:, 0], train.labels, len(prior.classes), section.rows)
         except ValueError as error:
@@ -97,7 +97,7 @@ def write_memory(
     weights, config, record = memory.alone(config)
     if rank() == 0:
         with whole_folder(output) as folder:
-            save_model(dict(weights), config, folder)
+            save_model(weights, config, folder)
             write_file(folder / "metrics.jsonl", as_jsonl([record]))
             write_file(folder / "history.csv", as_csv([record]))
     return record, output, config.memory

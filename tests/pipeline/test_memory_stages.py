@@ -20,8 +20,8 @@ import pipeline.student
 import pipeline.teacher
 from pipeline.data.class_prior import load_prior
 from pipeline.data.dataset import load_images
-from pipeline.data.embeddings import load_features
 from pipeline.evaluation.network_metrics import network_logits, student_parts
+from pipeline.features.stored import load_features
 from pipeline.model_io.checkpoint import BEST, load_model
 from pipeline.model_io.encoder import load_encoder
 from pipeline.onnx_export.release import open_session

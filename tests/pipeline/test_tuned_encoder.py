@@ -19,7 +19,7 @@ import pipeline.teacher
 from models.contrast.queues import ClassQueues
 from pipeline.data.class_prior import load_prior
 from pipeline.data.dataset import load_images
-from pipeline.data.embeddings import load_features, stored_encoder
+from pipeline.features.stored import load_features, stored_encoder
 from pipeline.model_io.checkpoint import load_model
 from pipeline.model_io.encoder import load_encoder
 from pipeline.onnx_export.release import open_session

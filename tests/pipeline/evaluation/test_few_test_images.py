@@ -14,7 +14,7 @@ from sklearn.metrics import balanced_accuracy_score
 from models.prior import shot_group
 from models.sample_size import ENOUGH
 from pipeline.commands.app import main as tailor
-from pipeline.commands.compare import print_comparison
+from pipeline.commands.evaluation import print_comparison
 from pipeline.data.assignment import assign
 from pipeline.evaluation.gate import decide
 from pipeline.evaluation.intervals import weighted_accuracy

@@ -277,6 +277,7 @@ def test_the_command_lists_every_encoder_within_120_columns(capsys):
     (listed,) = json.loads(capsys.readouterr().out)
     assert listed["sha256"] == ENCODERS["efficientnet_lite0"].sha256
     assert main(["encoders", "timm/vit_small_patch16_224"]) == 2
-    assert "timm/vit_small_patch16_224 is not in this list" in capsys.readouterr().err
+    expected = "'timm/vit_small_patch16_224': expected an encoder of `tailor encoders` or, in params.yaml, timm/<model>"
+    assert expected in capsys.readouterr().err
     assert main(["encoders", "efficientnet_lite1"]) == 2
     assert re.search(r"'efficientnet_lite1': .*did you mean efficientnet_lite\d\?", capsys.readouterr().err)

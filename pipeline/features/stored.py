@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline.data.dataset import AnyImages, Images, evaluation_images, training_images
 from pipeline.data.split_tables import ArrowStrings, read_split
 from pipeline.params import AugmentParams, EncoderParams, ImageParams, Params
-from pipeline.shared.artifacts import EMBEDDINGS, EMBEDDINGS_INDEX, SPLIT, write_file
+from pipeline.shared.artifacts import EMBEDDINGS, EMBEDDINGS_INDEX, write_file
 from pipeline.shared.errors import ParamsError, StageError
 from pipeline.sources import open_reader
 
@@ -52,9 +52,9 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05}.safetensors"
 
 
-def split_hashes(split: str, folder: Path = SPLIT) -> np.ndarray:
+def split_hashes(split: str) -> np.ndarray:
     """sha256 of the encoded images of a split, uint8 [N,32], in the order of its table."""
-    column = read_split(split, ["sha256"], folder).column("sha256")
+    column = read_split(split, ["sha256"]).column("sha256")
     return np.frombuffer(b"".join(bytes.fromhex(text.as_py()) for text in column), np.uint8).reshape(-1, 32)
 
 
@@ -93,15 +93,14 @@ class StoredFeatures:
         self._shards: list[Path] = []
         self._at: dict[bytes, tuple[int, int]] = {}
 
-    def add(self, path: Path) -> bool:
-        """Add the rows of a shard; returns False for one that `read_shard` does not accept."""
+    def add(self, path: Path) -> None:
+        """Add the rows of a shard, unless `read_shard` does not accept it."""
         shard = read_shard(path, self._key)
         if shard is None:
-            return False
+            return
         for row, digest in enumerate(shard[HASHES].numpy()):
             self._at.setdefault(digest.tobytes(), (len(self._shards), row))
         self._shards.append(path)
-        return True
 
     def missing(self, hashes: np.ndarray) -> list[int]:
         """Return the first row of each image in `hashes`, uint8 [n,32], whose feature is in no shard."""
@@ -143,26 +142,25 @@ def _of(encoder: EncoderParams) -> dict[str, Any]:
     return encoder.model_dump(mode="json", exclude=unused)
 
 
-def read_index(encoder: EncoderParams, image: ImageParams, folder: Path = EMBEDDINGS) -> dict[str, Any]:
+def read_index(encoder: EncoderParams, image: ImageParams) -> dict[str, Any]:
     """Read index.json: `encoder` is the record of the encoder whose features are stored, `keys` those of the shards.
 
     Raises ParamsError when no features are stored, or when they were computed with other params.
     """
-    path = folder / EMBEDDINGS_INDEX.name
     try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        index: dict[str, Any] = json.loads(EMBEDDINGS_INDEX.read_text(encoding="utf-8"))
         index[KEYS].items()
         stored = {**index["params"], **{f"image.{key}": value for key, value in index["image"].items()}}
     except FileNotFoundError:
-        raise ParamsError(f"{path}: no such file; run `dvc repro embed` first") from None
+        raise ParamsError(f"{EMBEDDINGS_INDEX}: no such file; run `dvc repro embed` first") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ParamsError(f"{path}: damaged or without features; run `dvc repro -f embed`") from None
+        raise ParamsError(f"{EMBEDDINGS_INDEX}: damaged or without features; run `dvc repro -f embed`") from None
     expected = {**_of(encoder), **{f"image.{key}": value for key, value in image.model_dump(mode="json").items()}}
     for key, value in expected.items():
         if stored.get(key) != value:
             name = key if key.startswith("image.") else f"encoder.{key}"
             raise ParamsError(
-                f"{name} is {value!r}, but the features of {folder} were computed with {stored.get(key)!r}; "
+                f"{name} is {value!r}, but the features of {EMBEDDINGS} were computed with {stored.get(key)!r}; "
                 "run `dvc repro embed`"
             )
     return index
@@ -187,39 +185,40 @@ def training_inputs(
     return load_features(params, "train"), load_features(params, "validation"), None
 
 
-def evaluation_inputs(params: Params, split: str, stage: str = "student") -> AnyImages:
-    """What the network of a stage takes of a split: features, or images as of `evaluation_images`."""
-    return load_features(params, split) if takes_features(params, stage) else evaluation_images(params, split)
+def evaluation_inputs(params: Params, split: str) -> dict[str, AnyImages]:
+    """What the network of each training stage takes of a split: features, or images as of `evaluation_images`.
+
+    Teacher and student take the same, unless the student tunes the encoder: it takes images, and the teacher features.
+    """
+    tuned = params.student.tune != "none"
+    student = load_features(params, split) if takes_features(params, "student") else evaluation_images(params, split)
+    return {"teacher": load_features(params, split) if tuned else student, "student": student}
 
 
-def load_features(params: Params, split: str, folder: Path = SPLIT, embeddings: Path = EMBEDDINGS) -> FeatureImages:
+def load_features(params: Params, split: str) -> FeatureImages:
     """Load the features of a split into memory: 2 bytes a value.
 
     Raises ParamsError as `read_index` does, StageError when the features belong to other images than those of the split.
     """
     if params.encoder is None:
         raise ParamsError("encoder is null; name one of `tailor encoders`")
-    index = read_index(params.encoder, params.image, embeddings)
+    index = read_index(params.encoder, params.image)
     encoder = index["encoder"]
-    table = read_split(split, ["sample_id", "label", "reference"], folder)
-    shards = list(_shards(split, split_hashes(split, folder), embeddings, index[KEYS][split]))
+    table = read_split(split, ["sample_id", "label", "reference"])
+    shards = list(_shards(split, index[KEYS][split]))
     features = torch.cat(shards) if shards else torch.zeros(0, 1, encoder["width"], dtype=torch.float16)
     ids, references = ArrowStrings(table.column("sample_id")), ArrowStrings(table.column("reference"))
     labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
     return FeatureImages(features, labels, ids, references, open_reader(params.data, READER_BYTES), encoder)
 
 
-def _shards(split: str, hashes: np.ndarray, folder: Path, key: str) -> Iterator[Tensor]:
+def _shards(split: str, key: str) -> Iterator[Tensor]:
+    hashes = split_hashes(split)
     for number, start in enumerate(range(0, len(hashes), SHARD_ROWS)):
-        path = folder / shard_name(split, number)
+        path = EMBEDDINGS / shard_name(split, number)
         shard = read_shard(path, key)
         if shard is None:
             raise StageError(f"{path}: missing, damaged or of another encoder; run `dvc repro -f embed`")
         if not np.array_equal(shard[HASHES].numpy(), hashes[start : start + SHARD_ROWS]):
             raise StageError(f"{path}: holds features of other images than data/split; run `dvc repro embed`")
         yield shard[FEATURES]
-
-
-def bad_rows(features: Tensor) -> Sequence[int]:
-    """Rows of features [n,1+V,D] with a value that is not finite."""
-    return (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()

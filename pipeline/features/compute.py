@@ -18,18 +18,17 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pipeline.data.assignment import SPLITS
-from pipeline.data.embeddings import (
+from pipeline.data.stream import ImageStream
+from pipeline.features.stored import (
     HASHES,
     SHARD_ROWS,
     StoredFeatures,
-    bad_rows,
     read_shard,
     shard_name,
     split_hashes,
     write_index,
     write_shard,
 )
-from pipeline.data.stream import ImageStream
 from pipeline.model_io.devices import choose_device
 from pipeline.model_io.encoder import LoadedEncoder, load_encoder
 from pipeline.params import EncoderParams, Params
@@ -136,7 +135,8 @@ class _SplitEmbedding:
         parts = [missing[first : first + batch] for first in range(0, len(missing), batch)]
         for part, pixels in zip(parts, self._stream.batches(chosen, batch) if parts else (), strict=True):
             features = self._encoder.features(pixels.to(self._device), rows[part], self._image, self._section)
-            if bad := bad_rows(features):
+            bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+            if bad:
                 raise StageError(
                     f"{self._stream.references[start + part[bad[0]]]}: its feature is not finite; are the weights of encoder "
                     f"{self._section.name} damaged?"
