@@ -22,19 +22,19 @@ Suggestions = dict[str, tuple[Any, str]]
 RECIPE = "photographs-lite0.yaml"
 DEFAULT = "efficientnet_lite0"  # `make install` installs its weights
 # The rule by the median of the images' shorter sides, in pixels: (from, image size, reason); the last row that applies.
-# `full`: the encoder's own size; `reduced`: that of REDUCED; None: training from scratch. Five-fold kNN on Lite0's features
-# of 665 plankton images of 55 pixels: 79.1 % at 128 pixels and 79.0 % at 224, 95 % intervals of 10 points.
+# `full`: the encoder's own size; `reduced`: that of REDUCED; None: training from scratch. The bounds are a choice, not a
+# measurement that the repository can repeat.
 SIZES = (
     (0, None, "images below 32 pixels have no details of photographs"),
-    (32, "reduced", "small images: at the full size they take three times as long"),
+    (32, "reduced", "small images: the full size has three times as many pixels"),
     (64, "full", "the size of the pretraining"),
 )
-REDUCED = {"efficientnet_lite0": 128, "efficientnet_lite2": 128}  # a third of the time
+REDUCED = {"efficientnet_lite0": 128, "efficientnet_lite2": 128}  # of Lite0 a third of the pixels
 LONGEST_MINUTES = 20  # of `embed` with the full size; above, the reduced size
 # Training images from which a folder is trained from scratch if kNN on the features is not above chance.
 MANY = 20_000
-# Seconds of `dvc repro` besides `embed`: the start of nine stages, report and export (with `embed` of 665 images at 128
-# pixels 135 s of processor time); for each training image, both trainings of the recipe.
+# Seconds of `dvc repro` besides `embed`, rough estimates: the start of nine stages, report and export; for each training
+# image, both trainings of the recipe.
 START_SECONDS, TRAINING_SECONDS = 100, 0.005
 WHY = "pretrained features need fewer images than training from scratch"
 
@@ -139,7 +139,7 @@ REASONS = {
     "image.resize_to": "the whole shorter side; the centre of the longer one",
     "backbone": "a cosine classifier on the encoder's features",
     "adapter": "hidden units of a residual adapter on the features",
-    "projection_hidden": "the heads embed the whole queue in each step: ten times as fast as with the feature width",
+    "projection_hidden": "the heads embed the whole queue in each step; with the feature width they have ten times the weights",
     "epochs": "an epoch reads stored features: seconds",
     "learning_rate": "in proportion to the batch",
     "batch_size": f"recipes/{RECIPE}; at most an eighth of the training images",
