@@ -68,7 +68,9 @@ def test_the_release_before_gives_its_golden_responses(tmp_path: Path) -> None:
         tmp_path / "repository/student/1/model.onnx", providers=["CPUExecutionProvider"]
     )
     image = release.manifest.image
-    for golden in load_golden(OLD / "export"):
+    requests = load_golden(OLD / "export")
+    assert len(requests) > 0
+    for golden in requests:
         pixels = preprocess(golden.image_bytes(), image.size, image.resize_to)[None]
         strength = np.array([[golden.strength]], np.float32)
         [logits] = session.run(["logits"], {"image": pixels, "strength": strength})
