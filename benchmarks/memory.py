@@ -26,7 +26,7 @@ from models.networks.encoders import ENCODERS, Encoder
 from models.networks.memory import FeatureMemory, MemoryRows
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 
-ADAPTER, TAU_S = 320, 1 / 30  # of recipes/photographs-lite0.yaml
+ADAPTER, TAU_S = 320, 1 / 30  # the adapter is an example; the recipe photographs-lite0 has none
 BATCHES = (1, 8)
 OPSET = 20
 

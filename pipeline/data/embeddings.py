@@ -86,7 +86,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 class StoredFeatures:
-    """Features of finished shards by the hash of the image. Memory: about 200 bytes an image; features stay on disk."""
+    """Features of finished shards by the hash of the image. Memory: a hash and a row an image; features stay on disk."""
 
     def __init__(self, key: str) -> None:
         self._key = key
