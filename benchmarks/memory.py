@@ -25,7 +25,7 @@ from models.networks.encoders import ENCODERS, Encoder
 from models.networks.memory import FeatureMemory, MemoryRows
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 
-ADAPTER, TAU_S = 320, 1 / 30  # hidden units of the adapter, temperature of the cosine classifier
+ADAPTER, TAU_S = 320, 1 / 30  # hidden units of an example adapter (photographs-lite0 has none), temperature tau_s
 BATCHES = (1, 8)
 OPSET = 20
 

@@ -38,8 +38,7 @@ from pipeline.shared.fingerprint import sha256_of_sources
 from pipeline.shared.host_memory import keep_freed_memory
 from pipeline.shared.progress import progress_bar
 
-# Images of a forward pass. Images per second of processor time with EfficientNet-Lite0, batches of 8, 16 and 32: 28, 28 and
-# 26 at 224 pixels; 80, 103 and 122 at 112 pixels. Without keep_freed_memory: 19, 17 and 13; 71, 69 and 73.
+# Images of a forward pass. `python -m benchmarks.encoders` prints the best batch of the bare forward pass on a machine.
 BATCH = {"cpu": 16, "cuda": 128}
 
 

@@ -86,7 +86,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 class StoredFeatures:
-    """Finds features in finished shards by the hash of the image. Uses about 200 bytes per image; features stay on disk."""
+    """Finds features in finished shards by the hash of the image. Keeps a hash and a row per image; features stay on disk."""
 
     def __init__(self, key: str) -> None:
         self._key = key

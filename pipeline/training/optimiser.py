@@ -54,8 +54,8 @@ class Optimiser:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self._optimiser: torch.optim.Optimizer
         if params.optimizer == "adamw":
-            # Fused on the CPU too: 60 tensors of 90,000 values take 23 ms instead of 75 ms.
             betas = params.momentum, ADAM_SECOND_BETA
+            # Fused on the CPU too.
             self._optimiser = torch.optim.AdamW(groups, betas=betas, fused=True, capturable=cuda)
             buffers = ("exp_avg", "exp_avg_sq")
         else:

@@ -109,9 +109,10 @@ def test_a_step_is_ended_with_its_processes_when_the_minutes_end_and_runs_again(
     assert gpu.main(tiny(tmp_path, "--minutes", "0.5")) == 0
     assert results(tmp_path)["slow"]["status"] == "stopped"
     assert "good: left for the next call" in capfd.readouterr().out
-    if (sleeper := tmp_path / "work/sleeper").exists():
-        assert not is_running(int(sleeper.read_text()))
-        assert results(tmp_path)["slow"]["figures"] == [["before the wait", 3.0, ""]]
+    sleeper = tmp_path / "work/sleeper"
+    assert sleeper.exists(), "the step had not started its process after half a minute; is the machine busy?"
+    assert not is_running(int(sleeper.read_text()))
+    assert results(tmp_path)["slow"]["figures"] == [["before the wait", 3.0, ""]]
     monkeypatch.setattr(gpu, "STEPS", [gpu.Step("slow", 1, STEPS + "good", "")])
     assert gpu.main(tiny(tmp_path)) == 0
     assert results(tmp_path)["slow"]["status"] == "done"

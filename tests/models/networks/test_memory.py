@@ -55,8 +55,8 @@ def test_the_likelihood_of_a_class_is_the_mean_over_its_rows_also_of_a_class_wit
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(2))
     stored = build_memory(features[order].half(), labels[order], 4)
     assert stored.rows.dtype == torch.float16 and torch.equal(stored.row_class, labels)
-    last = F.normalize(features[-1], dim=0)  # the only image of class 3
-    assert torch.allclose(stored.rows[-1].float(), last, atol=5e-4)
+    images = torch.cat([features[order][labels[order] == label] for label in range(4)])
+    assert torch.allclose(stored.rows.float(), F.normalize(images, dim=1), atol=1e-3)
     queries = torch.cat([drawn(means, [3, 3, 3, 3], 0.3, seed=3)[0], -means])
     actual = FeatureMemory(stored, 4, tau, 1.0)(queries)
     expected = reference(queries.numpy(), stored.rows.numpy(), labels.numpy(), 4, tau)
@@ -80,8 +80,8 @@ def test_every_class_keeps_its_images_up_to_the_same_number_of_rows():
 
 def test_centres_stand_for_the_clusters_of_a_class_with_their_shares():
     clusters = directions(3, 16)
-    first, members = drawn(clusters, [30, 20, 10], 0.01, seed=1)
-    second, _ = drawn(directions(1, 16, seed=9), [2], 0.01, seed=2)
+    first, members = drawn(clusters, [30, 20, 10], 0.1, seed=1)  # a cluster mean is clearly shorter than 1
+    second, _ = drawn(directions(1, 16, seed=9), [2], 0.1, seed=2)
     stored = build_memory(torch.cat([first, second]), torch.cat([torch.zeros(60), torch.ones(2)]).long(), 2, limit=32)
     own = stored.row_class == 0
     assert len(stored.rows) <= 32 and int((stored.row_class == 1).sum()) == 2

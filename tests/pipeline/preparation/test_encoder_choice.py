@@ -255,7 +255,8 @@ def test_identical_files_count_once_in_the_expected_accuracy(tmp_path):
 def test_a_sample_has_the_same_number_of_images_of_each_class_where_it_can():
     counts = [500, 300, 100, 50, 3]
     sample = stratified_sample(rows_of(counts), 5)
-    assert np.bincount([row.label for row in sample]).tolist() == [116, 115, 100, 50, 3] or len(sample) == IMAGES
+    counted = np.bincount([row.label for row in sample])
+    assert len(sample) == IMAGES and counted[2:].tolist() == [100, 50, 3] and abs(counted[0] - counted[1]) <= 1
     assert len({row.reference for row in sample}) == len(sample)
     assert sorted(np.bincount([row.label for row in sample[:10]]).tolist()) == [2] * 5
 
