@@ -8,7 +8,7 @@ def main() -> int:
     try:
         from pipeline.commands.app import main as run
     except KeyboardInterrupt:
-        print("tailor: interrupted", file=sys.stderr)
+        sys.stderr.write("tailor: interrupted\n")
         return 130
     return run()
 

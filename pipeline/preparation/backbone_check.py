@@ -42,7 +42,7 @@ def print_first_cause(_type: type[BaseException], error: BaseException, _traceba
     """Print the first error of a chain in one line; the last one of an export is a page of advice about torch.onnx."""
     while cause := error.__cause__ or error.__context__:
         error = cause
-    print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
 
 
 if __name__ == "__main__":
