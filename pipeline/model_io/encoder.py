@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.networks.backbones import Backbone, UnknownBackboneError, build_backbone
 from models.networks.encoders import Encoder, UnknownEncoderError, find_encoder
+from models.preprocess import FILTERS
 from pipeline.augment import Draws, apply_views, draw_views
 from pipeline.data.dataset import normalise
 from pipeline.model_io.pretrained import read_weights
@@ -116,8 +117,9 @@ def describe(params: EncoderParams) -> Encoder:
 def load_encoder(params: EncoderParams, image: ImageParams) -> LoadedEncoder:
     """Load the encoder of section `encoder` for images of section `image`, on the CPU.
 
-    Raises ParamsError that names the key for: another mean or std, a licence that is not accepted, weights that do not
-    exist, are damaged, have another sha256 or belong to another network, and an image size that the network cannot take.
+    Raises ParamsError that names the key for: another mean, std or interpolation, a licence that is not accepted, weights
+    that do not exist, are damaged, have another sha256 or belong to another network, and an image size that the network
+    cannot take.
     """
     encoder = describe(params)
     _check_image(encoder, image)
@@ -214,7 +216,10 @@ def _from_hub(source: str, download: bool) -> Path:
 
 
 def _check_image(encoder: Encoder, image: ImageParams) -> None:
-    for key, value in (("mean", list(encoder.mean)), ("std", list(encoder.std))):
+    trained = {"mean": list(encoder.mean), "std": list(encoder.std)}
+    if encoder.interpolation in FILTERS:  # timm has models of other filters, which the server does not have
+        trained["interpolation"] = encoder.interpolation
+    for key, value in trained.items():
         if getattr(image, key) != value:
             raise ParamsError(
                 f"image.{key} is {getattr(image, key)}; {encoder.name} was trained with {value}: set image.{key}: {value}"

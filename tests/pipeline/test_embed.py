@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -73,7 +75,8 @@ def test_the_features_are_those_of_the_encoder_on_the_servers_pixels(weights):
     assert not EMBEDDINGS.with_name(".embeddings.unfinished").exists()
 
 
-def test_bicubic_pixels_are_those_of_the_server(weights):
+def test_bicubic_pixels_are_those_of_the_server(weights, monkeypatch):
+    tiny_encoder(weights.parent, monkeypatch, interpolation="bicubic")
     params = made(weights, {"image.interpolation": "bicubic"})
     pipeline.embed.run(params)
     stored = features(params)
@@ -298,6 +301,35 @@ def test_a_full_disk_leaves_the_old_features_and_no_half_written_file(weights, m
     assert Path(caught.value.filename).match(".embeddings.unfinished/train-*.safetensors")
     assert contents() == expected
     assert list(EMBEDDINGS.with_name(".embeddings.unfinished").iterdir()) == []
+
+
+def test_a_file_limit_in_the_middle_is_one_line_and_the_next_run_continues_after_the_finished_shards(
+    weights, monkeypatch, capsys
+):
+    params = made(weights)
+    (weights.parent / "p.yaml").write_text(json.dumps(params.model_dump(mode="json")))
+    whole, calls, limits = LoadedEncoder.features, [], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*arguments):
+        calls.append(1)
+        if len(calls) == 5:  # the first batch of the second shard
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes; a shard has 2,600
+        return whole(*arguments)
+
+    monkeypatch.setattr(LoadedEncoder, "features", limited)
+    try:
+        code = pipeline.embed.stage_main(pipeline.embed.run, "", ["--params", str(weights.parent / "p.yaml")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    line = r"embed: \S+/\.embeddings\.unfinished/train-\w{64}\.safetensors: File too large\n"
+    assert code == 1 and re.fullmatch(line, capsys.readouterr().err)
+    assert not EMBEDDINGS.exists() and len(list(EMBEDDINGS.with_name(".embeddings.unfinished").iterdir())) == 1
+    monkeypatch.setattr(LoadedEncoder, "features", whole)
+    assert pipeline.embed.run(params).computed == 49 - 16
+    resumed = contents()
+    shutil.rmtree(EMBEDDINGS)
+    pipeline.embed.run(params)
+    assert contents() == resumed
 
 
 def test_a_feature_that_is_not_finite_names_the_image(weights, monkeypatch):

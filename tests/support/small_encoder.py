@@ -20,14 +20,16 @@ from tests.support.making import data_params, params
 TINY = "test_vit"  # of timm: 0.3 million parameters, made for tests
 
 
-def tiny_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch, model: str = TINY) -> Path:
+def tiny_encoder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, model: str = TINY, interpolation: str = "bilinear"
+) -> Path:
     """List the encoder `tiny`, a model of timm, and write the file with its weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         network = build_backbone(f"timm/{model}").network
     path = folder / "tiny.safetensors"
     safetensors.torch.save_file(network.state_dict(), path)
-    listed = Encoder("tiny", model, 160, 64, 1, HALF, HALF, "MIT", "hf://timm/tiny@main")
+    listed = Encoder("tiny", model, 160, 64, 1, HALF, HALF, "MIT", "hf://timm/tiny@main", interpolation=interpolation)
     monkeypatch.setitem(encoders.ENCODERS, "tiny", listed)
     return path
 
