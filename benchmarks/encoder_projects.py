@@ -77,10 +77,13 @@ def project_params(data_set: str, location: Path, encoder: str, size: int, views
     known = ENCODERS[encoder]
     changes = {
         "data": {"source": "table", "location": str(location.absolute()), **DATA_SETS[data_set]},
-        "image": {"size": size, "resize_to": size, "mean": list(known.mean), "std": list(known.std)},
+        "image": {
+            "size": size, "resize_to": size, "mean": list(known.mean), "std": list(known.std),
+            "interpolation": known.interpolation,
+        },
         "encoder": {"name": encoder, "views": views, "crop_padding": size // 8},
         "device": "cpu",
-    }
+    }  # fmt: skip
     return merged(parse_params(yaml.safe_load(text), RECIPE), changes)
 
 

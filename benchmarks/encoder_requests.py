@@ -65,8 +65,9 @@ def make_release(params: Params) -> None:
     embed.run(params)
     image, tau_s = params.image, params.student.tau_s
     config = ModelConfig(
-        "encoder", CLASSES, tau_s, image.size, image.mean, image.std, encoder=stored_encoder(params), adapter=ADAPTER
-    )
+        "encoder", CLASSES, tau_s, image.size, image.mean, image.std,
+        encoder=stored_encoder(params), adapter=ADAPTER, interpolation=image.interpolation,
+    )  # fmt: skip
     for output in (TEACHER, STUDENT):
         save_model(build_model(config, "student.backbone").state_dict(), config, output)
     evaluate.run(params)

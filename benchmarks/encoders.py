@@ -53,6 +53,7 @@ def prepared(name: str, size: int, images: int, root: Path) -> Params:
     encoder = ENCODERS[name]
     content["data"] |= {"source": "folder", "location": str(root / "images"), "profile": "natural", "test_per_class": 1}
     content["image"] |= {"size": size, "resize_to": size, "mean": list(encoder.mean), "std": list(encoder.std)}
+    content["image"]["interpolation"] = encoder.interpolation
     content["encoder"] = {"name": name}
     for section in ("teacher", "student"):
         content[section]["backbone"] = "encoder"

@@ -57,7 +57,7 @@ STEPS = [
     Step("batch-sizes", 1.5, SPEED + "batch_sizes", "batch size at which the throughput of a step saturates"),
     Step("imagenet", 3, SPEED + "imagenet_recipe", "ResNeXt-50, ResNeXt-101 teacher: images/s, memory, estimate"),
     Step("loader", 2, SPEED + "streaming_loader", "streaming loader, and the share of waiting with nvJPEG"),
-    Step("encoders", 1, SPEED + "encoders", "embedding images/s of timm networks"),
+    Step("encoders", 1.5, "benchmarks.gpu_encoders:encoders", "embedding and LoRA images/s of timm networks"),
     Step("cifar10-methods", 14, RUNS + "cifar10_methods", "CIFAR-10, IF 100: four methods, 3 seeds", True),
     Step("plankton-32", 12, RUNS + "plankton_32", "plankton from scratch at 32 pixels: four methods, 3 seeds", True),
     Step("plankton-48", 18, RUNS + "plankton_48", "plankton from scratch at 48 pixels: four methods, 3 seeds", True),
@@ -229,7 +229,9 @@ def main(words: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * options.minutes
     options.output.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.gpu_speed", "benchmarks.gpu_runs"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["benchmarks.gpu_speed", "benchmarks.gpu_encoders"]
+    )
     print(f"`python -m benchmarks.gpu {shlex.join(words or sys.argv[1:])}`", flush=True)
     for step in steps:
         if results.status(step.name) in FINISHED and step.name not in options.again:

@@ -33,10 +33,8 @@ from benchmarks.photographs import photographs
 from benchmarks.training_setup import Setup, setup_of
 from benchmarks.training_sides import SIDES, difference, engine_side
 from benchmarks.turns import in_turns
-from models.networks.backbones import build_backbone
 from models.objectives.student import StudentObjective
 
-TIMM = ("timm/vit_small_patch16_224", "timm/vit_base_patch16_224", "timm/convnext_tiny", "timm/efficientnet_lite0")
 CORES = min(len(os.sched_getaffinity(0)), 16)
 TINY_TRAINING = "--student resnet20 --teacher resnet20 --batch 16 --steps 2 --workers 1 --threads 1"
 TINY_IMAGENET = "--size 64 --student torchvision/resnet18 --teacher torchvision/resnet18 --batch 16 --queue 512"
@@ -227,22 +225,3 @@ def streaming_loader(options: argparse.Namespace) -> Figures:
         for name, taken in seconds.items():
             yield f"{loader.NAMES[name]}, images/s", count // batch * batch / taken, ""
         yield "stream over DataLoader", seconds["dataloader"] / seconds["loader"], f"≥ {loader.RATIO_GOAL}"
-
-
-@torch.inference_mode()
-def encoders(options: argparse.Namespace) -> Figures:
-    """Features of 224-pixel images by timm networks with random weights, bfloat16 on CUDA."""
-    cuda = options.device == "cuda"
-    for name in ("timm/resnet10t",) if options.tiny else TIMM:
-        batch, size, rounds = (2, 64, 2) if options.tiny else (256, 224, 20)
-        network = build_backbone(name, size).to(options.device, memory_format=torch.channels_last).eval()
-        images = torch.randn(batch, 3, size, size, device=options.device).to(memory_format=torch.channels_last)
-        marks = []
-        for _ in range(rounds + 3):
-            with torch.autocast(options.device, torch.bfloat16, enabled=cuda):
-                network(images)
-            if cuda:
-                torch.cuda.synchronize()
-            marks.append(time.perf_counter())
-        seconds = statistics.median(b - a for a, b in itertools.pairwise(marks[1:]))
-        yield f"{name}, batch {batch}, {size} pixels: embedding images/s", batch / seconds, ""

@@ -39,7 +39,7 @@ def run(params: Params, output: Path = EMBEDDINGS) -> Result:
             write_json(folder / EMBEDDINGS_INDEX.name, {"encoder": None})
         shutil.rmtree(unfinished(output), ignore_errors=True)
         return Result(0, 0, None, output)
-    from pipeline.features.compute import embed_images  # loads PyTorch, which takes seconds
+    from pipeline.features.compute import embed_images  # loading PyTorch takes seconds
 
     images, computed = embed_images(params, params.encoder, output)
     return Result(images, computed, params.encoder.name, output)

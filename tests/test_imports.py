@@ -121,7 +121,14 @@ def test_models_and_training_stages_import_with_only_the_training_packages():
 def test_the_gpu_benchmark_and_the_tests_it_runs_import_with_the_packages_of_its_machine():
     tests = [path for path in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.gpu" in path.read_text("utf-8")]
     assert len(tests) >= 2
-    modules = ["benchmarks.gpu", "benchmarks.gpu_runs", "benchmarks.gpu_speed", "ruamel.yaml", "tests.conftest"]
+    modules = [
+        "benchmarks.gpu",
+        "benchmarks.gpu_encoders",
+        "benchmarks.gpu_runs",
+        "benchmarks.gpu_speed",
+        "ruamel.yaml",
+        "tests.conftest",
+    ]
     modules += [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in tests]
     result = run_program(BARE_MACHINE, GPU_MACHINE, modules)
     assert result["failed"] == {}

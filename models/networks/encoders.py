@@ -107,7 +107,7 @@ ENCODERS = {
 
 
 def find_encoder(name: str) -> Encoder:
-    """The listed encoder of that name. Raises UnknownEncoderError."""
+    """Return the listed encoder with this name. Raises UnknownEncoderError."""
     if name not in ENCODERS:
         nearest = difflib.get_close_matches(name, ENCODERS, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else "; `tailor encoders` lists them"

@@ -53,7 +53,7 @@ def shard_name(split: str, number: int) -> str:
 
 
 def split_hashes(split: str) -> np.ndarray:
-    """sha256 of the encoded images of a split, uint8 [N,32], in the order of its table."""
+    """Compute the sha256 of the encoded images of a split, uint8 [N,32], in the order of its table."""
     column = read_split(split, ["sha256"]).column("sha256")
     return np.frombuffer(b"".join(bytes.fromhex(text.as_py()) for text in column), np.uint8).reshape(-1, 32)
 
@@ -143,7 +143,7 @@ def _of(encoder: EncoderParams) -> dict[str, Any]:
 
 
 def read_index(encoder: EncoderParams, image: ImageParams) -> dict[str, Any]:
-    """Read index.json: `encoder` is the record of the encoder whose features are stored, `keys` those of the shards.
+    """Read index.json: `encoder` is the record of the encoder, `keys` has the key of the shards of each split.
 
     Raises ParamsError when no features are stored, or when they were computed with other params.
     """
@@ -186,9 +186,9 @@ def training_inputs(
 
 
 def evaluation_inputs(params: Params, split: str) -> dict[str, AnyImages]:
-    """What the network of each training stage takes of a split: features, or images as of `evaluation_images`.
+    """Load a split as the inputs of each stage's network: features, or the images of `evaluation_images`.
 
-    Teacher and student take the same, unless the student tunes the encoder: it takes images, and the teacher features.
+    Both take the same inputs, unless the student tunes the encoder: it then takes images, and the teacher takes features.
     """
     tuned = params.student.tune != "none"
     student = load_features(params, split) if takes_features(params, "student") else evaluation_images(params, split)
@@ -196,7 +196,7 @@ def evaluation_inputs(params: Params, split: str) -> dict[str, AnyImages]:
 
 
 def load_features(params: Params, split: str) -> FeatureImages:
-    """Load the features of a split into memory: 2 bytes a value.
+    """Load the features of a split into memory, 2 bytes per value.
 
     Raises ParamsError as `read_index` does, StageError when the features belong to other images than those of the split.
     """

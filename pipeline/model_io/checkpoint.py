@@ -37,8 +37,9 @@ class ModelConfig:
     adjustment: strength of the logit adjustment in the L_cls that trained it; see Prior.balanced_shift. encoder: the
     record of the frozen encoder whose features are the inputs; None if images are the inputs. adapter:
     hidden units of the residual adapter on these features; 0 for none. memory: record of the memory of training features
-    (training/student_memory.py); None for none. tune: `none`, or how the encoder was tuned: it is then part of the
-    network, which takes images. tune_rank: hidden units of the adapters of tune `adaptformer`.
+    (training/student_memory.py); None for none. tune: how the encoder was tuned. Unless it is `none`,
+    the encoder is part of the network, which takes images. tune_rank: hidden units of the adapters of `adaptformer`.
+    interpolation: filter of the images' resize.
     """
 
     backbone: str
@@ -53,6 +54,7 @@ class ModelConfig:
     memory: dict[str, Any] | None = None
     tune: str = "none"
     tune_rank: int = 0
+    interpolation: str = "bilinear"
 
 
 def build_model(config: ModelConfig, key: str) -> ImageClassifier:
@@ -105,7 +107,7 @@ def save_model(weights: Mapping[str, Tensor], config: ModelConfig, folder: Path)
 
 def check_image(config: ModelConfig, image: ImageParams, folder: Path) -> None:
     """Raise ParamsError when a network was trained with another image format than params.image."""
-    trained = {"size": config.image_size, "mean": config.mean, "std": config.std}
+    trained = {"size": config.image_size, "mean": config.mean, "std": config.std, "interpolation": config.interpolation}
     for key, value in trained.items():
         if getattr(image, key) != value:
             raise ParamsError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.networks.backbones import Backbone, UnknownBackboneError, build_backbone
 from models.networks.encoders import HUB, PACKAGE, Encoder, UnknownEncoderError, find_encoder
+from models.preprocess import FILTERS
 from pipeline.augment import Draws, apply_views, draw_views
 from pipeline.data.dataset import normalise
 from pipeline.model_io.pretrained import read_weights
@@ -24,7 +25,7 @@ from pipeline.shared.fingerprint import sha256_of_sources
 
 HUB_FILE = "model.safetensors"
 FREE_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "unknown")  # others of timm have conditions
-# The code between an encoded image and its feature.
+# The source files that compute a feature from an encoded image.
 FEATURE_CODE = (
     "models/networks/backbones.py",
     "models/preprocess.py",
@@ -85,7 +86,7 @@ class LoadedEncoder:
 
 
 def describe(params: EncoderParams) -> Encoder:
-    """The entry of `tailor encoders`; for timm/<model> an entry made from timm's own description of it."""
+    """Return the entry of `tailor encoders`; for timm/<model> an entry from timm's own description of the model."""
     if not params.name.startswith("timm/"):
         try:
             return find_encoder(params.name)
@@ -109,8 +110,9 @@ def describe(params: EncoderParams) -> Encoder:
 def load_encoder(params: EncoderParams, image: ImageParams) -> LoadedEncoder:
     """Load the encoder of section `encoder` for images of section `image`, on the CPU.
 
-    Raises ParamsError that names the key for: another mean or std, a licence that is not accepted, weights that do not
-    exist, are damaged, have another sha256 or belong to another network, and an image size that the network cannot take.
+    Raises ParamsError that names the key for: another mean, std or interpolation, a licence that is not accepted, weights
+    that do not exist, are damaged, have another sha256 or belong to another network, and an image size that the network
+    cannot take.
     """
     encoder = describe(params)
     _check_image(encoder, image)
@@ -207,7 +209,10 @@ def _from_hub(source: str, download: bool) -> Path:
 
 
 def _check_image(encoder: Encoder, image: ImageParams) -> None:
-    for key, value in (("mean", list(encoder.mean)), ("std", list(encoder.std))):
+    trained = {"mean": list(encoder.mean), "std": list(encoder.std)}
+    if encoder.interpolation in FILTERS:  # timm has models of other filters, which the server does not have
+        trained["interpolation"] = encoder.interpolation
+    for key, value in trained.items():
         if getattr(image, key) != value:
             raise ParamsError(
                 f"image.{key} is {getattr(image, key)}; {encoder.name} was trained with {value}: set image.{key}: {value}"

@@ -78,7 +78,7 @@ def model_config(
     tune, tune_rank = (section.tune, section.tune_rank) if isinstance(section, StudentParams) else ("none", 0)
     return ModelConfig(
         section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment,
-        encoder, section.adapter, tune=tune, tune_rank=tune_rank,
+        encoder, section.adapter, tune=tune, tune_rank=tune_rank, interpolation=image.interpolation,
     )  # fmt: skip
 
 

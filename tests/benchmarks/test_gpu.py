@@ -12,8 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_encoders
+from models.networks.backbones import build_backbone
+from models.networks.cosine_classifier import ImageClassifier
 from tests.support.project import ROOT
 
 STEPS = "tests.benchmarks.test_gpu:"
@@ -73,6 +76,7 @@ def test_every_step_runs_at_a_small_size_and_a_second_call_runs_none(tmp_path):
     assert figures["tests"]["tests passed"] + figures["tests"]["tests skipped"] >= 10
     assert figures["engine"]["student epoch: engine over baseline"] > 0
     assert len([figure for figure in figures["kernels"] if re.match(r"\d+\. ", figure)]) == 10
+    assert len([figure for figure in figures["encoders"] if "LoRA step" in figure]) == 1
     assert {"gml less balanced softmax, points", "plus less gml, points"} <= set(figures["plankton-32"])
     before = (tmp_path / "out/results.json").read_text()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -116,6 +120,25 @@ def test_a_step_is_ended_with_its_processes_when_the_minutes_end_and_runs_again(
     monkeypatch.setattr(gpu, "STEPS", [gpu.Step("slow", 1, STEPS + "good", "")])
     assert gpu.main(tiny(tmp_path)) == 0
     assert results(tmp_path)["slow"]["status"] == "done"
+
+
+def test_a_lora_step_trains_the_updates_and_the_classifier_of_a_network_alone(monkeypatch):
+    monkeypatch.setattr(gpu_encoders, "ImageClassifier", lambda *given: made.append(ImageClassifier(*given)) or made[0])
+    made = []
+    network = build_backbone("timm/resnet10t", 64)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(
+                module.weight
+            )  # timm starts the last one of a block at 0: no gradient reaches the block
+    step = gpu_encoders.lora_step(network, "cpu")
+    before = {name: weight.clone() for name, weight in made[0].named_parameters()}
+    for _ in range(2):  # the first step changes `up` alone, which starts at 0
+        step(torch.randn(2, 3, 64, 64))
+    changed = {name for name, weight in made[0].named_parameters() if not torch.equal(weight, before[name])}
+    assert "classifier.weight" in changed
+    assert any(name.endswith(".down") for name in changed)
+    assert changed == {name for name in before if name.endswith((".up", ".down")) or name == "classifier.weight"}
 
 
 def test_the_plan_prints_every_step_with_its_estimate_and_its_status(tmp_path, capsys):

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -78,8 +80,8 @@ def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(weights, monkeypatc
 
 def test_a_run_that_stops_before_the_split_changes_gives_each_image_its_own_feature(weights, monkeypatch):
     params = split_folder(weights)
-    run_interrupted(params, monkeypatch, 6)  # 4 of a shard of 16 images
-    for number in range(3):  # sorted before the other images, so that all rows move
+    run_interrupted(params, monkeypatch, 6)  # 4 batches per shard of 16 images
+    for number in range(3):  # sorted before the other images, so the index of every row changes
         write(weights.parent / f"images/a/0-{number}.png", png(1000 + number))
     pipeline.split.run(params)
     assert pipeline.embed.run(params).computed == 52 - 16
@@ -154,6 +156,35 @@ def test_a_full_disk_leaves_the_old_features_and_no_half_written_file(weights, m
     assert Path(caught.value.filename).match(".embeddings.unfinished/train-*.safetensors")
     assert stored_files() == expected
     assert list(EMBEDDINGS.with_name(".embeddings.unfinished").iterdir()) == []
+
+
+def test_a_file_limit_in_the_middle_is_one_line_and_the_next_run_continues_after_the_finished_shards(
+    weights, monkeypatch, capsys
+):
+    params = split_folder(weights)
+    (weights.parent / "p.yaml").write_text(json.dumps(params.model_dump(mode="json")))
+    whole, calls, limits = LoadedEncoder.features, [], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*arguments):
+        calls.append(1)
+        if len(calls) == 5:  # the first batch of the second shard
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes; a shard has 2,600
+        return whole(*arguments)
+
+    monkeypatch.setattr(LoadedEncoder, "features", limited)
+    try:
+        code = pipeline.embed.stage_main(pipeline.embed.run, "", ["--params", str(weights.parent / "p.yaml")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    line = r"embed: \S+/\.embeddings\.unfinished/train-\w{64}\.safetensors: File too large\n"
+    assert code == 1 and re.fullmatch(line, capsys.readouterr().err)
+    assert not EMBEDDINGS.exists() and len(list(EMBEDDINGS.with_name(".embeddings.unfinished").iterdir())) == 1
+    monkeypatch.setattr(LoadedEncoder, "features", whole)
+    assert pipeline.embed.run(params).computed == 49 - 16
+    resumed = contents()
+    shutil.rmtree(EMBEDDINGS)
+    pipeline.embed.run(params)
+    assert contents() == resumed
 
 
 def test_without_an_encoder_nothing_is_computed_and_the_output_never_changes(weights):

@@ -29,20 +29,22 @@ from tests.support.making import data_params, folder, params
 TINY = "test_vit"  # a network of timm for tests, 0.3 million parameters
 
 
-def tiny_encoder(root: Path, monkeypatch: pytest.MonkeyPatch, model: str = TINY) -> Path:
-    """List the encoder `tiny`, a model of timm, and write the file with its weights."""
+def tiny_encoder(
+    root: Path, monkeypatch: pytest.MonkeyPatch, model: str = TINY, interpolation: str = "bilinear"
+) -> Path:
+    """Add the encoder `tiny`, a model of timm, to the list, and write the file with its weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         network = build_backbone(f"timm/{model}").network
     path = root / "tiny.safetensors"
     safetensors.torch.save_file(network.state_dict(), path)
-    listed = Encoder("tiny", model, 160, 64, 1, HALF, HALF, "MIT", "hf://timm/tiny@main")
+    listed = Encoder("tiny", model, 160, 64, 1, HALF, HALF, "MIT", "hf://timm/tiny@main", interpolation=interpolation)
     monkeypatch.setitem(encoders.ENCODERS, "tiny", listed)
     return path
 
 
 def tiny_package(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """List the encoder `tiny` with weights from a Python package, so that its name suffices."""
+    """Add the encoder `tiny` to the list with weights in a Python package, so that params need only its name."""
     package = root / "packages/tiny_weights"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()

@@ -28,7 +28,7 @@ def test_features_of_another_encoder_or_size_are_refused(weights):
     more = params.model_copy(update={"encoder": params.encoder.model_copy(update={"views": 3})})
     with pytest.raises(ParamsError, match=r"^encoder\.views is 3, but"):
         load_features(more, "train")
-    # Another size is another key: nothing of the old features is used.
+    # Another size gives another key, so no old feature is used.
     assert pipeline.embed.run(other).computed == 49
 
 

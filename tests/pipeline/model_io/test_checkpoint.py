@@ -8,7 +8,16 @@ import safetensors.torch
 import torch
 
 from models.networks.cosine_classifier import ImageClassifier
-from pipeline.model_io.checkpoint import CONFIG, WEIGHTS, ModelConfig, build_model, load_model, save_model
+from pipeline.model_io.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    ModelConfig,
+    build_model,
+    check_image,
+    load_model,
+    save_model,
+)
+from pipeline.params import ImageParams
 from pipeline.shared.artifacts import whole_folder
 from pipeline.shared.errors import ParamsError, StageError
 
@@ -138,6 +147,16 @@ def test_a_checkpoint_that_was_never_made_names_the_file_and_the_stage(saved, na
     (folder / name).unlink()
     with pytest.raises(ParamsError, match=rf"{name}: no such file; run `dvc repro teacher` first"):
         load_model(folder, "teacher")
+
+
+def test_a_network_of_images_of_another_size_normalisation_or_interpolation_is_refused(tmp_path):
+    image = ImageParams(size=16, resize_to=16, mean=MODEL_CONFIG.mean, std=MODEL_CONFIG.std)
+    check_image(MODEL_CONFIG, image, tmp_path)
+    for key, value in {"size": 15, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}.items():
+        with pytest.raises(
+            ParamsError, match=rf"^image\.{key} is .*, but {tmp_path} was trained with .*; run `dvc repro`"
+        ):
+            check_image(MODEL_CONFIG, image.model_copy(update={key: value}), tmp_path)
 
 
 def test_an_unknown_backbone_names_its_key():

