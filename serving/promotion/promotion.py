@@ -21,6 +21,7 @@ from serving.repository.lock import locked
 from serving.repository.promotion_log import champions, record
 from serving.repository.release import Release, published_versions, read_champion, read_release
 from serving.repository.retention import prune, remove_leftovers, withdrawn_on_failure
+from serving.repository.signing_keys import trusted_keys
 from serving.repository.version_policy import served_versions, version_before
 from serving.repository.writer import publish
 from serving.server.running import RunningServer, find_running
@@ -87,6 +88,7 @@ def promote(
                 )
             running = find_running(repository) if servers is None else servers
             if version == before:
+                read_release(repository, version, hashes=bool(trusted_keys()))
                 with _promotion_error(f"version {version} is the champion and does not answer"):
                     load_served_versions(repository, running, timeout)
                 return Promotion(version, before, False, tuple(server.grpc_url for server in running))
@@ -108,7 +110,8 @@ def rollback(
 ) -> Promotion:
     """Roll back: make an older version the champion again, `version` or the previous champion.
 
-    A version that is still loaded is used at once; another one is verified first, as in a promotion. Newer versions
+    A version that is still loaded is used at once, with trusted keys after a check of its signature, as its key may have
+    been revoked; another one is verified first, as in a promotion. Newer versions
     stay on disk but are unloaded, because Triton serves from the newest loaded version. Raises as `promote` does.
     """
     with locked(repository):
@@ -118,7 +121,7 @@ def rollback(
             raise InputError(f"version {version} is not older than the champion {before}; use `tailor promote`")
         running = find_running(repository) if servers is None else servers
         if version in served_versions(repository, CLASSIFIER):
-            older, rehearsed = read_release(repository, version, hashes=False), False
+            older, rehearsed = read_release(repository, version, hashes=bool(trusted_keys())), False
         else:
             older, rehearsed = _verify(repository, version, before, timeout, rehearsal)
         with _promotion_error(f"version {version} could not be loaded, version {before} is still served"):
