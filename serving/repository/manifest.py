@@ -96,7 +96,7 @@ class Manifest(BaseModel):
     top_k: int = Field(ge=1)
     max_batch_size: int = Field(ge=1)
     files: dict[str, str]
-    runtime: dict[str, str] = {}  # noqa: RUF012 (pydantic copies the default)
+    runtime: dict[str, str] = {}
     params_sha256: str
     data_sha256: str
     code_revision: str

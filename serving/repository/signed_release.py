@@ -70,7 +70,7 @@ def check_contents(root: Path, version: int, manifest: Manifest) -> None:
             if not (known or entry.name.startswith(".")):  # hidden: a folder that is being written or removed
                 raise SignatureError(f"{entry}: is not a file of Tailor, and Triton may run it; remove it")
     labels = root / STUDENT / LABELS_NAME
-    if labels.read_text(encoding="utf-8") != labels_text(manifest):
+    if not labels.is_file() or labels.read_bytes() != labels_text(manifest).encode():
         raise SignatureError(f"{labels}: differs from the classes of the manifest; write the repository again")
     _check_configs(root, manifest)
 
