@@ -109,6 +109,16 @@ def test_an_unsigned_release_is_neither_published_nor_promoted_nor_rolled_back_t
     assert rollback(root, 1, rehearsal=False).version == 1
 
 
+def test_a_promotion_unloads_a_champion_that_no_trusted_key_signed(
+    exports: dict[int, Release], signed_second: Path, signer: Signer, trust: Trust, tmp_path: Path
+) -> None:
+    root = write_repository(exports[1].export_dir, tmp_path / "repository")
+    trust(signer.public)
+    assert promote(root, signed_second, rehearsal=False).previous == 1
+    assert served_versions(root, "classifier") == served_versions(root, "student") == (2,)
+    assert [release.version for release in find_releases(root)] == [2]
+
+
 def test_a_published_unsigned_version_cannot_become_champion(
     root: Path, exports: dict[int, Release], signer: Signer, trust: Trust
 ) -> None:
