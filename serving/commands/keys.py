@@ -45,7 +45,7 @@ Exit status 1: the export, or a version that a server of the repository loads, i
 app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Sign releases, and verify them with the keys that serving.trusted_keys lists.",
+    help="Sign releases and verify them; serving.trusted_keys lists keys.",
     epilog="Example: tailor keys new release.pem, then list release.pem.pub in serving.trusted_keys of params.yaml",
 )
 Folder = Annotated[Path, typer.Argument(help="An export folder or a model repository.", show_default=False)]

@@ -118,7 +118,7 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
 def signing_key() -> Ed25519PrivateKey | None:
     """The private key in the file that TAILOR_SIGNING_KEY names; None if the variable is not set. Raises InputError."""
     name = os.environ.get(KEY_VARIABLE)
-    return read_private_key(Path(name)) if name else None
+    return read_private_key(Path(name).expanduser()) if name else None
 
 
 def public_key_of(key: Ed25519PrivateKey) -> PublicKey:
@@ -137,7 +137,7 @@ def read_public_key(entry: str) -> PublicKey:
         return PublicKey(raw)
     library = _cryptography()
     try:
-        key = library.serialization.load_pem_public_key(Path(entry).read_bytes())
+        key = library.serialization.load_pem_public_key(Path(entry).expanduser().read_bytes())
     except OSError as error:
         raise InputError(f"{entry}: {error.strerror}; {hint}") from None
     except (ValueError, library.UnsupportedAlgorithm):
