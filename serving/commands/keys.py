@@ -30,11 +30,10 @@ Keep the private key off the machines that serve; they need the public key alone
 SHOW = "Example: tailor keys show ~/.tailor/release.pem.pub"
 SIGN = f"""\b
 Examples:
-  export {KEY_VARIABLE}=~/.tailor/release.pem
   tailor keys sign artifacts/export                  then: tailor promote artifacts/export
   tailor keys sign releases                          every version there, also with a new key
 
-Stage `export` signs by itself where {KEY_VARIABLE} is set."""
+The key is the file that {KEY_VARIABLE} names. Stage `export` signs by itself where the variable is set."""
 VERIFY = f"""\b
 Examples:
   tailor keys verify artifacts/export
@@ -45,7 +44,7 @@ Exit status 1: the export, or a version that a server of the repository loads, i
 app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Sign releases and verify them; serving.trusted_keys lists keys.",
+    help="Sign releases, and verify their signatures.",
     epilog="Example: tailor keys new release.pem, then list release.pem.pub in serving.trusted_keys of params.yaml",
 )
 Folder = Annotated[Path, typer.Argument(help="An export folder or a model repository.", show_default=False)]
