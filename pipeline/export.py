@@ -25,6 +25,8 @@ from pipeline.report.model_card import model_card, model_facts, network_name
 from pipeline.shared.artifacts import EVALUATION, EXPORT, REPOSITORY, STUDENT, whole_folder, write_file, write_json
 from pipeline.shared.errors import StageError
 from serving.repository.manifest import GOLDEN_NAME, MANIFEST_NAME, Manifest
+from serving.repository.signature import SIGNATURE_NAME, sign_manifest
+from serving.repository.signing_keys import signing_key
 from serving.repository.writer import write_repository
 from serving.shared.terminal import counted
 
@@ -53,8 +55,10 @@ class Result:
 def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) -> Result:
     """Export, compare with PyTorch, write export folder and model repository.
 
-    Raises StageError when the comparison fails.
+    The manifest is signed if TAILOR_SIGNING_KEY names a private key. Raises StageError when the comparison fails, and
+    InputError for a key that cannot be used, before the export starts.
     """
+    key = signing_key()
     prior = load_prior()
     model, config = load_model(STUDENT, "student")
     check_image(config, params.image, STUDENT)
@@ -96,6 +100,8 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         write_file(folder / CARD_NAME, card)
         manifest = build_manifest(folder, params, prior, model, metrics, half, config)
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
+        if key:
+            write_file(folder / SIGNATURE_NAME, sign_manifest(folder, key).text())
     write_repository(output, repository)
     record_after_stage("export", params, output)
     return Result(difference, manifest, output, half)

@@ -34,6 +34,7 @@ from serving.repository.manifest import (
     Manifest,
     sha256_of,
 )
+from serving.repository.writer import runtime_sha256
 from serving.shared.version import TAILOR_VERSION
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ def build_manifest(
         top_k=top_k(params.serving, prior),
         max_batch_size=params.export.max_batch_size,
         files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
-        params_sha256=sha256_of_json(params.model_dump(mode="json")),
+        runtime=runtime_sha256(),
+        # Without the trusted keys: after a rotation the release is still the same.
+        params_sha256=sha256_of_json(params.model_dump(mode="json", exclude={"serving": {"trusted_keys"}})),
         data_sha256=data_sha256(SPLIT),
         code_revision=code_revision(),
         code_sha256=code_sha256(),

@@ -51,13 +51,15 @@ class ServingParams(Section):
     """The served classifier. strength: default strength of the logit adjustment. top_k: classes in a response.
 
     image_pixels, request_pixels: limits of decoded pixels for one image and for all images of a request; a large JPEG
-    counts less.
+    counts less. trusted_keys: public keys that sign releases, each a PEM file or base64; other releases are neither
+    promoted nor served. Empty: signatures are not checked. serving/repository/signing_keys.py reads it.
     """
 
     strength: Annotated[Number, Field(allow_inf_nan=False)]
     top_k: PositiveInt
     image_pixels: PositiveInt = 16_000_000
     request_pixels: PositiveInt = 25_000_000
+    trusted_keys: list[Annotated[str, Field(min_length=1)]] = []
 
 
 class GateRule(Section):

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from serving.commands.demo import demo
 from serving.commands.drift import drift
 from serving.commands.gateway import gateway
+from serving.commands.keys import app as keys
 from serving.commands.loadtest import loadtest
 from serving.commands.playground import playground
 from serving.commands.predict import predict, status
@@ -100,6 +101,7 @@ add(gateway, SERVE, "Example: tailor gateway --http-port 8443 --grpc-port 8444 -
 add(promote, SERVE, "Example: tailor promote artifacts/export --keep 5")
 add(rollback, SERVE, "Example: tailor rollback, or: tailor rollback 3")
 add(versions, SERVE, "Example: tailor versions --json")
+app.add_typer(keys, name="keys", rich_help_panel=SERVE)
 add(predict, REQUEST, "Example: tailor predict cat.jpg dog.png --prior balanced --top 3 --json")
 add(status, REQUEST, "Example: tailor status --url grpc://127.0.0.1:8001 --json")
 add(playground, REQUEST, "Example: tailor playground --port 7860")

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from serving.commands.options import Debug, RepositoryOption, choose_repository
+from serving.repository.signing_keys import trusted_keys
 from serving.server.arguments import LATENCY_OPTIONS, logit_log_environment, trace_options
 from serving.server.supervisor import SupervisionLimits, Supervisor
 from serving.server.triton_server import GRACE, TritonServer
@@ -149,6 +150,8 @@ def _print_addresses(server: TritonServer) -> None:
     print(f"ready {server.http_url} {server.grpc_url}")
     print(f"metrics {server.metrics_url}")
     print(f"repository {server.repository}")
+    if keys := trusted_keys():
+        print(f"signatures of {', '.join(key.id for key in keys)}")
     if server.log:
         print(f"log {server.log}")
     print(f"\na request from a shell, in the binary form:\n\n{curl_example(server.http_url, server.example)}")

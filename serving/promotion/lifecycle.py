@@ -26,7 +26,7 @@ from serving.repository.manifest import Manifest, read_manifest
 from serving.repository.promotion_log import LOG_NAME, record
 from serving.repository.release import Release, read_champion, read_release
 from serving.repository.version_policy import served_versions, version_before, version_folders
-from serving.repository.writer import load_export, write_repository
+from serving.repository.writer import check_signature, load_export, write_repository
 from serving.repository.writer import publish as publish_version
 from serving.server.running import RunningServer, find_running, servers_at
 from serving.shared.atomic import sync, write_file
@@ -71,6 +71,7 @@ def publish(export: Path, repository: Path, evidence: Path) -> int:
     existing versions, OSError when the disk is full; the partial version is then removed.
     """
     if champion_or_none(repository) is None:
+        check_signature(export)
         write_repository(export, first_version_folder(repository), evidence=evidence)
         return load_export(export).version
     with locked(repository):

@@ -21,6 +21,7 @@ from serving.repository.lock import locked
 from serving.repository.promotion_log import champions, record
 from serving.repository.release import Release, published_versions, read_champion, read_release
 from serving.repository.retention import prune, remove_leftovers, withdrawn_on_failure
+from serving.repository.signing_keys import trusted_keys
 from serving.repository.version_policy import served_versions, version_before
 from serving.repository.writer import publish
 from serving.server.running import RunningServer, find_running
@@ -68,11 +69,12 @@ def promote(
     only checks the files' sha256, if the caller has just verified the version.
 
     Leftovers of killed promotions are removed first. Afterwards the previous champion is still loaded, for requests
-    that name it and for an immediate rollback. If the release is the champion already, servers that have not loaded it,
-    as after a killed promotion, load it. An export that fails is removed from the disk if it was not published before.
-    Raises InputError for a version that does not exist or is older than the champion, RepositoryError and ManifestError
-    for an unusable release, PromotionError if the verification or the swap failed, RepositoryBusy while another
-    promotion, a repair or the start of a server is running.
+    that name it and for an immediate rollback, unless there are trusted keys and none of them signed it. If the
+    release is the champion already, servers that have not loaded it, as after a killed promotion, load it. An export
+    that fails is removed from the disk if it was not published before. Raises InputError for a version that does not
+    exist or is older than the champion, RepositoryError and ManifestError for an unusable release, PromotionError if
+    the verification or the swap failed, RepositoryBusy while another promotion, a repair or the start of a server is
+    running.
     """
     if keep < 2:
         raise InputError(f"keep is {keep}; expected at least 2, the champion and the one before it")
@@ -87,12 +89,14 @@ def promote(
                 )
             running = find_running(repository) if servers is None else servers
             if version == before:
+                read_release(repository, version, hashes=bool(trusted_keys()))
                 with _promotion_error(f"version {version} is the champion and does not answer"):
                     load_served_versions(repository, running, timeout)
                 return Promotion(version, before, False, tuple(server.grpc_url for server in running))
             challenger, rehearsed = _verify(repository, version, before, timeout, rehearsal)
             with _promotion_error(f"version {version} could not be loaded, version {before} is still served"):
-                swap(repository, challenger, (before, version), running, timeout)
+                final = (before, version) if _may_stay(repository, before) else (version,)
+                swap(repository, challenger, final, running, timeout)
         record(repository, "promote", version, before)
         removed = prune(repository, keep)
     return Promotion(version, before, rehearsed, tuple(server.grpc_url for server in running), removed)
@@ -108,8 +112,9 @@ def rollback(
 ) -> Promotion:
     """Roll back: make an older version the champion again, `version` or the previous champion.
 
-    A version that is still loaded is used at once; another one is verified first, as in a promotion. Newer versions
-    stay on disk but are unloaded, because Triton serves from the newest loaded version. Raises as `promote` does.
+    A version that is still loaded is used at once, with trusted keys after a check of its signature, as its key may
+    have been revoked; another one is verified first, as in a promotion. Newer versions stay on disk but are unloaded,
+    because Triton serves from the newest loaded version. Raises as `promote` does.
     """
     with locked(repository):
         before = read_champion(repository).version
@@ -118,7 +123,7 @@ def rollback(
             raise InputError(f"version {version} is not older than the champion {before}; use `tailor promote`")
         running = find_running(repository) if servers is None else servers
         if version in served_versions(repository, CLASSIFIER):
-            older, rehearsed = read_release(repository, version, hashes=False), False
+            older, rehearsed = read_release(repository, version, hashes=bool(trusted_keys())), False
         else:
             older, rehearsed = _verify(repository, version, before, timeout, rehearsal)
         with _promotion_error(f"version {version} could not be loaded, version {before} is still served"):
@@ -161,6 +166,16 @@ def _verify(root: Path, version: int, before: int, timeout: float, rehearsal: bo
         if rehearsal is False:
             dry_run(root, [release], timeout)
         return release, False
+
+
+def _may_stay(root: Path, version: int) -> bool:
+    """Whether a version may stay loaded: without a trusted signature the next start of a server would be refused."""
+    try:
+        if trusted_keys():
+            read_release(root, version)
+    except ServingError:
+        return False
+    return True
 
 
 @contextmanager

@@ -79,7 +79,8 @@ class Manifest(BaseModel):
     weights of a pretrained encoder, and how it was tuned; None for a network without one. memory: rows, tau and weight of
     the memory of training features; None without one. half: set for a graph with a float16 backbone; None for float32.
     code_revision: the git commit of the project. code_sha256: hash of the source files that wrote the release; empty in
-    releases from before this key existed.
+    releases from before this key existed. runtime: sha256 of the files of Tailor that run inside Triton, by model/name;
+    a server that checks signatures accepts only these. Empty in releases from before this key existed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -95,6 +96,7 @@ class Manifest(BaseModel):
     top_k: int = Field(ge=1)
     max_batch_size: int = Field(ge=1)
     files: dict[str, str]
+    runtime: dict[str, str] = {}
     params_sha256: str
     data_sha256: str
     code_revision: str

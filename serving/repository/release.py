@@ -18,6 +18,8 @@ from serving.repository.manifest import (
     load_golden,
     read_manifest,
 )
+from serving.repository.signed_release import verify_version
+from serving.repository.signing_keys import trusted_keys
 from serving.repository.version_policy import CONFIG_NAME, config_paths, read_config, served_versions, version_folders
 from serving.repository.writer import RUNTIME_FILES
 from serving.shared.errors import RepositoryError
@@ -43,8 +45,9 @@ class Release:
 def find_releases(root: Path, hashes: bool = True) -> list[Release]:
     """The releases that a server of this repository loads, oldest first; the last is the champion (`read_champion`).
 
-    hashes: whether to check the files' sha256 too. Raises RepositoryError or ManifestError naming the file: no
-    repository, a config that does not parse, a version whose student is not served, a missing file, or a wrong sha256.
+    hashes: whether to check the files' sha256 too, and with trusted keys the signature. Raises RepositoryError or
+    ManifestError naming the file: no repository, a config that does not parse, a version whose student is not served, a
+    missing file, a wrong sha256 or signature.
     """
     if not (root / STUDENT / CONFIG_NAME).is_file():
         raise RepositoryError(
@@ -73,7 +76,10 @@ def published_versions(root: Path) -> list[int]:
 
 
 def read_release(root: Path, version: int, hashes: bool = True) -> Release:
-    """Read one release of a repository. Raises RepositoryError or ManifestError naming a missing or wrong file."""
+    """Read one release of a repository. Raises RepositoryError or ManifestError naming a missing or wrong file.
+
+    hashes: whether to check the files' sha256, and the signature if there are trusted keys.
+    """
     for path in _missing(root, version):
         raise RepositoryError(f"{path}: is missing; write the repository again")
     student, classifier = root / STUDENT / str(version), root / CLASSIFIER / str(version)
@@ -87,6 +93,8 @@ def read_release(root: Path, version: int, hashes: bool = True) -> Release:
             raise RepositoryError(f"{classifier / 'manifest.json'}: files lacks {name}; export again")
         if hashes:
             check_file(path, manifest.files[name])
+    if hashes and (trusted := trusted_keys()):
+        verify_version(root, version, trusted)
     return Release(version, manifest, load_golden(classifier))
 
 

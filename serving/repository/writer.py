@@ -28,8 +28,10 @@ from serving.repository.model_config import (
     student_local_config,
     to_text,
 )
+from serving.repository.signature import SIGNATURE_NAME, renumbered, verify_manifest
+from serving.repository.signing_keys import trusted_keys
 from serving.repository.version_policy import CONFIG_NAME, present_versions, read_config
-from serving.shared.atomic import whole_folder
+from serving.shared.atomic import sha256_of, whole_folder, write_file
 from serving.shared.errors import RepositoryError
 from serving.shared.names import CLASSIFIER, LABELS_NAME, LOCAL_CONFIG, STUDENT
 
@@ -45,6 +47,13 @@ RUNTIME_FILES = {
         **{f"{name}.py": Path(module.__file__) for name, module in {"prior": prior, "preprocess": preprocess}.items()},
     },
 }
+
+
+def runtime_sha256() -> dict[str, str]:
+    """The sha256 of each file that runs inside Triton, by model/name, for the key `runtime` of a manifest."""
+    return {
+        f"{model}/{name}": sha256_of(path) for model, files in RUNTIME_FILES.items() for name, path in files.items()
+    }
 
 
 def write_repository(
@@ -73,7 +82,7 @@ def write_repository(
         for folder, make_config in ((student, student_local_config), (classifier, classifier_local_config)):
             config = make_config(manifest, local)
             (folder / "configs" / f"{LOCAL_CONFIG}.pbtxt").write_text(to_text(config), encoding="utf-8")
-        (student / LABELS_NAME).write_text(_labels(manifest), encoding="utf-8")
+        (student / LABELS_NAME).write_text(labels_text(manifest), encoding="utf-8")
         (classifier / CONFIG_NAME).write_text(to_text(classifier_config(manifest)), encoding="utf-8")
         _write_student(student / version, export_dir, manifest)
         _write_classifier(classifier / version, export_dir, manifest, evidence)
@@ -85,14 +94,17 @@ def publish(export_dir: Path, root: Path, evidence: Path | None = None) -> int:
 
     No server loads it before it is promoted. Each of its two folders is written atomically. evidence: a folder whose
     files, such as the decision, are copied into the classifier's version folder. An export that was published before
-    keeps its version. Raises ManifestError if the export does not match its manifest, and RepositoryError if its
+    keeps its version. A signature of the export is copied; with trusted keys one of them must have made it. Raises
+    ManifestError if the export does not match its manifest or is not signed as required, and RepositoryError if its
     classes or shapes differ from the repository's, which all versions of a model must share.
     """
+    check_signature(export_dir)
     manifest = load_export(export_dir)
     _check_same_signature(manifest, export_dir, root)
     present = present_versions(root)
     for version in present:
         if _same_release(root, version, manifest):
+            _copy_signature(export_dir, root / CLASSIFIER / str(version))
             return version
     numbered = manifest.model_copy(update={"version": max(present, default=0) + 1})
     version = str(numbered.version)
@@ -115,11 +127,30 @@ def load_export(export_dir: Path) -> Manifest:
     return manifest
 
 
-def _write_runtime(folder: Path, model: str, manifest: Manifest) -> None:
-    """Write the manifest and the files that run inside Triton into a version folder."""
+def check_signature(export_dir: Path) -> None:
+    """Verify the signature of an export if there are trusted keys. Raises SignatureError."""
+    if trusted := trusted_keys():
+        verify_manifest(export_dir, trusted)
+
+
+def _copy_signature(export_dir: Path, folder: Path) -> None:
+    """Copy the signature of an export, if it has one, unless the folder has the same."""
+    source, target = export_dir / SIGNATURE_NAME, folder / SIGNATURE_NAME
+    if source.is_file() and not (target.is_file() and target.read_bytes() == source.read_bytes()):
+        write_file(target, source.read_bytes())
+
+
+def _write_runtime(folder: Path, model: str, export_dir: Path, manifest: Manifest) -> None:
+    """Write the manifest and the files that run inside Triton into a version folder.
+
+    The manifest keeps the text of the export's, except for the version number, so that its signature stays valid.
+    """
     for name, source in RUNTIME_FILES[model].items():
         shutil.copyfile(source, folder / name)
-    (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    path = export_dir / MANIFEST_NAME
+    (folder / MANIFEST_NAME).write_bytes(renumbered(path.read_bytes(), manifest.version))
+    if read_manifest(folder) != manifest:
+        raise ManifestError(f'{path}: changed while it was read, or its first "version" is not its own; export again')
     # An empty file prevents the folder __pycache__ of Python: Triton would detect the new folder as a change of the
     # model and reload every version at the next load call.
     (folder / "__pycache__").touch()
@@ -127,7 +158,7 @@ def _write_runtime(folder: Path, model: str, manifest: Manifest) -> None:
 
 def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
     shutil.copyfile(export_dir / STUDENT_NAME, folder / "model.onnx")
-    _write_runtime(folder, STUDENT, manifest)
+    _write_runtime(folder, STUDENT, export_dir, manifest)
     # Check the copy, because the export may have changed while it was copied.
     check_file(folder / "model.onnx", manifest.files[STUDENT_NAME])
 
@@ -135,12 +166,14 @@ def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
 def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest, evidence: Path | None) -> None:
     for path in sorted(evidence.iterdir()) if evidence else []:
         shutil.copyfile(path, folder / path.name)  # first, so that no evidence file replaces a file of the model
-    _write_runtime(folder, CLASSIFIER, manifest)
+    _write_runtime(folder, CLASSIFIER, export_dir, manifest)
+    _copy_signature(export_dir, folder)
     shutil.copyfile(export_dir / GOLDEN_NAME, folder / GOLDEN_NAME)
     check_file(folder / GOLDEN_NAME, manifest.files[GOLDEN_NAME])
 
 
-def _labels(manifest: Manifest) -> str:
+def labels_text(manifest: Manifest) -> str:
+    """The content of labels.txt: a line for each class."""
     return "".join(f"{name}\n" for name in manifest.classes)
 
 
@@ -159,7 +192,7 @@ def _check_same_signature(manifest: Manifest, export_dir: Path, root: Path) -> N
     labels = root / STUDENT / LABELS_NAME
     if not labels.is_file():
         raise RepositoryError(f"{labels}: is missing; write the repository again")
-    if labels.read_text(encoding="utf-8") != _labels(manifest):
+    if labels.read_text(encoding="utf-8") != labels_text(manifest):
         raise RepositoryError(f"{export_dir}: has other classes than {labels}; {hint}")
     expected = {STUDENT: student_config(manifest, Placement()), CLASSIFIER: classifier_config(manifest)}
     for model, config in expected.items():

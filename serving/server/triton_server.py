@@ -18,6 +18,7 @@ from serving.golden.dry_run import dry_run
 from serving.golden.requests import check_golden, check_student
 from serving.repository.lock import locked
 from serving.repository.release import Release, find_releases
+from serving.repository.signing_keys import trusted_keys
 from serving.server.arguments import admin_key, grpc_tls_options, new_admin_key, triton_arguments
 from serving.server.installation import Installation, find_installation
 from serving.server.leftovers import inference_processes, is_stopped, new_prefix, runtime_folder, sweep, sweep_dead_runs
@@ -134,7 +135,8 @@ class TritonServer:
         sweep_dead_runs()
         restart_pending = self._next_runtime is not None
         with locked(self.repository, shared=True, timeout=self.start_timeout):
-            self.releases = find_releases(self.repository, hashes=False)  # again: the promotion may have changed them
+            # Again: the promotion may have changed them. It checks sha256; trusted keys it may not have had.
+            self.releases = find_releases(self.repository, hashes=bool(trusted_keys()))
             try:
                 self._launch(installation, key)
                 self._await_http()
