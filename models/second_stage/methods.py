@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.networks.cosine_classifier import LinearHead, gated_logits, linear_head
 from models.second_stage import disalign
 from models.second_stage.fitting import NORM, Recipe, TrainingFeatures, fit
-from models.second_stage.head import LinearHead, linear_head
 from models.second_stage.smoothing import label_aware_smoothing, smoothing_of_classes
 
 RECIPES = {
@@ -109,7 +109,7 @@ def train_disalign(
     weights = disalign.class_weights(log_prior).float().to(device)
 
     def loss(features: Tensor, target: Tensor) -> Tensor:
-        logits = disalign.gated_logits(F.linear(features, weight, bias), features, gate, gate_bias, gain, offset)
+        logits = gated_logits(F.linear(features, weight, bias), features, gate, gate_bias, gain, offset)
         return disalign.weighted_cross_entropy(logits, target, weights)
 
     fit([(tensor, 1) for tensor in (gain, offset, gate, gate_bias)], loss, data, recipe, seed)
