@@ -14,7 +14,8 @@ from torch import Tensor
 NORM = 30.0  # length of the features that the classifier is trained on; pooled features of a ResNet-50 have about this length
 REFERENCE_CLASSES = 1000
 MOMENTUM = 0.9
-LEAST_STEPS = 20  # of an epoch: a batch is smaller where images are few
+LEAST_STEPS = 1000  # in all; the recipes of the papers, for a hundred thousand images, have as many
+STEPS_OF_AN_EPOCH = 20  # at least: a batch is smaller where images are few
 LEAST_BATCH = 16
 
 Trained = Sequence[tuple[Tensor, float]]  # tensors, each with its learning rate as a multiple of the recipe's
@@ -29,7 +30,7 @@ class NotFiniteError(ValueError):
 class Recipe:
     """How a head is trained: SGD with momentum 0.9 and a cosine learning rate.
 
-    epochs: of N / batch_size steps. learning_rate: as papers give it for 1,000 classes and features of length 30; see `fit`.
+    epochs: of N / batch_size steps; more of them if these are fewer than least_steps steps. learning_rate: as papers give it for 1,000 classes and features of length 30; see `fit`.
     balanced: an image is drawn by its class, each of which is equally likely, and not each image once an epoch.
     """
 
@@ -38,6 +39,7 @@ class Recipe:
     learning_rate: float
     weight_decay: float = 0.0
     balanced: bool = False
+    least_steps: int = LEAST_STEPS
 
 
 class TrainingFeatures(NamedTuple):
@@ -57,15 +59,16 @@ def fit(trained: Trained, loss: Loss, data: TrainingFeatures, recipe: Recipe, se
     NotFiniteError.
     """
     generator, count = torch.Generator().manual_seed(seed), len(data.labels)
-    batch = min(recipe.batch_size, max(LEAST_BATCH, count // LEAST_STEPS), count)
+    batch = min(recipe.batch_size, max(LEAST_BATCH, count // STEPS_OF_AN_EPOCH), count)
     steps = count // batch
     rate = recipe.learning_rate * data.classes / REFERENCE_CLASSES
     groups = [{"params": [tensor.requires_grad_()], "lr": rate * factor} for tensor, factor in trained]
     optimiser = torch.optim.SGD(groups, momentum=MOMENTUM, weight_decay=recipe.weight_decay)
-    total, device = recipe.epochs * steps, trained[0][0].device
+    epochs = max(recipe.epochs, math.ceil(recipe.least_steps / steps))
+    total, device = epochs * steps, trained[0][0].device
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: (1 + math.cos(math.pi * step / total)) / 2)
     balanced = ClassSampler(data.labels, data.classes) if recipe.balanced else None
-    for _ in range(recipe.epochs):
+    for _ in range(epochs):
         order = balanced.draw(steps * batch, generator) if balanced else torch.randperm(count, generator=generator)
         for rows in order[: steps * batch].view(steps, batch):
             views = torch.randint(data.features.shape[1], (batch,), generator=generator)

@@ -24,6 +24,9 @@ RECIPES = {
     "disalign": Recipe(10, 256, 0.1, 5e-4),
     "los": Recipe(20, 64, 5e-3),  # 5e-4 in the paper, with 100 classes
 }
+# Learning rate of the values of a class alone (scale, gain, offset), as a multiple of the recipe's: the papers have 1 and up to
+# five times as many steps; with 1, they are far from their optimum after LEAST_STEPS.
+SCALE_RATE = 10.0
 MISLAS_RATE = 0.2  # learning rate of the classifier, as a multiple of that of the scales
 LOS_SMOOTHING = 0.98
 
@@ -49,7 +52,7 @@ def train_lws(start: LinearHead, data: TrainingFeatures, recipe: Recipe, seed: i
     def loss(features: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(scaled_logits(F.linear(features, weight, bias), scale), target)
 
-    fit([(scale, 1)], loss, data, recipe, seed)
+    fit([(scale, SCALE_RATE)], loss, data, recipe, seed)
     return linear_head(NORM * scale[:, None] * weight, scale * bias)
 
 
@@ -101,7 +104,10 @@ def over_smoothed_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def train_disalign(
     start: LinearHead, data: TrainingFeatures, recipe: Recipe, seed: int, device: torch.device, log_prior: Tensor
 ) -> LinearHead:
-    """DisAlign: gate, gain and offset of each class by weighted cross-entropy; see `disalign`. log_prior: [C]."""
+    """DisAlign: gate, gain and offset of each class by weighted cross-entropy; see `disalign`. log_prior: [C].
+
+    The gate has the feature of length 1: at the length of the papers' features, it starts saturated.
+    """
     weight, bias = _starting(start, device)
     gain = torch.full((data.classes,), disalign.GAIN, device=device)
     offset = torch.zeros(data.classes, device=device)
@@ -109,13 +115,13 @@ def train_disalign(
     weights = disalign.class_weights(log_prior).float().to(device)
 
     def loss(features: Tensor, target: Tensor) -> Tensor:
-        logits = gated_logits(F.linear(features, weight, bias), features, gate, gate_bias, gain, offset)
+        logits = gated_logits(F.linear(features, weight, bias), features / NORM, gate, gate_bias, gain, offset)
         return disalign.weighted_cross_entropy(logits, target, weights)
 
-    fit([(tensor, 1) for tensor in (gain, offset, gate, gate_bias)], loss, data, recipe, seed)
+    fit([(tensor, SCALE_RATE) for tensor in (gain, offset, gate, gate_bias)], loss, data, recipe, seed)
     head = LinearHead(weight.shape[1], data.classes, gated=True)
     values = {
-        "weight": NORM * weight, "bias": bias, "gate_weight": NORM * gate, "gate_bias": gate_bias, "gain": gain,
+        "weight": NORM * weight, "bias": bias, "gate_weight": gate, "gate_bias": gate_bias, "gain": gain,
         "offset": offset,
     }  # fmt: skip
     head.load_state_dict({name: value.cpu() for name, value in values.items()})
