@@ -79,7 +79,7 @@ def linear_head(weight: Tensor, bias: Tensor, centre: Tensor | None = None) -> L
         head.bias.copy_(bias)
         if centre is not None and head.centre is not None:
             head.centre.copy_(centre)
-    return head.eval()
+    return head.eval().requires_grad_(False)
 
 
 def gated_logits(

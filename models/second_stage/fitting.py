@@ -30,8 +30,9 @@ class NotFiniteError(ValueError):
 class Recipe:
     """How a head is trained: SGD with momentum 0.9 and a cosine learning rate.
 
-    epochs: of N / batch_size steps; more of them if these are fewer than least_steps steps. learning_rate: as papers give it for 1,000 classes and features of length 30; see `fit`.
-    balanced: an image is drawn by its class, each of which is equally likely, and not each image once an epoch.
+    epochs: of N / batch_size steps; more of them if these are fewer than least_steps steps in all. learning_rate: as papers
+    give it for 1,000 classes and features of length 30; see `fit`. balanced: an image is drawn by its class, each of which is
+    equally likely; otherwise each image is drawn once an epoch.
     """
 
     epochs: int

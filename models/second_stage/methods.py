@@ -125,7 +125,7 @@ def train_disalign(
         "offset": offset,
     }  # fmt: skip
     head.load_state_dict({name: value.cpu() for name, value in values.items()})
-    return head.eval()
+    return head.eval().requires_grad_(False)
 
 
 def _starting(start: LinearHead, device: torch.device) -> tuple[Tensor, Tensor]:

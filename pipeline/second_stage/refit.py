@@ -109,7 +109,8 @@ class _Refit:
 
     def _recipe(self, kind: str) -> Recipe:
         given = {key: getattr(self.section, key) for key in OVERRIDES}
-        return replace(methods.RECIPES[kind], **{key: value for key, value in given.items() if value is not None})
+        given = {key: value for key, value in given.items() if value is not None}
+        return replace(methods.RECIPES[kind], **given, **({"least_steps": 0} if "epochs" in given else {}))
 
     def _linear(self, recipe: Recipe) -> LinearHead:
         return methods.train_linear(self.data, recipe, self.seed, self.device)

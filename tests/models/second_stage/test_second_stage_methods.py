@@ -69,7 +69,7 @@ def test_tau_0_changes_no_weight_and_tau_1_gives_rows_of_length_1():
 
 
 def test_a_balanced_linear_classifier_is_the_one_of_scikit_learn_with_balanced_class_weights():
-    data, test = drawn(COUNTS, 0), drawn([200, 200, 200], 1)
+    data, test = drawn([400, 150, 80], 0), drawn([200, 200, 200], 1)
     recipe = Recipe(60, 512, 2.0, balanced=True)
     head = methods.train_linear(data, recipe, 0, CPU)
     unit = F.normalize(data.features[:, 0], dim=1).numpy()
