@@ -13,4 +13,5 @@ def tau_normalised(weight: Tensor, tau: float) -> Tensor:
     The classifier is used without its bias. The rows of a cosine classifier have one length: for it, tau only scales the
     logits.
     """
-    return weight / weight.norm(dim=1, keepdim=True) ** tau
+    normalised: Tensor = weight / weight.norm(dim=1, keepdim=True) ** tau
+    return normalised
