@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from models.networks.cosine_classifier import linear_head
 from models.prior import log_class_prior
 from models.second_stage.tau_norm import TAUS, tau_normalised
 from pipeline import classifier, embed, evaluate, export, prior, split, student, teacher
@@ -23,6 +24,7 @@ from pipeline.evaluation.network_metrics import network_logits
 from pipeline.model_io.checkpoint import load_model
 from pipeline.onnx_export.release import open_session
 from pipeline.second_stage import features, refit
+from pipeline.second_stage.held_out import HeldOut
 from pipeline.shared.artifacts import CLASSIFIER, EVALUATION, EXPORT, SPLIT, STUDENT, sha256_of
 from pipeline.shared.errors import ParamsError, StageError
 from tests.support.making import data_params, folder, params
@@ -139,18 +141,19 @@ def test_a_tau_of_params_is_used(on_features):
     assert record()["tau"] == 0.7
 
 
-@pytest.mark.parametrize("kind", ["ncm", "tau_norm"])
-def test_the_scale_of_logits_has_the_least_balanced_cross_entropy_on_validation_images(on_features, kind):
-    made = on_features({"classifier.kind": kind})
-    classifier.run(made)
-    labels = load_features(made, "validation").labels.numpy()
-    logits = torch.from_numpy(student_logits(made, CLASSIFIER, "classifier", "validation")).double()
+def test_the_scale_of_logits_has_the_least_balanced_cross_entropy_on_validation_images():
+    draw = torch.Generator().manual_seed(0)
+    means, labels = torch.randn(3, 8, generator=draw), torch.tensor([0] * 60 + [1] * 25 + [2] * 15)
+    held = HeldOut(means[labels] + 1.5 * torch.randn(100, 8, generator=draw), labels)
+    head = linear_head(means, torch.zeros(3))
+    scale, logits = held.fit_scale(head), head(held.features).double()
 
     def loss(factor):
-        losses = torch.nn.functional.cross_entropy(factor * logits, torch.from_numpy(labels), reduction="none").numpy()
+        losses = torch.nn.functional.cross_entropy(factor * logits, labels, reduction="none")
         return np.mean([losses[labels == c].mean() for c in range(3)])
 
-    assert loss(1.0) <= min(loss(0.9), loss(1.1)) + 1e-9
+    assert loss(scale) < min(loss(0.95 * scale), loss(1.05 * scale))
+    assert HeldOut(held.features[:29], labels[:29]).fit_scale(head) == 1.0
 
 
 def test_without_a_second_stage_the_stage_writes_one_file_and_loads_no_pytorch(on_features):
