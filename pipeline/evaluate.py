@@ -27,7 +27,7 @@ from pipeline.evaluation.network_metrics import (
 from pipeline.evaluation.predictions import GateError, Predictions, check_comparable, load_predictions
 from pipeline.evaluation.runs import load_run
 from pipeline.features.stored import evaluation_inputs, stored_encoder
-from pipeline.model_io.checkpoint import BEST, load_config
+from pipeline.model_io.checkpoint import BEST, load_config, student_folder
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
 from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report
@@ -69,12 +69,14 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     data, image, settings = params.data, params.image, params.evaluate
     device, labels = choose_device(params.device), test.labels.numpy()
     champion, notes = _champion(settings.champion, test, labels, prior)
+    student, stage = student_folder(params)
     logits = {
-        name: network_logits(folder, name, inputs[name], image, prior, device) for name, folder in NETWORKS.items()
+        "teacher": network_logits(TEACHER, "teacher", inputs["teacher"], image, prior, device),
+        "student": network_logits(student, stage, test, image, prior, device),
     }
     probabilities = {name: probabilities_by_target_prior(values, prior) for name, values in logits.items()}
     metrics = {name: network_metrics(values, labels, prior, settings) for name, values in logits.items()}
-    parts = student_parts(STUDENT, test, image, prior, device)
+    parts = student_parts(STUDENT, test, image, prior, device, refitted=student != STUDENT)
     metrics |= {name: network_metrics(values, labels, prior, settings) for name, values in parts.items()}
     if (STUDENT / BEST).is_dir():
         # Listed separately: a score of an epoch that was selected by its score must be labelled as such.
@@ -82,7 +84,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         metrics["student_best_epoch"] = network_metrics(best, labels, prior, settings)
     validation, held_out = None, evaluation_inputs(params, "validation")["student"]
     if len(held_out):  # the temperature is fitted on validation images
-        validation = network_logits(STUDENT, "student", held_out, image, prior, device), held_out.labels.numpy()
+        validation = network_logits(student, stage, held_out, image, prior, device), held_out.labels.numpy()
     figures = analyse_predictions(
         logits, labels, prior, settings.ece_bins, data.seed, validation=validation, champion=champion
     )
@@ -92,8 +94,11 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         print(f"evaluate: warning: {line}", file=sys.stderr)
     about_data = data_facts(data, image, prior, sizes)
     strength, encoder = params.serving.strength, stored_encoder(params)
-    memory = load_config(STUDENT, "student").memory
-    about_model = model_facts(params.teacher, params.student, image.size, strength, prior, encoder, memory)
+    config = load_config(student, stage)
+    memory = config.memory
+    about_model = model_facts(
+        params.teacher, params.student, image.size, strength, prior, encoder, memory, config.second_stage
+    )
     with whole_folder(output) as folder:
         classes = _per_class(probabilities, labels, prior)
         _write_tables(folder, metrics, classes, probabilities["student"]["balanced"], labels, prior)

@@ -14,7 +14,7 @@ from models.preprocess import ImageError, decode
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
 from pipeline.data.dataset import evaluation_images
-from pipeline.model_io.checkpoint import attach_encoder, check_image, load_model
+from pipeline.model_io.checkpoint import attach_encoder, check_image, load_model, student_folder
 from pipeline.onnx_export.float16 import to_float16
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_float16, check_parity
@@ -22,7 +22,7 @@ from pipeline.onnx_export.release import build_manifest, golden_requests, golden
 from pipeline.params import Params, ServingParams
 from pipeline.report.mlflow_record import record_after_stage
 from pipeline.report.model_card import model_card, model_facts, network_name
-from pipeline.shared.artifacts import EVALUATION, EXPORT, REPOSITORY, STUDENT, whole_folder, write_file, write_json
+from pipeline.shared.artifacts import EVALUATION, EXPORT, REPOSITORY, whole_folder, write_file, write_json
 from pipeline.shared.errors import StageError
 from serving.repository.manifest import GOLDEN_NAME, MANIFEST_NAME, Manifest
 from serving.repository.signature import SIGNATURE_NAME, sign_manifest
@@ -60,9 +60,10 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     """
     key = signing_key()
     prior = load_prior()
-    model, config = load_model(STUDENT, "student")
-    check_image(config, params.image, STUDENT)
-    attach_encoder(model, config, params, STUDENT)
+    student, stage = student_folder(params)
+    model, config = load_model(student, stage)
+    check_image(config, params.image, student)
+    attach_encoder(model, config, params, student)
     image, export, serving = params.image, params.export, params.serving
     held_out = evaluation_images(params, "validation")
     examples = held_out if len(held_out) else evaluation_images(params, "train")
@@ -94,8 +95,9 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         write_json(folder / GOLDEN_NAME, [answer.model_dump(exclude_defaults=True) for answer in golden])
         metrics = json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))["student"]
         facts = model_facts(
-            params.teacher, params.student, image.size, serving.strength, prior, config.encoder, config.memory
-        )
+            params.teacher, params.student, image.size, serving.strength, prior, config.encoder, config.memory,
+            config.second_stage,
+        )  # fmt: skip
         card = model_card(params.data, network_name(params), params.seed, facts, prior, metrics)
         write_file(folder / CARD_NAME, card)
         manifest = build_manifest(folder, params, prior, model, metrics, half, config)

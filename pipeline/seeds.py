@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import student, teacher
+from pipeline import classifier, student, teacher
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
 from pipeline.evaluation.network_metrics import network_logits, network_metrics, student_parts
 from pipeline.features.stored import evaluation_inputs
-from pipeline.model_io.checkpoint import BEST
+from pipeline.model_io.checkpoint import BEST, student_folder
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
 from pipeline.shared.artifacts import (
@@ -41,6 +41,7 @@ from serving.shared.terminal import print
 Metrics = dict[str, Any]
 # Params that the metrics of a seed depend on, as in dvc.yaml. Keys of evaluate that only the report uses are excluded.
 DEPENDS: dict[str, Any] = {
+    "classifier": True,
     "engine": {"precision"},
     "evaluate": {"ece_bins", "top_k"},
     "image": True,
@@ -130,6 +131,8 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
     print(f"seed {seed}", flush=True)
     teacher.run(recipe, folder / "teacher")
     student.run(recipe, folder / "student", folder / "teacher")
+    if recipe.classifier.kind != "none":
+        classifier.run(recipe, folder / "classifier", folder / "student")
     metrics = _evaluate(recipe, folder)
     write_json(cache, {"fingerprint": fingerprint, "metrics": metrics})
     return metrics
@@ -139,14 +142,15 @@ def _evaluate(params: Params, folder: Path) -> Metrics:
     prior, inputs = load_prior(), evaluation_inputs(params, "test")
     test = inputs["student"]
     device, labels = choose_device(params.device), test.labels.numpy()
-    networks = {"teacher": folder / "teacher", "student": folder / "student"}
+    stage = student_folder(params)[1]
+    networks = {"teacher": folder / "teacher", "student": folder / stage}
     if (folder / "student" / BEST).is_dir():
         networks["student_best_epoch"] = folder / "student" / BEST
     logits = {
         name: network_logits(path, name, inputs["teacher"] if name == "teacher" else test, params.image, prior, device)
         for name, path in networks.items()
     }
-    logits |= student_parts(folder / "student", test, params.image, prior, device)
+    logits |= student_parts(folder / "student", test, params.image, prior, device, refitted=stage != "student")
     return {name: network_metrics(values, labels, prior, params.evaluate) for name, values in logits.items()}
 
 

@@ -46,16 +46,21 @@ def fit_memory(
     most = max(MINIMUM_IMAGES, VALUES // logits.shape[1])
     used = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:most]
     features, labels, logits = features[used], labels[used], logits[used].double()
-    counts = torch.bincount(labels, minlength=logits.shape[1])
-    share = 1 / (counts[labels] * (counts > 0).sum()).double()
+    share = class_shares(labels, logits.shape[1])
     mixtures = _mixtures(stored, features, logits.shape[1])
     fits = []
     for tau, mixture in zip(TAUS, mixtures, strict=True):
         bounds = least_weight, LARGEST_SCALE * tau
-        weight = _best_weight(logits, mixture.double(), labels, share, bounds)
+        weight = best_weight(logits, mixture.double(), labels, share, bounds)
         losses = F.cross_entropy(logits + weight * mixture, labels, reduction="none")
         fits.append(MemoryFit(tau, weight, float((share * losses).sum()), len(labels)))
     return min(fits, key=lambda fit: fit.loss or 0.0)
+
+
+def class_shares(labels: Tensor, classes: int) -> Tensor:
+    """Weight of each image in a mean over the classes that have one, 1 / (n_c · number of such classes): float64 [N]."""
+    counts = torch.bincount(labels, minlength=classes)
+    return 1 / (counts[labels] * (counts > 0).sum()).double()
 
 
 def _mixtures(stored: MemoryRows, features: Tensor, classes: int) -> Tensor:
@@ -70,8 +75,12 @@ def _mixtures(stored: MemoryRows, features: Tensor, classes: int) -> Tensor:
     return torch.cat(batches, 1)
 
 
-def _best_weight(logits: Tensor, mixture: Tensor, labels: Tensor, share: Tensor, bounds: tuple[float, float]) -> float:
-    """Find the weight within bounds at which the derivative of the cross-entropy is 0, by bisection."""
+def best_weight(logits: Tensor, mixture: Tensor, labels: Tensor, share: Tensor, bounds: tuple[float, float]) -> float:
+    """Find the weight within bounds with the least cross-entropy of logits + weight * mixture, by bisection.
+
+    logits, mixture: [N,C]; labels: [N] int64; share: [N], weight of each image. The cross-entropy is convex in the weight,
+    so the bisection finds where its derivative is 0.
+    """
     own = mixture.gather(1, labels[:, None])[:, 0]
 
     def slope(weight: float) -> float:

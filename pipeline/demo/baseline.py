@@ -24,9 +24,10 @@ from pipeline.evaluation.metrics import GROUPS, adjusted_probabilities
 from pipeline.evaluation.network_metrics import TARGET_PRIORS, network_logits
 from pipeline.evaluation.predictions import Predictions
 from pipeline.features.stored import evaluation_inputs, stored_encoder
+from pipeline.model_io.checkpoint import student_folder
 from pipeline.model_io.devices import choose_device, joined_ranks
 from pipeline.params import ImageParams, Params, StudentParams, TrainingParams
-from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, STUDENT
+from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT
 from pipeline.shared.errors import DataError
 from pipeline.training.run import model_config, run_folder, stage_seed, teacher_objective, train_network
 from serving.shared.terminal import Console, counted
@@ -71,7 +72,7 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
     predictions = {
         PLAIN: _predict(output, "teacher", image, inputs_of["teacher"], prior, device, "train"),
         CORRECTED: _predict(output, "teacher", image, inputs_of["teacher"], prior, device, "balanced"),
-        STUDENT_ROW: _predict(STUDENT, "student", image, test, prior, device, "balanced"),
+        STUDENT_ROW: _predict(*student_folder(params), image, test, prior, device, "balanced"),
     }
     measures = {
         name: compare(row, predictions[PLAIN], params.gate, params.evaluate.ece_bins)

@@ -23,9 +23,14 @@ Part = Literal["cosine", "memory"]
 
 
 def student_parts(
-    folder: Path, test: AnyImages, image: ImageParams, prior: Prior, device: torch.device
+    folder: Path, test: AnyImages, image: ImageParams, prior: Prior, device: torch.device, refitted: bool = False
 ) -> dict[str, np.ndarray]:
-    """Compute balanced logits [N,C] of the student's cosine classifier and of its memory; empty if it has only one."""
+    """Compute balanced logits [N,C] of the student's cosine classifier and of its memory; empty if it has only one.
+
+    refitted: a second stage replaces its classifier; then the logits of the student before it.
+    """
+    if refitted:
+        return {"student_first_stage": network_logits(folder, "student", test, image, prior, device)}
     memory = load_config(folder, "student").memory
     if not memory or memory["classifier"] != "both":
         return {}

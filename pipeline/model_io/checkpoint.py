@@ -15,13 +15,13 @@ from torch import Tensor
 
 from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import UnknownBackboneError
-from models.networks.cosine_classifier import ImageClassifier
+from models.networks.cosine_classifier import ImageClassifier, LinearHead
 from models.networks.memory import FeatureMemory, empty_rows
 from models.networks.memory_fit import MINIMUM_IMAGES
 from models.networks.tuning import add_adapters
 from pipeline.model_io.encoder import build_encoder, load_encoder
 from pipeline.params import ImageParams, Params
-from pipeline.shared.artifacts import write_file, write_json
+from pipeline.shared.artifacts import CLASSIFIER, STUDENT, write_file, write_json
 from pipeline.shared.errors import ParamsError, StageError
 from serving.shared.terminal import counted
 
@@ -39,7 +39,8 @@ class ModelConfig:
     hidden units of the residual adapter on these features; 0 for none. memory: record of the memory of training features
     (training/student_memory.py); None for none. tune: how the encoder was tuned. Unless it is `none`,
     the encoder is part of the network, which takes images. tune_rank: hidden units of the adapters of `adaptformer`.
-    interpolation: filter of the images' resize.
+    interpolation: filter of the images' resize. second_stage: record of the second stage whose linear head replaces the
+    cosine classifier; tau_s is then 1. None for none.
     """
 
     backbone: str
@@ -55,10 +56,24 @@ class ModelConfig:
     tune: str = "none"
     tune_rank: int = 0
     interpolation: str = "bilinear"
+    second_stage: dict[str, Any] | None = None
+
+
+def student_folder(params: Params) -> tuple[Path, str]:
+    """Return the folder of the student that is evaluated and exported, and its stage: `student` or `classifier`."""
+    return (STUDENT, "student") if params.classifier.kind == "none" else (CLASSIFIER, "classifier")
 
 
 def build_model(config: ModelConfig, key: str) -> ImageClassifier:
     """Create a newly initialised network. Raises ParamsError that names the params key for an unknown backbone."""
+    model = _build_network(config, key)
+    if stage := config.second_stage:
+        centred, gated = stage["kind"] == "ncm", stage["kind"] == "disalign"
+        model.classifier = LinearHead(model.feature_dim, config.classes, centred=centred, gated=gated)
+    return model
+
+
+def _build_network(config: ModelConfig, key: str) -> ImageClassifier:
     if config.encoder:
         width, memory, stored = config.encoder["width"], None, config.memory
         if stored:
@@ -87,6 +102,12 @@ def describe_memory(record: dict[str, Any]) -> str:
         f"memory of {counted(record['rows'], 'row')}{means}, tau {record['tau']:.3g}, weight {record['weight']:.3g} "
         f"({fitted})"
     )
+
+
+def describe_second_stage(record: dict[str, Any]) -> str:
+    """Kind of a second stage and the values that were fitted, such as `tau_norm, tau 0.7`; from ModelConfig.second_stage."""
+    fitted = [f"{name} {record[name]:.3g}" for name in ("tau", "scale") if name in record]
+    return ", ".join([record["kind"], *fitted])
 
 
 def few_images(images: int) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.networks.adapters import input_and_feature
-from models.networks.cosine_classifier import ImageClassifier
+from models.networks.cosine_classifier import ImageClassifier, LinearHead
 from models.prior import adjust_logits
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class ServedStudent(nn.Module):
 
     The pixel normalisation is one multiply and add; the class matrix is normalised and divided by tau_s once, here.
     shift: [C], Prior.balanced_shift of the network, so that strength 0 is the balanced prior for any adjustment in the
-    loss. If the student has a memory, it is part of the graph, in float32.
+    loss. If the student has a memory or the head of a second stage, that is part of the graph, in float32.
     """
 
     scale: Tensor
@@ -44,10 +44,12 @@ class ServedStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.memory, self.feature_dim = model.backbone, model.memory, model.feature_dim
+        self.refitted = model.classifier if model.cosine and isinstance(model.classifier, LinearHead) else None
         spread, centre = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
         self.register_buffer("scale", 1 / (255 * spread))
         self.register_buffer("shift", -centre / spread)
-        matrix = F.normalize(model.classifier.weight.detach(), dim=1) / model.tau_s if model.cosine else None
+        folded = model.cosine and self.refitted is None
+        matrix = F.normalize(model.classifier.weight.detach(), dim=1) / model.tau_s if folded else None
         self.register_buffer("class_matrix", matrix)
         # Most recipes need no shift; their graph has no bias.
         self.register_buffer("class_bias", torch.tensor(shift) if shift is not None and any(shift) else None)
@@ -56,7 +58,8 @@ class ServedStudent(nn.Module):
     def forward(self, image: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits [B,C] = cos/tau_s + shift + memory + strength·log_prior, and the unit feature [B,D].
 
-        image: uint8 [B,3,H,W]; strength: float32 [B,1].
+        After a second stage, the logits of its head stand in the place of cos/tau_s. image: uint8 [B,3,H,W]; strength:
+        float32 [B,1].
         """
         return self.head(self.backbone(self.normalise(image)), strength)
 
@@ -69,7 +72,11 @@ class ServedStudent(nn.Module):
 
         outputs: features [B,D], or [B,2D] with a memory and an adapter; see ImageClassifier.
         """
-        if self.memory is None:
+        if self.refitted is not None:
+            feature, logits = F.normalize(outputs, dim=1), self.refitted(outputs)
+            if self.class_bias is not None:
+                logits = logits + self.class_bias
+        elif self.memory is None:
             feature = F.normalize(outputs, dim=1)
             logits = F.linear(feature, self.class_matrix, self.class_bias)
         else:

@@ -5,6 +5,7 @@ from pipeline.params.encoder import EncoderParams
 from pipeline.params.file import PARAMS_FILE, Params, load_params, parse_params, read_yaml
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, GateRule, ServingParams
+from pipeline.params.second_stage import ClassifierParams
 from pipeline.params.training import (
     AugmentParams,
     EngineParams,
@@ -16,8 +17,8 @@ from pipeline.params.training import (
 )
 
 __all__ = [
-    "PARAMS_FILE", "AugmentParams", "DataParams", "EncoderParams", "EngineParams", "EvaluateParams", "ExportParams",
-    "GateParams", "GateRule", "ImageParams", "IngestParams", "LearningRateParams", "ListParams", "MemoryParams",
-    "Params", "PretrainedParams", "PriorParams", "RetrainParams", "ServingParams", "StreamParams", "StudentParams",
-    "TableParams", "TrackingParams", "TrainingParams", "load_params", "parse_params", "read_yaml",
+    "PARAMS_FILE", "AugmentParams", "ClassifierParams", "DataParams", "EncoderParams", "EngineParams", "EvaluateParams",
+    "ExportParams", "GateParams", "GateRule", "ImageParams", "IngestParams", "LearningRateParams", "ListParams",
+    "MemoryParams", "Params", "PretrainedParams", "PriorParams", "RetrainParams", "ServingParams", "StreamParams",
+    "StudentParams", "TableParams", "TrackingParams", "TrainingParams", "load_params", "parse_params", "read_yaml",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from pipeline.params.data import DataParams, ImageParams, PriorParams, StreamPar
 from pipeline.params.encoder import EncoderParams, check_encoder_sections
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, ServingParams
+from pipeline.params.second_stage import ClassifierParams
 from pipeline.params.section import Section
 from pipeline.params.training import EngineParams, StudentParams, TrainingParams
 from pipeline.shared.artifacts import PARAMS_FILE as PARAMS_FILE
@@ -33,6 +34,7 @@ class Params(Section):
     encoder: EncoderParams | None = None
     teacher: TrainingParams
     student: StudentParams
+    classifier: ClassifierParams = ClassifierParams()
     evaluate: EvaluateParams
     export: ExportParams
     serving: ServingParams
@@ -47,6 +49,15 @@ class Params(Section):
         if self.student.memory and not self.encoder:
             raise ValueError(
                 "student.memory is set, but section encoder is null; a memory holds features of an encoder"
+            )
+        if self.student.memory and self.classifier.kind != "none":
+            raise ValueError(
+                f"classifier.kind is {self.classifier.kind}, but student.memory is set; a second stage refits a "
+                "student without a memory: set one of them to none or null"
+            )
+        if self.classifier.shift_batch_norm and self.encoder and self.student.tune == "none":
+            raise ValueError(
+                "classifier.shift_batch_norm is true, but the features of a frozen encoder are stored; set it to false"
             )
         return self
 

@@ -9,7 +9,7 @@ import yaml
 
 from models.sample_size import from_json, warnings_of
 from pipeline.data.class_prior import Prior
-from pipeline.model_io.checkpoint import describe_memory
+from pipeline.model_io.checkpoint import describe_memory, describe_second_stage
 from pipeline.params import DataParams, Params, StudentParams, TrainingParams
 from serving.shared.terminal import counted
 
@@ -92,15 +92,19 @@ def model_facts(
     prior: Prior,
     encoder: dict[str, Any] | None = None,
     memory: dict[str, Any] | None = None,
+    second_stage: dict[str, Any] | None = None,
 ) -> list[tuple[str, str]]:
     """Facts about the model as (term, text) pairs. size: image side in pixels. strength: the default strength in serving.
 
     encoder: the record of the pretrained encoder, frozen or tuned; None for a network without one. memory:
-    ModelConfig.memory of the student.
+    ModelConfig.memory of the student; second_stage: ModelConfig.second_stage.
     """
     network, facts = student.backbone, []
     classifier = f"a cosine classifier of {counted(len(prior.classes), 'class')}"
     trained = describe_training(teacher, student, encoder)
+    if second_stage:
+        classifier = f"a linear classifier of {counted(len(prior.classes), 'class')}"
+        trained += f"; second stage: {describe_second_stage(second_stage)}"
     alone = memory is not None and memory["classifier"] == "memory"
     if alone:
         classifier, trained = (

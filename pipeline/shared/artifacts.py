@@ -26,6 +26,7 @@ EMBEDDINGS = Path("artifacts/embeddings")
 EMBEDDINGS_INDEX = EMBEDDINGS / "index.json"
 TEACHER = Path("artifacts/teacher")
 STUDENT = Path("artifacts/student")
+CLASSIFIER = Path("artifacts/classifier")
 EVALUATION = Path("artifacts/evaluation")
 DECISION = Path("artifacts/decision.json")
 EXPORT = Path("artifacts/export")

@@ -16,7 +16,7 @@ from tests.support.project import SHORT
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("digits")]
 
-STAGES = ["split", "prior", "embed", "teacher", "student", "evaluate", "export", "seeds"]
+STAGES = ["split", "prior", "embed", "teacher", "student", "classifier", "evaluate", "export", "seeds"]
 OUTS = [
     "data/split/train.parquet",
     "data/split/validation.parquet",
@@ -85,7 +85,7 @@ def test_dvc_shows_metrics_plots_and_dag(digits):
 def test_a_changed_student_param_retrains_only_the_student(digits):
     teacher = (digits.root / "artifacts/teacher/model.safetensors").stat().st_mtime_ns
     done = digits.run("dvc", "exp", "run", "-S", "student.epochs=1")
-    assert digits.stages_run(done) == ["student", "evaluate", "export", "seeds"]
+    assert digits.stages_run(done) == ["student", "classifier", "evaluate", "export", "seeds"]
     assert (digits.root / "artifacts/teacher/model.safetensors").stat().st_mtime_ns == teacher
     (name,) = re.findall(r"Ran experiment\(s\): (\S+)", done.stdout)
     digits.run("git", "checkout", "params.yaml")
@@ -105,6 +105,17 @@ def test_a_changed_student_param_retrains_only_the_student(digits):
     assert metrics[0] < metrics[1]
     plots = json.loads(digits.run("dvc", "plots", "diff", "--json", name).stdout)
     assert {name, "workspace"} <= {revision for plot in plots["data"]["loss"] for revision in plot["revisions"]}
+
+
+def test_a_changed_second_stage_trains_no_network_again(digits):
+    before = (digits.root / "artifacts/student/model.safetensors").stat().st_mtime_ns
+    done = digits.run("dvc", "exp", "run", "-S", "classifier.kind=lws")
+    assert digits.stages_run(done) == ["classifier", "evaluate", "export", "seeds"]
+    assert (digits.root / "artifacts/student/model.safetensors").stat().st_mtime_ns == before
+    manifest = json.loads((digits.root / "artifacts/export/manifest.json").read_text())
+    assert manifest["tau_s"] == 1.0
+    digits.run("git", "checkout", "params.yaml")
+    assert digits.stages_run(digits.run("dvc", "repro")) == []
 
 
 def test_a_killed_stage_leaves_no_partial_output_and_the_next_repro_completes(digits):

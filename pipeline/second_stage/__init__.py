@@ -1,0 +1,1 @@
+"""Second stage of the student: features of the training images, and the classifier that is refitted on them."""

@@ -1,0 +1,161 @@
+"""Refit the classifier of the trained student by the method of section `classifier`, and write the student with it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from models.networks.cosine_classifier import ImageClassifier, LinearHead, linear_head
+from models.networks.memory_fit import DEFAULT_TAU, MINIMUM_IMAGES
+from models.second_stage import methods
+from models.second_stage.disalign import RHO
+from models.second_stage.fitting import NotFiniteError, Recipe, TrainingFeatures
+from models.second_stage.nearest_mean import nearest_mean
+from pipeline.data.class_prior import Prior, load_prior
+from pipeline.data.dataset import AnyImages
+from pipeline.features.stored import evaluation_inputs
+from pipeline.model_io.checkpoint import check_image, check_inputs, load_model, save_model
+from pipeline.model_io.devices import choose_device
+from pipeline.model_io.inference import EVALUATION_BATCH, outputs
+from pipeline.params import ClassifierParams, ImageParams, Params
+from pipeline.second_stage.features import training_features
+from pipeline.second_stage.held_out import HeldOut, normalised_head
+from pipeline.shared.artifacts import whole_folder
+from pipeline.shared.errors import ParamsError, StageError
+from serving.shared.terminal import counted, print
+
+OVERRIDES = ("epochs", "batch_size", "learning_rate", "weight_decay")
+SCALE_IS_FITTED = ("ncm", "tau_norm", "los")  # these methods leave the scale of the logits open
+
+
+def refit_student(params: Params, student: Path, output: Path) -> dict[str, Any]:
+    """Write the student of folder `student` with a refitted classifier to `output`; returns the record of the second stage.
+
+    tau and the scale of the logits are fitted on validation images. Raises ParamsError without a trained student, for a
+    class without training images, and for a class without validation images to choose tau on; StageError for values that
+    are not finite.
+    """
+    section, prior, seed = params.classifier, load_prior(), params.seed
+    model, config = load_model(student, "student")
+    check_image(config, params.image, student)
+    validation = evaluation_inputs(params, "validation")["student"]
+    check_inputs(config, getattr(validation, "encoder", None), student)
+    _check_classes(section, prior, validation)
+    device = choose_device(params.device)
+    model.to(device, memory_format=torch.channels_last)
+    start, held = _student_head(model), _held_out(model, validation, params.image, device)
+    before = held.balanced_accuracy(start, prior.balanced_shift(config.adjustment))
+    features, labels = training_features(model, params, student, output, seed)
+    if not features.isfinite().all():
+        raise StageError(
+            f"{student}: features of training images are not finite in float16; run `dvc repro -f student`"
+        )
+    if section.shift_batch_norm:
+        held = _held_out(model, validation, params.image, device)
+    data = TrainingFeatures(features, labels, len(prior.classes))
+    try:
+        head, fitted = _Refit(section, prior, data, held, seed, device).run(start)
+    except NotFiniteError as error:
+        raise StageError(f"classifier: {error}; lower classifier.learning_rate") from None
+    # The loss of DisAlign weights the classes by prior^-RHO. The other heads are balanced as they are: trained with all
+    # classes equally likely, or chosen for balanced accuracy.
+    adjustment = RHO if section.kind == "disalign" else None
+    after = held.balanced_accuracy(head, prior.balanced_shift(adjustment))
+    record: dict[str, Any] = {
+        "kind": section.kind, "start": section.start, "views": features.shape[1], **fitted,
+        "validation_images": len(validation), "balanced_accuracy": {"before": before, "after": after},
+    }  # fmt: skip
+    model.classifier = head
+    with whole_folder(output) as folder:
+        save_model(model.state_dict(), replace(config, tau_s=1.0, adjustment=adjustment, second_stage=record), folder)
+    return record
+
+
+@dataclass(frozen=True)
+class _Refit:
+    """One method on the features of the training images; `run` returns the head, and the values fitted on validation images."""
+
+    section: ClassifierParams
+    prior: Prior
+    data: TrainingFeatures
+    held: HeldOut
+    seed: int
+    device: torch.device
+
+    def run(self, student: LinearHead) -> tuple[LinearHead, dict[str, float]]:
+        fitted: dict[str, float] = {}
+        if self.section.kind == "ncm":
+            centre, weight, bias = nearest_mean(*self.data)
+            # With few validation images, the scale of the GML loss: -|u - m|^2 / (2 tau) is cos / tau up to a constant.
+            head = linear_head(weight / (2 * DEFAULT_TAU), bias / (2 * DEFAULT_TAU), centre)
+        elif self.section.kind == "tau_norm":
+            linear = self._linear(self._recipe("linear"))
+            fitted["tau"] = self.held.choose_tau(linear) if self.section.tau is None else self.section.tau
+            head = normalised_head(linear, fitted["tau"])
+        elif self.section.kind == "crt":
+            head = self._linear(self._recipe("crt"))
+        else:
+            start = student if self.section.start == "student" else self._linear(methods.RECIPES["linear"])
+            head = self._trained(start)
+        if self.section.kind in SCALE_IS_FITTED:
+            fitted["scale"] = self.held.fit_scale(head)
+            head = linear_head(fitted["scale"] * head.weight, fitted["scale"] * head.bias, head.centre)
+        return head, fitted
+
+    def _recipe(self, kind: str) -> Recipe:
+        given = {key: getattr(self.section, key) for key in OVERRIDES}
+        given = {key: value for key, value in given.items() if value is not None}
+        return replace(methods.RECIPES[kind], **given, **({"least_steps": 0} if "epochs" in given else {}))
+
+    def _linear(self, recipe: Recipe) -> LinearHead:
+        return methods.train_linear(self.data, recipe, self.seed, self.device)
+
+    def _trained(self, start: LinearHead) -> LinearHead:
+        given = start, self.data, self._recipe(self.section.kind), self.seed, self.device
+        if self.section.kind == "lws":
+            return methods.train_lws(*given)
+        if self.section.kind == "mislas":
+            return methods.train_mislas(*given, (self.section.smoothing[0], self.section.smoothing[1]))
+        if self.section.kind == "los":
+            return methods.train_los(*given)
+        return methods.train_disalign(*given, torch.tensor(self.prior.in_losses, dtype=torch.float64))
+
+
+def _student_head(model: ImageClassifier) -> LinearHead:
+    """The student's cosine classifier as a linear head on the CPU."""
+    weight = F.normalize(model.classifier.weight.detach().cpu(), dim=1) / model.tau_s
+    return linear_head(weight, torch.zeros(len(weight)))
+
+
+def _held_out(model: ImageClassifier, validation: AnyImages, image: ImageParams, device: torch.device) -> HeldOut:
+    """Features of the validation images."""
+    if not len(validation):
+        return HeldOut(torch.zeros(0, model.feature_dim), validation.labels)
+    batches = validation.batches(torch.arange(len(validation)), EVALUATION_BATCH)
+    return HeldOut(outputs(model, batches, image, device)[0], validation.labels)
+
+
+def _check_classes(section: ClassifierParams, prior: Prior, validation: AnyImages) -> None:
+    """Raise ParamsError for classes without the images that the method needs; print a warning if the scale cannot be fitted."""
+    if 0 in prior.counts:
+        name = prior.classes[prior.counts.index(0)]
+        raise ParamsError(
+            f"classifier.kind is {section.kind}, but class {name!r} has no training images; add some or set kind: none"
+        )
+    held = torch.bincount(validation.labels, minlength=len(prior.classes)).tolist()
+    if section.kind == "tau_norm" and section.tau is None and 0 in held:
+        raise ParamsError(
+            f"classifier.tau is null, but class {prior.classes[held.index(0)]!r} has no validation images to choose it on "
+            f"(such classes: {held.count(0)}); raise data.validation_per_class or data.validation_share, or set classifier.tau"
+        )
+    if section.kind in SCALE_IS_FITTED and len(validation) < MINIMUM_IMAGES:
+        print(
+            f"classifier  warning: the scale of the logits is not fitted ({counted(len(validation), 'validation image')}, "
+            f"fewer than {MINIMUM_IMAGES}); raise data.validation_per_class or data.validation_share",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
