@@ -135,6 +135,8 @@ class CRD(ContrastTerm):
         if self._step is None:
             return
         new, rows = self._step
+        # An indexed write has no defined order for equal rows, so all copies of an image write the first one's feature.
+        new = new[(rows[:, None] == rows).to(torch.int8).argmax(1)]
         old = self.memory[:, rows]
         moved = self.rate * old + (1 - self.rate) * new.transpose(0, 1).to(old.dtype)
         self.memory[:, rows] = F.normalize(moved, dim=2)

@@ -58,7 +58,7 @@ class ContrastTerm(nn.Module):
     divisible: bool = False
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        """Called before the first step of the 0-based epoch, again on resume; may only write into buffers. Does nothing here."""
+        """Called before the first step of the 0-based epoch, again on resume; may only write into buffers. Nothing here."""
 
     def after_step(self) -> None:
         """Called after backward, at the end of every step: stores the features of the step. Does nothing here."""
