@@ -32,7 +32,7 @@ def parametric_losses(
     same = (target[:, None] == candidate_class).scatter(1, own, False)
     candidates = exponent.scatter(1, own, -torch.inf)
     positive = class_logits.gather(1, target[:, None]).squeeze(1) + alpha * torch.where(same, exponent, 0.0).sum(1)
-    return torch.cat([class_logits, candidates], 1).logsumexp(1) - positive / (1 + alpha * same.sum(1))
+    return torch.cat([class_logits, candidates], 1).logsumexp(1) - positive / (1 + alpha * same.sum(1).to(exponent.dtype))
 
 
 class PaCo(ContrastTerm):
