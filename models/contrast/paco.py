@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.contrast.memories import FifoQueue
-from models.contrast.terms import ContrastInputs, ContrastTerm, gather_views, own_columns, project
+from models.contrast.terms import ContrastInputs, ContrastTerm, OptionalInput, gather_views, own_columns, project
 from models.distributed import gather_batch
 from models.networks.autocast import without_autocast
 from models.prior import adjust_logits
@@ -32,7 +32,9 @@ def parametric_losses(
     same = (target[:, None] == candidate_class).scatter(1, own, False)
     candidates = exponent.scatter(1, own, -torch.inf)
     positive = class_logits.gather(1, target[:, None]).squeeze(1) + alpha * torch.where(same, exponent, 0.0).sum(1)
-    return torch.cat([class_logits, candidates], 1).logsumexp(1) - positive / (1 + alpha * same.sum(1).to(exponent.dtype))
+    return torch.cat([class_logits, candidates], 1).logsumexp(1) - positive / (
+        1 + alpha * same.sum(1).to(exponent.dtype)
+    )
 
 
 class PaCo(ContrastTerm):
@@ -43,7 +45,7 @@ class PaCo(ContrastTerm):
     stored after its step. Raises ValueError at the first step if the queue's total is not a multiple of the batch.
     """
 
-    uses: tuple = ("key", "logits")
+    uses: tuple[OptionalInput, ...] = ("key", "logits")
     log_prior: Tensor
 
     def __init__(
@@ -82,7 +84,7 @@ class PaCo(ContrastTerm):
             exponent = anchors @ candidates.T / self.temperature
         candidate_class = torch.cat([labels.repeat(2), self.queue.labels])
         class_logits = adjust_logits(inputs.logits.flatten(0, 1), self.log_prior, 1.0)
-        own = own_columns(*projected.shape[:2], anchors.device)
+        own = own_columns(projected)
         target = inputs.target.repeat(self.views)
         self._step = stored.detach(), labels
         losses = parametric_losses(class_logits, exponent, target, candidate_class, own, self.alpha)

@@ -76,7 +76,7 @@ class SupCon(ContrastTerm):
         with without_autocast(anchors):
             exponent = anchors @ candidates.T / self.temperature
         same = inputs.target.repeat(self.views)[:, None] == gather_batch(inputs.target).repeat(self.views)
-        own = own_columns(*projected.shape[:2], anchors.device)
+        own = own_columns(projected)
         return {"loss": self.factor * supervised_losses(exponent, same, own).mean()}
 
 
@@ -109,6 +109,6 @@ class BalancedContrast(ContrastTerm):
             exponent = anchors @ torch.cat([gather_views(projected), centres]).T / self.temperature
         candidate_class = torch.cat([gather_batch(inputs.target).repeat(self.views), classes])
         counts = torch.zeros_like(classes).index_add(0, candidate_class, torch.ones_like(candidate_class))
-        own = own_columns(*projected.shape[:2], anchors.device)
+        own = own_columns(projected)
         losses = balanced_losses(exponent, inputs.target.repeat(self.views), candidate_class, own, counts)
         return {"loss": losses.mean()}

@@ -102,8 +102,9 @@ def gather_views(features: Tensor) -> Tensor:
     return gathered.transpose(0, 1).reshape(views * gathered.shape[0], -1)
 
 
-def own_columns(views: int, batch: int, device: torch.device) -> Tensor:
-    """Column of each local view in the result of `gather_views`: int64 [V * batch], views first."""
-    columns = torch.arange(batch, device=device) + rank() * batch
-    first = torch.arange(views, device=device) * batch * rank_count()
+def own_columns(features: Tensor) -> Tensor:
+    """Column of each local view of features [V,B,P] in the result of `gather_views`: int64 [V * B], views first."""
+    views, batch = features.shape[:2]
+    columns = torch.arange(batch, device=features.device) + rank() * batch
+    first = torch.arange(views, device=features.device) * batch * rank_count()
     return (first[:, None] + columns).flatten()
