@@ -33,6 +33,18 @@ def gather_batch(share: Tensor) -> Tensor:
     return torch.cat(shares)
 
 
+def gather_with_gradient(share: Tensor) -> Tensor:
+    """As `gather_batch`, but differentiable: each rank gets the sum over all ranks of the gradients of its share.
+
+    For a loss that is a mean over the ranks and whose gradients `average_gradients` averages, that is the gradient of
+    the whole batch.
+    """
+    if rank_count() == 1:
+        return share
+    gathered: Tensor = _GatherOverRanks.apply(share)
+    return gathered
+
+
 @torch.no_grad()
 def sum_over_ranks(value: Tensor) -> Tensor:
     """Sum of a tensor over the ranks; the tensor itself in a single process. No gradient."""
@@ -152,3 +164,17 @@ class _SumOverRanks(torch.autograd.Function):
         total = gradient.clone()
         dist.all_reduce(total)
         return total
+
+
+class _GatherOverRanks(torch.autograd.Function):
+    """Differentiable `gather_batch`."""
+
+    @staticmethod
+    def forward(context: Any, share: Tensor) -> Tensor:
+        context.rows = len(share)
+        return gather_batch(share)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        first: int = rank() * context.rows
+        return sum_over_ranks(gradient)[first : first + context.rows]
