@@ -1,7 +1,7 @@
 """Contrast terms: golden values in float64, slow references with loops, properties, gradients.
 
-The golden values of SupCon, BCL, PaCo, GPaCo, kappa of ProCo and CRD agree with the official code; those of KCL and the
-logits of ProCo (scipy) do not come from it.
+The golden values of BCL (mean), PaCo, GPaCo and kappa of ProCo agree with the official code; those of SupCon, KCL, CRD and
+the logits of ProCo (scipy) do not come from it.
 """
 
 import math

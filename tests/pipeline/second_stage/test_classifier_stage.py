@@ -288,7 +288,8 @@ def test_tau_cannot_be_chosen_without_validation_images_of_a_class(on_features, 
 
     def without_b(*given):
         held = whole(*given)
-        held.labels[held.labels == 1] = 0
+        labels = held["student"].labels
+        labels[labels == 1] = 0
         return held
 
     monkeypatch.setattr(refit, "evaluation_inputs", without_b)
