@@ -56,7 +56,7 @@ TOO_LOW = {
     "student.schedule.factor": 0.0, "student.augment.crop_padding": -1, "student.augment.cutout": -1,
     "student.augment.jitter": -0.1, "student.augment.mix_alpha": 0.0,
     "student.gamma": -0.1, "student.beta": -0.1, "student.alpha": -0.1, "student.distillation_temperature": 0.0,
-    "student.tune_blocks": 0, "student.tune_rank": 0, "student.tune_rate": 0.0, "student.tune_decay": 0.0,
+    "classifier.views": -1, "student.tune_blocks": 0, "student.tune_rank": 0, "student.tune_rate": 0.0, "student.tune_decay": 0.0,
     "student.encoder_momentum": -0.1, "student.prior_strength": -0.1, "student.tau_g": 0.0, "student.queue_total": 0,
     "student.queue_minimum": 0, "student.projection_dim": 0, "evaluate.ece_bins": 1, "evaluate.top_k": 0,
     "evaluate.samples": 0,
