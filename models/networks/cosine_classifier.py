@@ -58,7 +58,7 @@ class LinearHead(nn.Module):
         """Largest change of a logit when the cosine of a feature with each row of `weight` changes by at most 1."""
         largest = self.weight.detach().norm(dim=1).max()
         if self.gate_weight is not None:
-            largest = largest * (1 + self.gain.detach().clamp(min=0).max())
+            largest = largest * (1 + self.gain.detach()).abs().max().clamp(min=1)
         return float(largest)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class ClassifierParams(Section):
 
     @model_validator(mode="after")
     def _keys_belong_to_the_kind(self) -> ClassifierParams:
-        for key in sorted(TRAINING | {"start", "tau"}):
+        for key in sorted(TRAINING | {"smoothing", "start", "tau"}):
             value, default = getattr(self, key), type(self).model_fields[key].default
             if self.kind != "none" and value != default and key not in USED[self.kind]:
                 users = ", ".join(kind for kind in USED if key in USED[kind])

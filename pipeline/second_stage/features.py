@@ -56,7 +56,7 @@ def training_features(
     key = sha256_of_json(
         {
             "student": sha256_of(student / WEIGHTS), "image": params.image.model_dump(mode="json"), "seed": seed,
-            "augment": params.student.augment.model_dump(mode="json"), "views": section.views,
+            "augment": params.student.augment.model_dump(mode="json"), "views": section.views, "decode": params.stream.decode,
             "code": sha256_of_sources("pipeline/augment/*.py"),
         }
     )  # fmt: skip

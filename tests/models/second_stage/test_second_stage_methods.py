@@ -163,3 +163,6 @@ def test_the_scale_of_a_head_bounds_the_change_of_a_logit(start):
     torch.nn.init.constant_(gated.gain, 0.5)
     assert start.scale == pytest.approx(float(start.weight.norm(dim=1).max()))
     assert gated.scale == pytest.approx(1.5 * float(gated.weight.detach().norm(dim=1).max()))
+    with torch.no_grad():
+        gated.gain.fill_(-4)  # at a gate of 1 the factor of the logits is -3
+    assert gated.scale == pytest.approx(3 * float(gated.weight.detach().norm(dim=1).max()))

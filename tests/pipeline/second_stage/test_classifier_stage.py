@@ -255,6 +255,10 @@ def test_shifted_batch_norm_changes_its_statistics_to_those_of_class_balanced_ba
             {"classifier.kind": "ncm", "classifier.start": "linear"},
             r"classifier: start is linear, which kind ncm does not use \(only lws, disalign, mislas, los\); set start: student",
         ),
+        (
+            {"classifier.kind": "lws", "classifier.smoothing": [0.3, 0.0]},
+            r"classifier: smoothing is \[0\.3, 0\.0\], which kind lws does not use \(only mislas\); set smoothing: \[0\.4",
+        ),
     ],
 )
 def test_params_of_a_second_stage_that_do_not_fit_are_refused_in_one_line(changes, message):
