@@ -116,7 +116,7 @@ def test_a_wheel_has_the_name_of_the_distribution_the_command_the_trigger_and_th
     [information] = installed.glob("*.dist-info")
     assert information.name == f"tailor_longtail-{TAILOR_VERSION}.dist-info"
     entries = (information / "entry_points.txt").read_text()
-    assert "tailor = pipeline.commands.app:main" in entries and "[tailor.triggers]\nretrain = " in entries
+    assert "tailor = pipeline.commands.__main__:main" in entries and "[tailor.triggers]\nretrain = " in entries
     assert (
         run_in(installed, "from serving.shared.version import source_commit as s; print(s())", installed)
         == "0123456789ab"

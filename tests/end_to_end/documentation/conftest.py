@@ -80,6 +80,8 @@ ELSEWHERE = {
     ("docs/signed-releases.md", "tailor keys"): "tests/serving/commands/test_keys_command.py follows the page",
     ("docs/signed-releases.md", "TAILOR_SIGNING_KEY"): "the same",
     ("docs/signed-releases.md", "TAILOR_TRUSTED_KEYS"): "the same",
+    ("docs/second-stages.md", "dvc exp run"): "tests/end_to_end/test_dvc_stages.py changes the kind by `dvc repro`",
+    ("docs/second-stages.md", "tailor experiments"): "tests/pipeline/commands/test_experiments_command.py",
     ("docs/serving-performance.md", "python -m benchmarks.serving"): "measures for minutes on a quiet machine",
     ("docs/serving-performance.md", "python3 -m venv"): "downloads other servers",
     ("docs/gpu.md", "benchmarks/gpu_pack.sh"): "downloads wheels; the script: tests/benchmarks/test_gpu.py",

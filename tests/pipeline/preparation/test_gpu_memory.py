@@ -132,9 +132,9 @@ def test_a_step_that_does_not_fit_is_reported_with_remedies(capsys):
 @pytest.mark.parametrize(
     ("stage", "tune", "reason"),
     [
-        ("teacher", "lora", "teacher trains on its stored features, not on images, and needs no estimate"),
-        ("student", "none", "student trains on its stored features, not on images, and needs no estimate"),
-        ("student", "lora", "there is no estimate for a student that tunes it"),
+        ("teacher", "lora", "teacher trains on stored features, not on images, and needs no estimate"),
+        ("student", "none", "student trains on stored features, not on images, and needs no estimate"),
+        ("student", "lora", "there is no estimate for a student that tunes the encoder"),
     ],
 )
 def test_with_an_encoder_the_reason_for_no_estimate_is_printed(tmp_path, capsys, stage, tune, reason):

@@ -62,5 +62,5 @@ def test_the_distribution_has_a_name_of_its_own_and_the_version_of_the_package(m
     distribution.parse_config_files()
     assert (distribution.get_name(), distribution.get_version()) == ("tailor-longtail", version.TAILOR_VERSION)
     assert tomllib.loads(Path("pyproject.toml").read_text())["project"]["scripts"] == {
-        "tailor": "pipeline.commands.app:main"
+        "tailor": "pipeline.commands.__main__:main"
     }
