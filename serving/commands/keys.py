@@ -15,9 +15,9 @@ from serving.repository.manifest import load_manifest
 from serving.repository.release import published_versions, read_release
 from serving.repository.signature import verify_manifest
 from serving.repository.signing_keys import KEY_VARIABLE, PASSPHRASE_VARIABLE, TRUSTED_VARIABLE
-from serving.repository.version_policy import CONFIG_NAME, served_versions
+from serving.repository.version_policy import CONFIG_NAME, listed_versions
 from serving.shared.errors import InputError, ServingError
-from serving.shared.names import CLASSIFIER, STUDENT
+from serving.shared.names import STUDENT
 from serving.shared.terminal import print
 
 NEW = f"""\b
@@ -104,15 +104,15 @@ def verify(folder: Folder, debug: Debug = False) -> int:
         load_manifest(folder)
         print(f"{folder}: signed by key {key.id}")
         return 0
-    refused, served = set(), set(served_versions(folder, CLASSIFIER))
-    for version in sorted({*published_versions(folder), *served}):
+    refused, listed = set(), listed_versions(folder)
+    for version in sorted({*published_versions(folder), *listed}):
         try:
             read_release(folder, version)
             print(f"version {version}: signed by a trusted key")
         except ServingError as error:
             refused.add(version)
             print(f"version {version}: refused: {error}")
-    return 1 if refused & served else 0
+    return 1 if refused & listed else 0
 
 
 def _is_repository(folder: Path) -> bool:

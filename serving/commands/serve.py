@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -13,12 +14,15 @@ from typing import Annotated
 import typer
 
 from serving.commands.options import Debug, RepositoryOption, choose_repository
-from serving.repository.signing_keys import trusted_keys
+from serving.repository.release import Release
+from serving.repository.signature import SIGNATURE_NAME
+from serving.repository.signing_keys import PARAMS_FILE, TRUSTED_VARIABLE, trusted_keys
 from serving.server.arguments import LATENCY_OPTIONS, logit_log_environment, trace_options
 from serving.server.supervisor import SupervisionLimits, Supervisor
 from serving.server.triton_server import GRACE, TritonServer
 from serving.shared.errors import InputError, ServingError
 from serving.shared.logs import new_log_file, remove_log_files
+from serving.shared.names import CLASSIFIER
 from serving.shared.terminal import print
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -152,6 +156,8 @@ def _print_addresses(server: TritonServer) -> None:
     print(f"repository {server.repository}")
     if keys := trusted_keys():
         print(f"signatures of {', '.join(key.id for key in keys)}")
+    else:
+        warn_unchecked(server.repository, server.releases)
     if server.log:
         print(f"log {server.log}")
     print(f"\na request from a shell, in the binary form:\n\n{curl_example(server.http_url, server.example)}")
@@ -160,6 +166,16 @@ def _print_addresses(server: TritonServer) -> None:
         print_warning(
             f"--host {server.host}: this Triton release can be killed by one hostile request; "
             "allow only a gateway with size, time and connection limits to reach it"
+        )
+
+
+def warn_unchecked(repository: Path, releases: Sequence[Release]) -> None:
+    """Print a warning if a release is signed: an operator may have started in a folder without the list of keys."""
+    paths = {each.version: repository / CLASSIFIER / str(each.version) / SIGNATURE_NAME for each in releases}
+    if signed := [str(version) for version, path in paths.items() if path.is_file()]:
+        print_warning(
+            f"signatures are not checked, although version {', '.join(signed)} is signed: no serving.trusted_keys in "
+            f"{PARAMS_FILE.absolute()}, and {TRUSTED_VARIABLE} is not set"
         )
 
 

@@ -25,6 +25,7 @@ from serving.repository.lock import locked
 from serving.repository.manifest import Manifest, read_manifest
 from serving.repository.promotion_log import LOG_NAME, record
 from serving.repository.release import Release, read_champion, read_release
+from serving.repository.signing_keys import trusted_keys
 from serving.repository.version_policy import served_versions, version_before, version_folders
 from serving.repository.writer import check_signature, load_export, write_repository
 from serving.repository.writer import publish as publish_version
@@ -117,6 +118,8 @@ def promote(
     champion = champion_or_none(repository)
     if champion is None:
         first = first_version_folder(repository)
+        if trusted_keys():  # again: a key may have been revoked since the version was verified
+            read_release(first, version)
         repository.parent.mkdir(parents=True, exist_ok=True)
         (first / LOG_NAME).unlink(missing_ok=True)  # from an attempt that failed before the rename
         record(first, "promote", version, 0)

@@ -22,11 +22,11 @@ from serving.repository.promotion_log import champions, record
 from serving.repository.release import Release, published_versions, read_champion, read_release
 from serving.repository.retention import prune, remove_leftovers, withdrawn_on_failure
 from serving.repository.signing_keys import trusted_keys
-from serving.repository.version_policy import served_versions, version_before
+from serving.repository.version_policy import serve_versions, served_versions, version_before
 from serving.repository.writer import publish
 from serving.server.running import RunningServer, find_running
 from serving.shared.errors import InputError, ServingError
-from serving.shared.names import CLASSIFIER
+from serving.shared.names import CLASSIFIER, STUDENT
 
 VERSIONS_KEPT = 5  # versions on disk
 LOAD_TIMEOUT = 120.0  # seconds
@@ -90,6 +90,7 @@ def promote(
             running = find_running(repository) if servers is None else servers
             if version == before:
                 read_release(repository, version, hashes=bool(trusted_keys()))
+                _unlist_untrusted(repository)
                 with _promotion_error(f"version {version} is the champion and does not answer"):
                     load_served_versions(repository, running, timeout)
                 return Promotion(version, before, False, tuple(server.grpc_url for server in running))
@@ -176,6 +177,17 @@ def _may_stay(root: Path, version: int) -> bool:
     except ServingError:
         return False
     return True
+
+
+def _unlist_untrusted(root: Path) -> None:
+    """With trusted keys, list in all configs only the served versions that one of the keys signed.
+
+    A killed promotion may have left another one in the policy of `student`, and the next load would load it.
+    """
+    if trusted_keys():
+        final = tuple(version for version in served_versions(root, CLASSIFIER) if _may_stay(root, version))
+        for model in (CLASSIFIER, STUDENT):  # in this order each version of `classifier` has its student
+            serve_versions(root, model, final)
 
 
 @contextmanager

@@ -20,7 +20,14 @@ from serving.repository.manifest import (
 )
 from serving.repository.signed_release import verify_version
 from serving.repository.signing_keys import trusted_keys
-from serving.repository.version_policy import CONFIG_NAME, config_paths, read_config, served_versions, version_folders
+from serving.repository.version_policy import (
+    CONFIG_NAME,
+    config_paths,
+    listed_versions,
+    read_config,
+    served_versions,
+    version_folders,
+)
 from serving.repository.writer import RUNTIME_FILES
 from serving.shared.errors import RepositoryError
 from serving.shared.names import CLASSIFIER, STUDENT
@@ -45,9 +52,9 @@ class Release:
 def find_releases(root: Path, hashes: bool = True) -> list[Release]:
     """The releases that a server of this repository loads, oldest first; the last is the champion (`read_champion`).
 
-    hashes: whether to check the files' sha256 too, and with trusted keys the signature. Raises RepositoryError or
-    ManifestError naming the file: no repository, a config that does not parse, a version whose student is not served, a
-    missing file, a wrong sha256 or signature.
+    hashes: whether to check the files' sha256 too, and with trusted keys the signature, also of the versions that only
+    one of the config files lists. Raises RepositoryError or ManifestError naming the file: no repository, a config that
+    does not parse, a version whose student is not served, a missing file, a wrong sha256 or signature.
     """
     if not (root / STUDENT / CONFIG_NAME).is_file():
         raise RepositoryError(
@@ -61,6 +68,9 @@ def find_releases(root: Path, hashes: bool = True) -> list[Release]:
             f"{root}: classifier serves versions {list(served)}, student {list(students)}; "
             "expected at least one, and each to have its student; write the repository again"
         )
+    if hashes and trusted_keys():
+        for version in sorted(listed_versions(root) - {*served}):
+            read_release(root, version)
     return [read_release(root, version, hashes) for version in served]
 
 

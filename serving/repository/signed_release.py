@@ -6,6 +6,7 @@ inside Triton. The configs and labels of the two models are compared with those 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 # Evidence of the gate in a classifier's version folder: neither Python nor Triton runs files of these names.
 DATA_SUFFIXES = (".json", ".parquet", ".html")
 CACHE_BLOCKER = "__pycache__"  # an empty file (writer): a folder of this name could hold byte code that Python runs
+VERSION_FOLDER = re.compile("[1-9][0-9]*")  # Triton also loads version 0, which Tailor neither writes nor checks
 # What an operator or a promotion may change in a config. None of it names a file that Triton or Python runs.
 FREE_FIELDS = ("version_policy", "instance_group", "dynamic_batching", "max_batch_size", "model_warmup")
 FREE_PARAMETERS = ("default_strength", "execution_provider", "intra_op_thread_count", "network")
@@ -66,7 +68,7 @@ def check_contents(root: Path, version: int, manifest: Manifest) -> None:
     for model in (STUDENT, CLASSIFIER):
         _check_folder(root / model / str(version), model, manifest)
         for entry in sorted((root / model).iterdir()):
-            known = entry.name in (CONFIG_NAME, "configs", LABELS_NAME) or entry.name.isdecimal()
+            known = entry.name in (CONFIG_NAME, "configs", LABELS_NAME) or VERSION_FOLDER.fullmatch(entry.name)
             if not (known or entry.name.startswith(".")):  # hidden: a folder that is being written or removed
                 raise SignatureError(f"{entry}: is not a file of Tailor, and Triton may run it; remove it")
     labels = root / STUDENT / LABELS_NAME
@@ -127,11 +129,12 @@ def _check_configs(root: Path, manifest: Manifest) -> None:
         for path, configs in zip(config_paths(root, model), allowed, strict=False):
             actual = _fixed(read_config(path))
             if not any(actual == _fixed(config) for config in configs):
-                differing = next(
-                    field.name
-                    for field in ModelConfig.DESCRIPTOR.fields
-                    if getattr(actual, field.name) != getattr(_fixed(configs[0]), field.name)
+                # Only the fields that are set: an empty message equals one that is absent.
+                fields, expected = (
+                    {field.name: value for field, value in config.ListFields()}
+                    for config in (actual, _fixed(configs[0]))
                 )
+                differing = min(name for name in fields | expected if fields.get(name) != expected.get(name))
                 raise SignatureError(
                     f"{path}: {differing} differs from what Tailor writes for this release; restore it, or write the "
                     "repository again"

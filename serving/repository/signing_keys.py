@@ -68,9 +68,12 @@ def new_key(path: Path) -> PublicKey:
     passphrase = os.environ.get(PASSPHRASE_VARIABLE)
     serialization = library.serialization
     encryption = (
-        serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else serialization.NoEncryption()
+        serialization.BestAvailableEncryption(os.fsencode(passphrase)) if passphrase else serialization.NoEncryption()
     )
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+    try:
+        private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+    except ValueError:
+        raise InputError(f"{PASSPHRASE_VARIABLE} cannot encrypt a key; expected at most 1023 bytes") from None
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     public_path = path.with_name(f"{path.name}.pub")
     for target in (path, public_path):
@@ -79,7 +82,11 @@ def new_key(path: Path) -> PublicKey:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _create(path, private, 0o600)
-        _create(public_path, public, 0o644)
+        try:
+            _create(public_path, public, 0o644)
+        except BaseException:
+            path.unlink(missing_ok=True)  # a private key without its public key is of no use
+            raise
         sync(path.parent)
     except OSError as error:
         raise InputError(
@@ -106,7 +113,7 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
     if encrypted and not passphrase:
         raise InputError(f"{path}: is encrypted, and {PASSPHRASE_VARIABLE} is not set; set it to the key's passphrase")
     try:
-        key = library.serialization.load_pem_private_key(data, passphrase.encode() if encrypted else None)
+        key = library.serialization.load_pem_private_key(data, os.fsencode(passphrase) if encrypted else None)
     except (ValueError, TypeError, library.UnsupportedAlgorithm):
         reason = f"is damaged, or {PASSPHRASE_VARIABLE} is not its passphrase" if encrypted else "is not a private key"
         raise InputError(f"{path}: {reason}; expected an Ed25519 key in PEM (PKCS8)") from None
@@ -167,11 +174,11 @@ def _entries_of_params() -> list[str]:
     name = "serving.trusted_keys"
     try:
         data = PARAMS_FILE.read_bytes()
-    except FileNotFoundError:
-        return []
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not PARAMS_FILE.is_symlink():
+            return []
         raise InputError(f"{PARAMS_FILE}: {error.strerror}; {name} is read from it") from None
-    if b"trusted_keys" not in data:
+    if b"trusted_keys" not in data and b"\0" not in data:  # YAML may also be UTF-16
         return []
     try:
         import yaml
@@ -179,22 +186,32 @@ def _entries_of_params() -> list[str]:
         raise InputError(f"{PARAMS_FILE}: {name} needs PyYAML; pip install pyyaml, or set {TRUSTED_VARIABLE}") from None
     try:
         content = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError):
+        scalars = [event.value for event in yaml.parse(data, yaml.SafeLoader) if isinstance(event, yaml.ScalarEvent)]
+    except (yaml.YAMLError, ValueError):
         raise InputError(f"{PARAMS_FILE}: is not YAML, so {name} cannot be read; correct it") from None
     section = content.get("serving") if isinstance(content, dict) else None
-    entries = section.get("trusted_keys", []) if isinstance(section, dict) else []
+    listed = isinstance(section, dict) and "trusted_keys" in section
+    if scalars.count("trusted_keys") != listed:  # else a second section `serving` would disable the check
+        raise InputError(f"{PARAMS_FILE}: trusted_keys stands twice or outside of serving; expected {name}, once")
+    entries = section["trusted_keys"] if listed else []
     if not isinstance(entries, list) or not all(isinstance(entry, str) and entry for entry in entries):
         raise InputError(f"{PARAMS_FILE}: {name} is {entries!r}; expected a list of public key files or base64 keys")
     return entries
 
 
 def _create(path: Path, data: bytes, mode: int) -> None:
-    """Write a file that must not exist yet, with this mode from the start."""
+    """Write a file that must not exist yet, with this mode from the start; removes it if the write fails."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(descriptor)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(descriptor)
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # the OSError of a write (full disk) has no file name
+        raise
 
 
 def _kind(key: object) -> str:

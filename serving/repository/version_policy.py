@@ -44,6 +44,20 @@ def served_versions(root: Path, model: str) -> tuple[int, ...]:
 
     Raises RepositoryError naming the file.
     """
+    return tuple(sorted(set.intersection(*_version_lists(root, model))))
+
+
+def listed_versions(root: Path) -> set[int]:
+    """The versions that a config file of either model lists, also if another config file does not list them.
+
+    A server reads one config file of each model and loads what that one lists, so a check of signatures covers all of
+    these. Raises RepositoryError naming the file.
+    """
+    return set().union(*(versions for model in (STUDENT, CLASSIFIER) for versions in _version_lists(root, model)))
+
+
+def _version_lists(root: Path, model: str) -> list[set[int]]:
+    """The versions that each config file of a model lists."""
     lists = []
     for path in config_paths(root, model):
         policy = read_config(path).version_policy
@@ -52,7 +66,7 @@ def served_versions(root: Path, model: str) -> tuple[int, ...]:
         else:  # written by hand or by an old version of Tailor: without a policy Triton serves the latest version
             folders = version_folders(root, model)
             lists.append(set(folders if policy.HasField("all") else folders[-max(policy.latest.num_versions, 1) :]))
-    return tuple(sorted(set.intersection(*lists)))
+    return lists
 
 
 def serve_versions(root: Path, model: str, versions: tuple[int, ...], default_strength: float | None = None) -> None:

@@ -16,7 +16,9 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.repository.signing_keys import KEY_VARIABLE, PASSPHRASE_VARIABLE
 from serving.shared.errors import ServingError, install_command
+from serving.shared.names import ADMIN_KEY_VARIABLE
 from serving.shared.priority import write_stub_launcher
 
 STUB_NAME = "triton_python_backend_stub"
@@ -82,13 +84,14 @@ def find_installation() -> Installation:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment variables of the server and its inference processes, without the admin key.
+    """The environment variables of the server and its inference processes, without the admin key and the signing key.
 
     A stub embeds libpython and ignores PYTHONHOME and PYTHONPATH. The first `python3` on PATH determines its packages,
     and the dynamic loader determines its libpython. So PATH and LD_LIBRARY_PATH begin with the folders of this
     interpreter.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TAILOR_ADMIN_KEY"}
+    secrets = (ADMIN_KEY_VARIABLE, KEY_VARIABLE, PASSPHRASE_VARIABLE)  # `tailor retrain` signs, and starts a server
+    environment = {name: value for name, value in os.environ.items() if name not in secrets}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     folder, library = sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("INSTSONAME")
     if folder and library and ".so" in library and (Path(folder) / library).is_file():

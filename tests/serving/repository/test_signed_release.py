@@ -13,13 +13,16 @@ from conftest import Release, write_export
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.commands.app import main
+from serving.commands.serve import warn_unchecked
 from serving.promotion.promotion import PromotionError, promote, rollback
 from serving.repository.manifest import MANIFEST_NAME, ManifestError, load_manifest
+from serving.repository.model_config import to_text
 from serving.repository.release import find_releases, published_versions, read_release
 from serving.repository.signature import SIGNATURE_NAME, SignatureError, verify_manifest
 from serving.repository.signed_release import sign_export, sign_version
 from serving.repository.signing_keys import TRUSTED_VARIABLE, PublicKey, read_private_key
-from serving.repository.version_policy import served_versions
+from serving.repository.version_policy import read_config, serve_versions, served_versions
 from serving.repository.writer import publish, write_repository
 from serving.shared.errors import ServingError
 from tests.support.signed import Signer
@@ -192,6 +195,85 @@ def test_an_additional_file_that_could_run_is_refused(
     (root / name).parent.mkdir(exist_ok=True)
     (root / name).write_text(content)
     assert_refused(lambda: find_releases(root), str(root / name).removesuffix("/__init__.py"), "remove it")
+
+
+def add_version(root: Path, version: int) -> None:
+    """Add a version with a model.py that no key signed; no config lists it."""
+    for model in ("student", "classifier"):
+        folder = shutil.copytree(root / model / "1", root / model / str(version))
+        path = folder / MANIFEST_NAME
+        path.write_bytes(path.read_bytes().replace(b'"version": 1,', b'"version": %d,' % version))
+        (folder / "model.py").write_text("import os\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "student/config.pbtxt",
+        "student/configs/local.pbtxt",
+        "classifier/config.pbtxt",
+        "classifier/configs/local.pbtxt",
+    ],
+)
+@pytest.mark.parametrize("policy", ["specific { versions: [1, 9] }", "latest { num_versions: 2 }", "all { }"])
+def test_a_version_that_one_config_alone_lists_is_checked(
+    root: Path, signer: Signer, trust: Trust, monkeypatch: pytest.MonkeyPatch, name: str, policy: str
+) -> None:
+    """A server reads one config of each model: it would load version 9, which the other configs do not list."""
+    add_version(root, 9)
+    trust(signer.public)
+    assert [release.version for release in find_releases(root)] == [1]
+    config = read_config(root / name)
+    config.ClearField("version_policy")
+    (root / name).write_text(f"{to_text(config)}version_policy {{ {policy} }}\n")
+    assert_refused(lambda: find_releases(root), "/9/model.py", "sha256")
+    monkeypatch.chdir(root.parent)
+    assert main(["keys", "verify", str(root)]) == 1
+
+
+@pytest.mark.parametrize("name", ["0", "01", "\uff11"])
+def test_a_version_folder_that_tailor_does_not_write_is_refused(
+    root: Path, signer: Signer, trust: Trust, name: str
+) -> None:
+    trust(signer.public)
+    shutil.copytree(root / "student/1", root / "student" / name)
+    assert_refused(lambda: find_releases(root), str(root / "student" / name), "remove it")
+
+
+def test_an_empty_message_in_a_config_is_refused_in_one_line(root: Path, signer: Signer, trust: Trust) -> None:
+    trust(signer.public)
+    path = root / "classifier/config.pbtxt"
+    path.write_text(path.read_text() + "optimization { }\n")
+    assert_refused(lambda: find_releases(root), str(path), "optimization")
+
+
+def test_promoting_the_champion_again_unlists_versions_that_no_key_signed(
+    exports: dict[int, Release], signed_second: Path, signer: Signer, trust: Trust, tmp_path: Path
+) -> None:
+    root = write_repository(exports[1].export_dir, tmp_path / "repository")
+    promote(root, signed_second, rehearsal=False)  # before keys were listed: both versions stay
+    trust(signer.public)
+    assert_refused(lambda: find_releases(root), "classifier/1", SIGNATURE_NAME)
+    serve_versions(root, "classifier", (2,))  # as a promotion that was killed before its last step
+    assert_refused(lambda: find_releases(root), "classifier/1", SIGNATURE_NAME)
+    serve_versions(root, "classifier", (1, 2))
+    assert promote(root, 2, rehearsal=False).version == 2
+    assert served_versions(root, "classifier") == served_versions(root, "student") == (2,)
+    assert [release.version for release in find_releases(root)] == [2]
+
+
+def test_a_server_from_another_folder_reports_that_signatures_are_not_checked(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(TRUSTED_VARIABLE, raising=False)
+    monkeypatch.chdir(root.parent)
+    warn_unchecked(root, find_releases(root))
+    printed = capsys.readouterr().err
+    assert "signatures are not checked, although version 1 is signed" in printed
+    assert str(root.parent / "params.yaml") in printed
+    (root / "classifier/1" / SIGNATURE_NAME).unlink()
+    warn_unchecked(root, find_releases(root))
+    assert capsys.readouterr().err == ""
 
 
 def test_byte_code_beside_the_models_is_refused(root: Path, signer: Signer, trust: Trust) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import stat
 import subprocess
@@ -172,6 +174,10 @@ def test_trusted_keys_are_listed_in_the_params_or_in_the_variable(
         ("serving:\n  trusted_keys: [1]\n", "expected a list"),
         ("serving:\n  trusted_keys: [absent.pub]\n", "absent.pub"),
         ("serving: [trusted_keys\n", "not YAML"),
+        ("trusted_keys: [absent.pub]\n", "serving.trusted_keys, once"),
+        ("serving:\n  trusted_keys: [absent.pub]\nserving:\n  top_k: 5\n", "stands twice"),
+        ("serving:\n  trusted_keys: [absent.pub]\n  trusted_keys: []\n", "stands twice"),
+        ("serving:\n  trusted_keys: null\n", "expected a list"),
     ],
 )
 def test_a_list_that_cannot_be_read_is_an_error_and_disables_nothing(text: str, part: str) -> None:
@@ -182,3 +188,39 @@ def test_a_list_that_cannot_be_read_is_an_error_and_disables_nothing(text: str, 
 def test_an_empty_variable_does_not_disable_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TRUSTED_VARIABLE, "")
     assert_refused(trusted_keys, TRUSTED_VARIABLE, "empty")
+
+
+def test_a_list_in_utf_16_is_read(tmp_path: Path) -> None:
+    key = new_key(tmp_path / "one.pem")
+    Path("params.yaml").write_text("serving:\n  trusted_keys: [one.pem.pub]\n", encoding="utf-16")
+    assert trusted_keys() == (key,)
+
+
+def test_a_broken_link_as_params_disables_nothing() -> None:
+    Path("params.yaml").symlink_to("absent.yaml")
+    assert_refused(trusted_keys, "params.yaml", "No such file")
+
+
+@pytest.mark.parametrize("full_at", [1, 2])
+def test_a_full_disk_leaves_no_half_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: int) -> None:
+    folder, calls = tmp_path / "keys", []
+
+    def fsync(_descriptor: int) -> None:
+        calls.append(None)
+        if len(calls) == full_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        name = "release.pem" if full_at == 1 else "release.pem.pub"
+        assert_refused(lambda: new_key(folder / "release.pem"), str(folder / name), "No space left")
+    assert list(folder.iterdir()) == []
+    new_key(folder / "release.pem")
+
+
+def test_a_passphrase_may_be_any_bytes_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PASSPHRASE_VARIABLE, os.fsdecode(b"caf\xe9"))
+    public = new_key(tmp_path / "release.pem")
+    assert public_key_of(read_private_key(tmp_path / "release.pem")) == public
+    monkeypatch.setenv(PASSPHRASE_VARIABLE, "x" * 1024)
+    assert_refused(lambda: new_key(tmp_path / "long.pem"), PASSPHRASE_VARIABLE, "1023")

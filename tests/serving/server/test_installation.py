@@ -13,15 +13,22 @@ import pytest
 from conftest import ADMIN_KEY
 
 from serving.server import installation
-from serving.server.installation import InstallationError, find_installation
+from serving.server.installation import InstallationError, child_environment, find_installation
 
 
-def test_environment_of_the_stubs_is_this_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TAILOR_ADMIN_KEY", ADMIN_KEY)
+def test_environment_of_the_stubs_is_this_interpreters() -> None:
     environment = find_installation().environment
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert environment["ORT_DISABLE_TELEMETRY"] == "1"
-    assert "TAILOR_ADMIN_KEY" not in environment
+
+
+@pytest.mark.parametrize("name", ["TAILOR_ADMIN_KEY", "TAILOR_SIGNING_KEY", "TAILOR_SIGNING_PASSPHRASE"])
+def test_the_server_and_its_models_get_no_secret_of_the_caller(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, ADMIN_KEY)
+    monkeypatch.setenv("TAILOR_OTHER", "kept")
+    environment = child_environment()
+    assert environment["TAILOR_OTHER"] == "kept"
+    assert ADMIN_KEY not in environment.values()
 
 
 def test_python_without_stubs_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
