@@ -50,6 +50,8 @@ class ExportParams(Section):
 class ServingParams(Section):
     """The served classifier. strength: default strength of the logit adjustment. top_k: classes in a response.
 
+    calibration: whether the server divides the balanced logits by a temperature that evaluation fits on validation images.
+
     image_pixels, request_pixels: limits of decoded pixels for one image and for all images of a request; a large JPEG
     counts less. trusted_keys: public keys that sign releases, each a PEM file or base64; other releases are neither
     promoted nor served. Empty: signatures are not checked. serving/repository/signing_keys.py reads it.
@@ -57,6 +59,7 @@ class ServingParams(Section):
 
     strength: Annotated[Number, Field(allow_inf_nan=False)]
     top_k: PositiveInt
+    calibration: Literal["temperature", "none"] = "temperature"
     image_pixels: PositiveInt = 16_000_000
     request_pixels: PositiveInt = 25_000_000
     trusted_keys: list[Annotated[str, Field(min_length=1)]] = []
@@ -91,4 +94,5 @@ class GateParams(Section):
     medium: GateRule = GateRule(rule="none")
     few: GateRule = GateRule(rule="estimate")
     ece: GateRule = GateRule(rule="none")
+    nll: GateRule = GateRule(rule="none")
     latency_ratio: Positive | None = None

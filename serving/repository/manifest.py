@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from models.preprocess import preprocess
+from models.prior import Floats, adjust_logits, calibrate_logits, softmax
 from serving.shared.atomic import sha256_of as sha256_of
 from serving.shared.errors import ServingError
 from serving.shared.terminal import counted
@@ -72,14 +73,27 @@ class HalfPrecision(BaseModel):
     images: int = Field(ge=1)
 
 
+class Calibration(BaseModel):
+    """Temperature by which the classifier divides balanced logits before it adds the prior.
+
+    images, effective: number and effective number (models.sample_size) of the validation images of the fit.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    temperature: float = Field(gt=0, allow_inf_nan=False)
+    images: int = Field(ge=1)
+    effective: float = Field(gt=0, allow_inf_nan=False)
+
+
 class Manifest(BaseModel):
     """All data of a release that serving uses.
 
     files: names of files beside the manifest with their sha256. encoder: name, licence, source and sha256 of the
     weights of a pretrained encoder, and how it was tuned; None for a network without one. memory: rows, tau and weight of
     the memory of training features; None without one. half: set for a graph with a float16 backbone; None for float32.
-    code_revision: the git commit of the project. code_sha256: hash of the source files that wrote the release; empty in
-    releases from before this key existed. runtime: sha256 of the files of Tailor that run inside Triton, by model/name;
+    calibration: None in a release without a temperature, such as one from before this key existed. code_revision: the git
+    commit of the project. code_sha256: hash of the source files that wrote the release; empty in releases from before this
+    key existed. runtime: sha256 of the files of Tailor that run inside Triton, by model/name;
     a server that checks signatures accepts only these. Empty in releases from before this key existed.
     """
 
@@ -106,6 +120,7 @@ class Manifest(BaseModel):
     encoder: dict[str, str | int] | None = None
     memory: dict[str, Any] | None = None
     half: HalfPrecision | None = None
+    calibration: Calibration | None = None
     limits: Limits = Limits()
 
     def balanced_metric(self, name: str) -> float | None:
@@ -121,6 +136,17 @@ class Manifest(BaseModel):
         if self.top_k > len(self.classes):
             raise ValueError(f"top_k is {self.top_k}, above the number of classes {len(self.classes)}")
         return self
+
+
+def served_probabilities(
+    logits: Any, strength: float, log_prior: Sequence[float], calibration: Calibration | None
+) -> Floats:
+    """Probabilities [..., C] that `classifier` returns at a strength, from `student`'s logits [..., C] at that strength."""
+    if calibration is None:
+        return softmax(logits)
+    balanced = adjust_logits(np.asarray(logits, dtype=np.float64), np.asarray(log_prior), -strength)
+    calibrated = calibrate_logits(balanced, calibration.temperature)
+    return softmax(adjust_logits(calibrated, np.asarray(log_prior), strength))
 
 
 class Golden(BaseModel):

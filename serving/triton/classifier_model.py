@@ -40,6 +40,7 @@ class TritonPythonModel:
         request_parser, live_prior = sibling("request_parser"), sibling("live_prior")
         preprocess, self.prior, self.bad_request = sibling("preprocess"), sibling("prior"), request_parser.BadRequest
         self.version, self.top_k = int(args["model_version"]), manifest["top_k"]
+        self.temperature = (manifest.get("calibration") or {}).get("temperature", 1.0)
         self.names = np.array([name.encode() for name in manifest["classes"]], dtype=np.object_)
         live = live_prior.LivePrior(folder.parents[1], manifest["classes"], self.prior)
         self.parser = request_parser.RequestParser(manifest, self.prior, preprocess, live, live_prior.NoLivePrior)
@@ -167,7 +168,8 @@ class TritonPythonModel:
             classes = logits.shape[1]
             log_prior = np.concatenate([np.broadcast_to(r.log_prior, (len(r.images), classes)) for r in parsed])
         strength = np.concatenate([request.strength for request in parsed])
-        adjusted = self.prior.adjust_logits(logits, log_prior, strength)
+        calibrated = self.prior.calibrate_logits(logits, self.temperature)
+        adjusted = self.prior.adjust_logits(calibrated, log_prior, strength)
         best = np.argsort(-adjusted, axis=-1, kind="stable")[:, : self.top_k]
         return best, np.take_along_axis(self.prior.softmax(adjusted), best, axis=-1)
 
