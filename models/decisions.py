@@ -64,6 +64,11 @@ def largest_coverage(images: int) -> float:
     return images / (images + 1)
 
 
+def images_needed(coverage: float) -> int:
+    """The least number of validation images with which a quantile gives a coverage above 0 and below 1."""
+    return int(np.ceil(coverage / (1 - coverage) - 1e-6))
+
+
 class SetThresholds:
     """Validation scores of a release, from which thresholds follow for any coverage and prior.
 
@@ -116,7 +121,15 @@ def prediction_set(balanced: Floats, probabilities: Floats, thresholds: Floats) 
     balanced: probabilities [N,C] under the balanced prior, the scores. probabilities: [N,C] under the prior of the request.
     thresholds: [C], or [N,C] for one prior per row.
     """
+    inside, order = members_of(balanced, probabilities, thresholds)
+    return [row[members[row]] for row, members in zip(order, inside, strict=True)]
+
+
+def members_of(
+    balanced: Floats, probabilities: Floats, thresholds: Floats
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """The sets of `prediction_set` as a mask [N,C], and the order of the classes by probability, [N,C]."""
     inside = balanced >= thresholds
     order = np.argsort(-probabilities, axis=1, kind="stable")
     inside[np.arange(len(inside)), order[:, 0]] = True
-    return [row[members[row]] for row, members in zip(order, inside, strict=True)]
+    return inside, order

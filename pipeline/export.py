@@ -20,9 +20,11 @@ from pipeline.onnx_export.graph import ServedStudent, to_onnx
 from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_float16, check_parity
 from pipeline.onnx_export.release import (
     build_manifest,
+    decision_defaults,
     golden_requests,
     golden_tolerance,
     load_calibration,
+    load_sets,
     open_session,
     top_k,
 )
@@ -66,7 +68,8 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     InputError for a key that cannot be used, before the export starts.
     """
     key = signing_key()
-    prior, calibration = load_prior(), load_calibration(params)
+    prior, calibration, sets = load_prior(), load_calibration(params), load_sets(params)
+    decision = decision_defaults(params.serving, prior)
     student, stage = student_folder(params)
     model, config = load_model(student, stage)
     check_image(config, params.image, student)
@@ -109,7 +112,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         )  # fmt: skip
         card = model_card(params.data, network_name(params), params.seed, facts, prior, metrics)
         write_file(folder / CARD_NAME, card)
-        manifest = build_manifest(folder, params, prior, model, metrics, half, config, calibration)
+        manifest = build_manifest(folder, params, prior, model, metrics, half, config, calibration, sets, decision)
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
         if key:
             write_file(folder / SIGNATURE_NAME, sign_manifest(folder, key).text())

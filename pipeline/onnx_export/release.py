@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 import torch
 
+from models.calibration import MINIMUM_IMAGES
+from models.decisions import check_costs, images_needed, largest_coverage
 from models.networks.cosine_classifier import ImageClassifier
 from models.preprocess import ROOM
 from pipeline.data.class_prior import Prior
@@ -23,17 +25,19 @@ from pipeline.model_io.checkpoint import ModelConfig
 from pipeline.onnx_export.parity import Parity
 from pipeline.params import Params, ServingParams
 from pipeline.shared.artifacts import ANSWERS, SPLIT, sha256_of_json
-from pipeline.shared.errors import StageError
+from pipeline.shared.errors import ParamsError, StageError
 from pipeline.shared.fingerprint import code_sha256
 from pipeline.shared.lineage import code_revision
 from serving.repository.manifest import (
     GOLDEN_TOLERANCE,
     Calibration,
+    DecisionDefaults,
     Golden,
     HalfPrecision,
     ImageFormat,
     Limits,
     Manifest,
+    PredictionSets,
     served_probabilities,
     sha256_of,
 )
@@ -58,18 +62,58 @@ def open_session(graph: Path | bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
 
+def _answers() -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(ANSWERS.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StageError(f"{ANSWERS}: no such file; run `dvc repro evaluate` first") from None
+    return content
+
+
 def load_calibration(params: Params) -> Calibration | None:
     """The calibration that evaluation fitted; None if there is none, or serving.calibration is none.
 
     Raises StageError if the evaluation has not written its file.
     """
-    try:
-        fitted = json.loads(ANSWERS.read_text(encoding="utf-8"))["calibration"]
-    except FileNotFoundError:
-        raise StageError(f"{ANSWERS}: no such file; run `dvc repro evaluate` first") from None
+    fitted = _answers()["calibration"]
     if fitted is None or params.serving.calibration == "none":
         return None
     return Calibration.model_validate({key: fitted[key] for key in Calibration.model_fields})
+
+
+def load_sets(params: Params) -> PredictionSets | None:
+    """The scores of prediction sets that evaluation wrote; None if validation had too few images for them.
+
+    Raises StageError if serving.coverage is more than the validation images support, or the file does not exist.
+    """
+    fitted, coverage = _answers()["sets"], params.serving.coverage
+    if coverage is not None:
+        images = fitted["images"] if fitted else 0
+        if coverage > largest_coverage(images) + 1e-9 or not fitted:
+            needed = max(images_needed(coverage), MINIMUM_IMAGES)
+            raise StageError(
+                f"serving.coverage is {coverage:g}; it needs {needed} validation images, the split has {images}"
+            )
+    if fitted is None:
+        return None
+    return PredictionSets(scores=fitted["scores"], interpolation=fitted["interpolation"], coverage=coverage)
+
+
+def decision_defaults(serving: ServingParams, prior: Prior) -> DecisionDefaults | None:
+    """The defaults of a decision from params; None without any. Raises ParamsError for an unknown class or a wrong shape."""
+    costs = serving.costs
+    if costs is None and serving.ask is None:
+        return None
+    if isinstance(costs, dict):
+        if unknown := sorted(costs.keys() - set(prior.classes)):
+            raise ParamsError(f"serving.costs names {unknown[0]!r}; expected class names, such as {prior.classes[0]!r}")
+        costs = [costs.get(name, 1.0) for name in prior.classes]
+    if costs is not None:
+        try:
+            check_costs(costs, len(prior.classes))
+        except ValueError as error:
+            raise ParamsError(f"serving.{error}") from None
+    return DecisionDefaults(costs=costs, ask=serving.ask)
 
 
 def golden_tolerance(half: Parity | None, calibration: Calibration | None = None) -> float:
@@ -125,6 +169,8 @@ def build_manifest(
     half: Parity | None,
     config: ModelConfig,
     calibration: Calibration | None,
+    sets: PredictionSets | None,
+    decision: DecisionDefaults | None,
 ) -> Manifest:
     """Build the manifest of a release; files: sha256 of each file that is in the folder."""
     return Manifest(
@@ -150,6 +196,8 @@ def build_manifest(
         encoder={**config.encoder, "tune": config.tune} if config.encoder else None,
         memory=config.memory,
         calibration=calibration,
+        sets=sets,
+        decision=decision,
         half=HalfPrecision(**asdict(half)) if half else None,
         limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),
     )

@@ -39,7 +39,8 @@ class Evaluation:
 
     metrics: network → target prior → metric; classes: rows of per_class.csv; samples: test samples with their image
     bytes; encoded: row of the test split → bytes of its image; data_facts, model_facts: (term, text) pairs; recipe:
-    params as JSON; notes: missing parts and the reasons; calibration: of `calibration_record`, None without a temperature.
+    params as JSON; notes: missing parts and the reasons; calibration, sets: of `calibration_record` and
+    `set_record`, None without them.
     """
 
     analysis: Analysis
@@ -54,6 +55,7 @@ class Evaluation:
     provenance: Provenance
     notes: Sequence[str] = ()
     calibration: Mapping[str, Any] | None = None
+    sets: Mapping[str, Any] | None = None
 
 
 def render_report(evaluation: Evaluation) -> str:
@@ -91,7 +93,8 @@ def render_report(evaluation: Evaluation) -> str:
         samples=[sample | {"uri": thumbnail(sample["bytes"])} for sample in evaluation.samples],
         image_uri=cache(lambda row: thumbnail(evaluation.encoded(row))), data_facts=evaluation.data_facts,
         model_facts=evaluation.model_facts, notes=evaluation.notes, provenance=evaluation.provenance, few=few,
-        calibration=evaluation.calibration, least_validation=MINIMUM_IMAGES, advice=ADVICE, curves=list(curves),
+        calibration=evaluation.calibration, answer_sets=evaluation.sets, least_validation=MINIMUM_IMAGES, advice=ADVICE,
+        curves=list(curves),
         test_images=count_test_images(classes), params=recipe,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), command=COMMAND,
     )  # fmt: skip
