@@ -16,11 +16,11 @@ from pipeline.data.duplicates import check_labels, conflicting_labels, find_dupl
 from pipeline.data.groups import ImageGroups, group_remarks, hash_function, image_groups, ingested_groups
 from pipeline.data.inspection import check_missing, check_usable, inspect_images
 from pipeline.data.published import PUBLISHED
+from pipeline.data.split_tables import GROUP
 from pipeline.params import Params
 from pipeline.shared.artifacts import INGESTED, SPLIT, as_csv, whole_folder, write_file, write_json
 from pipeline.shared.errors import DataError, StageError
 from pipeline.sources import Row, Source, SourceWithIngested, open_source
-from pipeline.sources.ingested import GROUP
 from serving.shared.terminal import counted, print
 
 SCHEMA = pa.schema(

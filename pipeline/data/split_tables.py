@@ -15,8 +15,8 @@ import pyarrow.parquet
 from models.prior import class_key
 from pipeline.shared.artifacts import SPLIT
 from pipeline.shared.errors import ParamsError, StageError
-from pipeline.sources.ingested import GROUP
 
+GROUP = "group"  # column of the group of each image; only with data.group
 Filter = list[tuple[str, str, Any]]
 
 

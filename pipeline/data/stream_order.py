@@ -1,14 +1,31 @@
-"""Order of an epoch over a split: random, reproducible, and by windows if images are read in groups."""
+"""Order of an epoch over a split, by windows if images are read in groups; and prefetching of its batches in threads.
+
+libjpeg-turbo and torch release the GIL during their work.
+"""
 
 from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.sources import Groups
+from pipeline.augment import Draws
+from pipeline.sources import Groups, in_parts
+
+if TYPE_CHECKING:
+    from pipeline.data.stream import ImageStream
 
 WELL_MIXED = 0.5  # minimum share of the expected classes that a window should hold
+PART = 16  # images per task of a thread
+NvjpegImage = tuple[int, int, bytes]  # image that nvJPEG decodes: slot in the batch, index in the split, bytes
 
 
 def shuffled_order(count: int, groups: Groups | None, window: int, generator: torch.Generator) -> Tensor:
@@ -65,10 +82,6 @@ def other_images_of_class(labels: Tensor, index: int) -> list[int]:
     members = torch.nonzero(labels == labels[index]).flatten()
     start = int(torch.searchsorted(members, index))
     return [*members[start + 1 :].tolist(), *members[:start].tolist()]
-
-
-PART = 16  # images per task of a thread
-NvjpegImage = tuple[int, int, bytes]  # image that nvJPEG decodes: slot in the batch, index in the split, bytes
 
 
 class PrefetchIterator(Iterator[Tensor]):
