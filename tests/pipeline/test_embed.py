@@ -141,7 +141,9 @@ def test_a_process_that_is_killed_at_any_moment_resumes_to_the_same_bytes(weight
         pipeline.embed.run(params)
         assert stored_files() == expected
     whole = len([name for name in expected if str(name).endswith(".safetensors")])
-    assert any(0 < count < whole for count in shards_at_kill), f"no kill between two shards: {shards_at_kill} of {whole}"
+    assert any(0 < count < whole for count in shards_at_kill), (
+        f"no kill between two shards: {shards_at_kill} of {whole}"
+    )
 
 
 def test_a_full_disk_leaves_the_old_features_and_no_half_written_file(weights, monkeypatch):
