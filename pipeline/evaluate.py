@@ -19,6 +19,7 @@ from models.sample_size import from_json, warnings_of
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
+from pipeline.data.split_tables import read_groups
 from pipeline.evaluation.calibration import calibration_record
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import (
@@ -104,15 +105,11 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     calibration = calibration_record(fitted, served, logits["student"], labels, prior, settings.ece_bins)
     calibrated = calibrate_logits(logits["student"], fitted.temperature if fitted and served else 1.0)
     sets = set_record(scores, calibrated, labels, prior, params.serving.coverage)
+    groups = read_groups("test")
     figures = analyse_predictions(
-        logits,
-        labels,
-        prior,
-        settings.ece_bins,
-        data.seed,
-        temperature=fitted and fitted.temperature,
-        champion=champion,
-    )
+        logits, labels, prior, settings.ece_bins, data.seed, temperature=fitted and fitted.temperature,
+        champion=champion, groups=groups and (groups, set(read_groups("train") or [])),
+    )  # fmt: skip
     chosen = choose_samples(probabilities["student"], settings.samples, data.seed)
     sizes = SplitSizes(sum(prior.counts), len(held_out), len(test))
     for line in warnings_of(from_json(metrics["student"]["balanced"]["test_images"])):
