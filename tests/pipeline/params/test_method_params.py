@@ -35,7 +35,7 @@ PRIOR = Prior(["a", "b", "c"], COUNTS, [0.5, 0.3, 0.2], [-0.7, -1.2, -1.6], ["ma
         ({"student.loss": {"kind": "sigmoid_focal"}}, "student: adjustment is 1, but loss.kind sigmoid_focal has no logit"),
         (
             {"student.loss": {"kind": "cross_entropy", "class_balance": 0.99}},
-            "student: adjustment is 1, but loss.kind cross_entropy has class weights, which balance it too; set adjustment: 0.0",
+            "student: adjustment is 1, but loss.kind cross_entropy has class weights, which balance it too; set adjus",
         ),
         (
             {"student.loss": {"kind": "ldam", "average": "weights"}, "student.accumulate": 2},
