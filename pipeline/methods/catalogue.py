@@ -59,6 +59,22 @@ METHODS = (
     ),
     Method("post_hoc", "class loss", "Menon et al. 2021", "cross-entropy, log prior subtracted after training", "none"),
     Method("balanced_softmax", "class loss", "Ren et al. 2020; L_cls of GML", "log prior added in the loss", "BSD-3-Clause"),
+    Method(
+        "balanced_softmax_linear", "class loss", "Ren et al. 2020", "balanced softmax, linear classifier", "BSD-3-Clause"
+    ),
+    Method("focal", "class loss", "Lin et al. 2017", "less weight on easy images", "MIT", predicts="train"),
+    Method("class_balanced_focal", "class loss", "Cui et al. 2019", "sigmoid focal loss, class weights", "MIT"),
+    Method("ldam_drw", "class loss", "Cao et al. 2019", "margins of the classes, deferred class weights", "MIT"),
+    Method("label_smoothing", "class loss", "Szegedy et al. 2016", "label smoothing 0.1", "-", predicts="train"),
+    Method(
+        "label_aware_smoothing", "class loss", "Zhong et al. 2021", "more label smoothing for larger classes", "MIT",
+        predicts="train",
+    ),
+    Method("lade", "class loss", "Hong et al. 2021", "balanced softmax and a regulariser of the batch", "BSD-3-Clause"),
+    Method(
+        "causal", "class loss", "Tang et al. 2020", "direction of the mean feature removed after training", "GPL-3.0",
+        predicts="train",
+    ),
     Method("kd", "class loss", "Hinton et al. 2015", "balanced softmax and distillation from the teacher", "-", forward=1),
     Method(
         "gml", "contrast", "GML, ICML 2023", "contrast with class-wise queues of teacher features, distillation", "MIT",
