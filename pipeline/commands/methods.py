@@ -41,7 +41,7 @@ an overlay of your own. After an interruption the same command resumes. Exit sta
 app = typer.Typer(
     rich_markup_mode=None,
     invoke_without_command=True,
-    help="List the training methods, or compare some of them on your data.",
+    help="List the training methods, or compare them on your data.",
     epilog="Example: tailor methods, then: tailor methods compare --methods cross_entropy,gml --seeds 3",
 )
 
@@ -89,7 +89,7 @@ def compare(
     params: ParamsOption = PARAMS_FILE,
     debug: Debug = False,
 ) -> int:
-    """Train methods on the project's data with one recipe, and compare them.
+    """Train methods on the project's data, and compare them.
 
     Uses params.yaml, the split, the class prior and stored features, and writes nothing to artifacts/. Writes
     comparison.html and comparison.json after each run. Judges on the test split at the last epoch and chooses nothing on it.
