@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.objectives.student import StudentObjective
-from models.objectives.teacher import TeacherObjective
+from models.objectives.objective import Objective
 from pipeline.params import LearningRateParams, TrainingParams
 
 ADAM_SECOND_BETA = 0.999
@@ -29,7 +28,7 @@ class Optimiser:
 
     def __init__(
         self,
-        objective: TeacherObjective | StudentObjective,
+        objective: Objective,
         params: TrainingParams,
         factors: Mapping[nn.Parameter, float] | None = None,
     ) -> None:
@@ -114,3 +113,11 @@ def learning_rate(schedule: LearningRateParams, base: float, epoch: int, epochs:
         first = warmup if official else 0
         return 0.5 * base * (1 + math.cos(math.pi * (epoch - first + 1) / (epochs - first + 1)))
     return base * schedule.factor ** sum(epoch >= milestone + late for milestone in schedule.milestones)
+
+
+def polynomial_rate(base: float, step: int, steps: int, minimum: float = 1e-4, power: float = 0.9) -> float:
+    """Learning rate of a 0-based step out of `steps`: (base - minimum) * (1 - step/steps)^power + minimum.
+
+    Defaults of mmsegmentation's schedules; falls from `base` towards `minimum`.
+    """
+    return (base - minimum) * (1 - step / steps) ** power + minimum
