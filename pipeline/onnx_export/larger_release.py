@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from models.prior import log_class_prior, softmax
+from models.prior import log_class_prior
 from pipeline.onnx_export.release import open_session
 from pipeline.shared.artifacts import write_file, write_json
 from pipeline.shared.errors import StageError
@@ -24,6 +24,7 @@ from serving.repository.manifest import (
     Golden,
     Manifest,
     load_golden,
+    served_probabilities,
     sha256_of,
 )
 from serving.repository.signature import SIGNATURE_NAME, sign_manifest
@@ -64,12 +65,28 @@ def append_class(graph: Path, row: np.ndarray, position: int, log_prior: Sequenc
 
 
 def extended_manifest(manifest: Manifest, smoothing: float, name: str, position: int, count: int) -> Manifest:
-    """The manifest with the class at `position`, its number of images, and the class prior with it."""
+    """The manifest with the class at `position`, its number of images, and the class prior with it.
+
+    Raises StageError for a default cost matrix, which has no costs of the class; a cost per class is 1.
+    """
     classes, counts = list(manifest.classes), list(manifest.counts)
     classes.insert(position, name)
     counts.insert(position, count)
-    log_prior = log_class_prior(counts, smoothing).tolist()
-    return manifest.model_copy(update={"classes": classes, "counts": counts, "log_prior": log_prior})
+    changes: dict[str, Any] = {"classes": classes, "counts": counts}
+    changes["log_prior"] = log_class_prior(counts, smoothing).tolist()
+    if manifest.sets:  # a class without validation scores has the quantile of all classes
+        scores = list(manifest.sets.scores)
+        scores.insert(position, [])
+        changes["sets"] = manifest.sets.model_copy(update={"scores": scores})
+    if manifest.decision and manifest.decision.costs:
+        costs: list[Any] = list(manifest.decision.costs)
+        if isinstance(costs[0], list):
+            raise StageError(
+                "serving.costs is a matrix, in which the new class has no costs; set it to null and export again"
+            )
+        costs.insert(position, 1.0)
+        changes["decision"] = manifest.decision.model_copy(update={"costs": costs})
+    return manifest.model_copy(update=changes)
 
 
 def check_old_logits(session: Any, larger: Any, pixels: np.ndarray, position: int, manifest: Manifest) -> None:
@@ -105,7 +122,7 @@ def write_export(
 
 def _golden(session: Any, data: bytes, strength: float, tolerance: float, manifest: Manifest) -> Golden:
     logits = run_graph(session, "logits", manifest.image.pixels(data)[None], manifest, strength)[0]
-    probability = softmax(logits)
+    probability = served_probabilities(logits, strength, manifest.log_prior, manifest.calibration)
     index = np.argsort(-probability, kind="stable")[: manifest.top_k]
     return Golden(
         image=base64.b64encode(data).decode(), strength=strength, index=index.tolist(),
