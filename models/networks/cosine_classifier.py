@@ -17,18 +17,39 @@ class CosineClassifier(nn.Module):
 
     weight: [C,D], no bias; initialised by uniform(-1, 1) with rows rescaled to length 1, and normalised at every
     forward. scale: largest change of an output when each cosine changes by at most 1.
+
+    parts: number E of parts of the feature, each of length 1 and of width D/E (Backbone.parts). The output is then the
+    mean of the E cosines of each part with its part of the weight. That is again one cosine, of feature and `matrix`.
     """
 
     scale = 1.0
 
-    def __init__(self, feature_dim: int, classes: int) -> None:
+    def __init__(self, feature_dim: int, classes: int, parts: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(F.normalize(torch.empty(classes, feature_dim).uniform_(-1, 1), dim=1))
+        self.parts = parts
+        drawn = torch.empty(classes, feature_dim).uniform_(-1, 1)
+        self.weight = nn.Parameter(F.normalize(drawn.unflatten(1, (parts, -1)), dim=2).flatten(1))
+
+    def matrix(self) -> Tensor:
+        """Class matrix [C,D] with rows of length 1: the outputs are the cosines of features with these rows."""
+        if self.parts == 1:
+            return F.normalize(self.weight, dim=1)
+        return self.part_matrices().transpose(0, 1).flatten(1) / self.parts**0.5
+
+    def part_matrices(self) -> Tensor:
+        """Class matrices of the parts, [E,C,D/E], with rows of length 1."""
+        return F.normalize(self.weight.unflatten(1, (self.parts, -1)), dim=2).transpose(0, 1)
 
     def forward(self, features: Tensor) -> Tensor:
         """features [B,D] → cosines [B,C] in [-1, 1]; computed in float32 also under autocast."""
         with without_autocast(features):
-            return F.linear(F.normalize(full_precision(features), dim=1), F.normalize(self.weight, dim=1))
+            return F.linear(F.normalize(full_precision(features), dim=1), self.matrix())
+
+    def part_cosines(self, features: Tensor) -> Tensor:
+        """Cosines of each part on its own: features [B,E,D/E] of any length → [B,E,C]; float32 also under autocast."""
+        with without_autocast(features):
+            unit = F.normalize(full_precision(features), dim=2)
+            return (unit.transpose(0, 1) @ self.part_matrices().transpose(1, 2)).transpose(0, 1)
 
 
 class LinearHead(nn.Module):
@@ -121,7 +142,7 @@ class ImageClassifier(nn.Module):
         self.memory, self.cosine = memory, cosine
         self.classifier: CosineClassifier | LinearHead
         if cosine:
-            self.classifier = CosineClassifier(self.feature_dim, classes)
+            self.classifier = CosineClassifier(self.feature_dim, classes, self.backbone.parts)
 
     @property
     def logit_scale(self) -> float:

@@ -49,7 +49,7 @@ class ServedStudent(nn.Module):
         self.register_buffer("scale", 1 / (255 * spread))
         self.register_buffer("shift", -centre / spread)
         folded = model.cosine and self.refitted is None
-        matrix = F.normalize(model.classifier.weight.detach(), dim=1) / model.tau_s if folded else None
+        matrix = model.classifier.matrix().detach() / model.tau_s if folded else None
         self.register_buffer("class_matrix", matrix)
         # Most recipes need no shift; their graph has no bias.
         self.register_buffer("class_bias", torch.tensor(shift) if shift is not None and any(shift) else None)

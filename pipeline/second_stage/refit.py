@@ -128,7 +128,7 @@ class _Refit:
 
 def _student_head(model: ImageClassifier) -> LinearHead:
     """The student's cosine classifier as a linear head on the CPU."""
-    weight = F.normalize(model.classifier.weight.detach().cpu(), dim=1) / model.tau_s
+    weight = model.classifier.matrix().detach().cpu() / model.tau_s
     return linear_head(weight, torch.zeros(len(weight)))
 
 

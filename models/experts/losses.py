@@ -1,0 +1,120 @@
+"""Losses of several experts on their logits [B,E,C]: RIDE, SADE, NCL and ResLT, as pure functions.
+
+All means over the batch are over this rank's share, but for the sums of weights in RIDE and ResLT, which are of the whole
+batch. Golden values of each loss are in tests/models/experts/.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.distributed import rank_count, sum_over_ranks
+from models.prior import adjust_logits
+
+
+def losses_of_experts(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of each image and expert: logits [B,E,C], target [B] int64 → [B,E]."""
+    experts = logits.shape[1]
+    return F.cross_entropy(logits.transpose(1, 2), target[:, None].expand(-1, experts), reduction="none")
+
+
+def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
+    """Sum of weights * losses over the sum of the weights of the whole batch, both [B,...]: a scalar.
+
+    With several ranks, the mean over the ranks is that of the whole batch.
+    """
+    return (losses * weights).sum() * rank_count() / sum_over_ranks(weights.sum())
+
+
+def diversity_temperatures(prior: Tensor, factor: float) -> Tensor:
+    """RIDE's temperature of each class after the switch: (C * prior * v + 1 - v) / maximum, [C]; factor: v."""
+    temperatures = len(prior) * prior * factor + 1 - factor
+    return temperatures / temperatures.max()
+
+
+def ride_loss(
+    logits: Tensor, target: Tensor, margin: Tensor, class_weight: Tensor, temperature: Tensor, diversity: float
+) -> Tensor:
+    """RIDE (Wang et al., ICLR 2021): LDAM of each expert minus diversity * T² * KL(mean of the experts || expert), summed.
+
+    logits: [B,E,C], cosines / tau_s; target: [B] int64. margin [C]: LDAM margins, divided by tau_s. class_weight [C]:
+    ones before the switch, weights of the effective number after it. temperature [C]: ones before the switch,
+    `diversity_temperatures` after it; T is their mean. Form of the authors' code: the mean over the batch of the
+    cross-entropy is divided by the sum of the class weights; the mean of the experts has no gradient.
+    """
+    with_margin = logits - margin * F.one_hot(target, logits.shape[2])[:, None]
+    weights = class_weight[target]
+    classification = weighted_mean(losses_of_experts(with_margin, target).sum(1), weights)
+    mean = F.log_softmax(logits.detach().mean(1, keepdim=True) / temperature, dim=2)
+    divergence = (mean.exp() * (mean - F.log_softmax(logits / temperature, dim=2))).sum((1, 2))
+    return classification - diversity * temperature.mean().square() * divergence.mean()
+
+
+def reversed_log_prior(log_prior: Tensor) -> Tensor:
+    """Log prior of the class of opposite rank, [C]: the rarest class gets the log prior of the most frequent one."""
+    ordered, classes = log_prior.sort(stable=True)
+    return torch.empty_like(log_prior).scatter(0, classes, ordered.flip(0))
+
+
+def sade_loss(logits: Tensor, target: Tensor, log_prior: Tensor, strength: float) -> Tensor:
+    """SADE (Zhang et al., NeurIPS 2022): three experts for the training prior, a balanced and a reversed prior, summed.
+
+    Cross-entropy of z_1, of z_2 + η and of z_3 + η - τ * (reversed η), with η = log_prior [C] and τ = strength. logits:
+    [B,3,C]; target: [B] int64.
+    """
+    reverse = log_prior - strength * reversed_log_prior(log_prior)
+    shifts = torch.stack([torch.zeros_like(log_prior), log_prior, reverse])
+    return losses_of_experts(adjust_logits(logits, shifts, 1.0), target).mean(0).sum()
+
+
+def mutual_divergence(logits: Tensor) -> Tensor:
+    """Sum of KL(p_j || p_k) over all ordered pairs of experts, over E - 1; mean over the batch. logits: [B,E,C]."""
+    log_p = F.log_softmax(logits, dim=2)
+    p = log_p.exp()
+    # Sum over k != j of p_j (log p_j - log p_k); the term k = j is 0.
+    pairs = log_p.shape[1] * (p * log_p).sum((1, 2)) - (p.sum(1) * log_p.sum(1)).sum(1)
+    return pairs.mean() / (log_p.shape[1] - 1)
+
+
+def ncl_loss(logits: Tensor, target: Tensor, log_counts: Tensor, hard_classes: int, divergence: float) -> Tensor:
+    """NCL (Li et al., CVPR 2022): logit-adjusted cross-entropy of each expert, and the experts' divergences from each other.
+
+    Both once over all classes and once over the own class and the classes with the highest logits of the first expert,
+    `hard_classes` in all. Logits of other classes are 0 there, not -inf (authors' code). Both divergences have a
+    gradient through both experts, and the weight `divergence`. logits: [B,E,C]; target: [B] int64; log_counts: [C], log
+    of the number of training images of each class (of the prior it would give another loss, because of the zeros).
+    """
+    first = logits[:, 0].detach().scatter(1, target[:, None], torch.inf)
+    mask = torch.zeros_like(first).scatter(1, first.topk(hard_classes, dim=1).indices, 1.0)
+    adjusted = adjust_logits(logits, log_counts, 1.0)
+    parts = [
+        losses_of_experts(each, target).mean(0).sum() + divergence * mutual_divergence(each)
+        for each in (adjusted, adjusted * mask[:, None])
+    ]
+    return parts[0] + parts[1]
+
+
+def reslt_groups(counts: Tensor, shares: tuple[float, float]) -> Tensor:
+    """Which classes each of ResLT's experts learns, float [3,C]: all; all but the largest classes; the smallest classes.
+
+    counts: [C], images of each class. shares: shares of the classes, from the largest, that the second and the third
+    expert leave out: .35 and .7 for CIFAR-100 in the authors' code.
+    """
+    classes = len(counts)
+    rank = torch.empty_like(counts).scatter(
+        0, counts.argsort(descending=True, stable=True), torch.arange(classes, dtype=counts.dtype)
+    )
+    starts = torch.tensor([0, *(round(share * classes) for share in shares)])
+    return (rank >= starts[:, None]).float()
+
+
+def reslt_loss(logits: Tensor, target: Tensor, groups: Tensor, beta: float) -> Tensor:
+    """ResLT (Cui et al., TPAMI 2022): beta * independent losses of the experts + (1 - beta) * loss of their sum.
+
+    The independent loss is the mean over all pairs of image and expert whose group has the image's class. logits:
+    [B,3,C]; target: [B] int64; groups: [3,C], see `reslt_groups`.
+    """
+    independent = weighted_mean(losses_of_experts(logits, target), groups[:, target].T)
+    return beta * independent + (1 - beta) * F.cross_entropy(logits.sum(1), target)
