@@ -1,7 +1,6 @@
 """Losses of several experts on their logits [B,E,C]: RIDE, SADE, NCL and ResLT, as pure functions.
 
-All means over the batch are over this rank's share, but for the sums of weights in RIDE and ResLT, which are of the whole
-batch. Golden values of each loss are in tests/models/experts/.
+Means are over this rank's share of the batch, so that their mean over the ranks is that of the whole batch.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.distributed import rank_count, sum_over_ranks
+from models.distributed import mean_over_ranks
 from models.prior import adjust_logits
 
 
@@ -20,36 +19,21 @@ def losses_of_experts(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), target[:, None].expand(-1, experts), reduction="none")
 
 
-def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weights * losses over the sum of the weights of the whole batch, both [B,...]: a scalar.
-
-    With several ranks, the mean over the ranks is that of the whole batch.
-    """
-    return (losses * weights).sum() * rank_count() / sum_over_ranks(weights.sum())
-
-
 def diversity_temperatures(prior: Tensor, factor: float) -> Tensor:
     """RIDE's temperature of each class after the switch: (C * prior * v + 1 - v) / maximum, [C]; factor: v."""
     temperatures = len(prior) * prior * factor + 1 - factor
     return temperatures / temperatures.max()
 
 
-def ride_loss(
-    logits: Tensor, target: Tensor, margin: Tensor, class_weight: Tensor, temperature: Tensor, diversity: float
-) -> Tensor:
-    """RIDE (Wang et al., ICLR 2021): LDAM of each expert minus diversity * T² * KL(mean of the experts || expert), summed.
+def ride_diversity(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Diversity of RIDE (Wang et al., ICLR 2021), a scalar: T² * KL(mean of the experts || expert), summed over the experts.
 
-    logits: [B,E,C], cosines / tau_s; target: [B] int64. margin [C]: LDAM margins, divided by tau_s. class_weight [C]:
-    ones before the switch, weights of the effective number after it. temperature [C]: ones before the switch,
-    `diversity_temperatures` after it; T is their mean. Form of the authors' code: the mean over the batch of the
-    cross-entropy is divided by the sum of the class weights; the mean of the experts has no gradient.
+    logits: [B,E,C]; temperature: [C], ones before the switch and `diversity_temperatures` after it; T is their mean. The
+    mean of the experts has no gradient.
     """
-    with_margin = logits - margin * F.one_hot(target, logits.shape[2])[:, None]
-    weights = class_weight[target]
-    classification = weighted_mean(losses_of_experts(with_margin, target).sum(1), weights)
     mean = F.log_softmax(logits.detach().mean(1, keepdim=True) / temperature, dim=2)
     divergence = (mean.exp() * (mean - F.log_softmax(logits / temperature, dim=2))).sum((1, 2))
-    return classification - diversity * temperature.mean().square() * divergence.mean()
+    return temperature.mean().square() * divergence.mean()
 
 
 def reversed_log_prior(log_prior: Tensor) -> Tensor:
@@ -116,5 +100,6 @@ def reslt_loss(logits: Tensor, target: Tensor, groups: Tensor, beta: float) -> T
     The independent loss is the mean over all pairs of image and expert whose group has the image's class. logits:
     [B,3,C]; target: [B] int64; groups: [3,C], see `reslt_groups`.
     """
-    independent = weighted_mean(losses_of_experts(logits, target), groups[:, target].T)
+    learned = groups[:, target].T
+    independent = (losses_of_experts(logits, target) * learned).mean() / mean_over_ranks(learned.mean())
     return beta * independent + (1 - beta) * F.cross_entropy(logits.sum(1), target)
