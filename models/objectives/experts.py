@@ -14,7 +14,7 @@ from models.experts.losses import (
     ride_diversity,
     sade_loss,
 )
-from models.losses.class_loss import LDAMLoss, Mixed
+from models.losses.class_loss import ClassLoss, Mixed
 from models.networks.autocast import full_precision
 from models.networks.cosine_classifier import CosineClassifier, ImageClassifier
 from models.objectives.objective import Objective
@@ -28,33 +28,32 @@ class ExpertsLoss(nn.Module):
 
 
 class Ride(ExpertsLoss):
-    """RIDE: LDAM of each expert, summed, minus diversity * `ride_diversity`.
+    """RIDE: a class loss of each expert, summed, minus diversity * `ride_diversity`.
 
-    ldam: with class weights that apply after a share of the epochs and average `weights`, as in the authors' code. The
-    temperatures of the diversity, with the factor `reweight`, apply from the same epoch on.
+    loss: LDAM, with class weights that apply after a share of the epochs, in the authors' code. The temperatures of the
+    diversity, with the factor `reweight`, apply from the same epoch on.
     """
 
     temperature: Tensor
     late_temperature: Tensor
 
-    def __init__(self, ldam: LDAMLoss, reweight: float, diversity: float) -> None:
+    def __init__(self, loss: ClassLoss, reweight: float, diversity: float) -> None:
         super().__init__()
-        self.ldam, self.diversity = ldam, diversity
-        late = diversity_temperatures(ldam.log_prior.exp(), reweight)
+        self.loss, self.diversity = loss, diversity
+        late = diversity_temperatures(loss.log_prior.exp(), reweight)
         self.register_buffer("temperature", torch.ones_like(late))
         self.register_buffer("late_temperature", late, persistent=False)
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Set class weights and temperatures of the epoch."""
-        self.ldam.begin_epoch(epoch, epochs)
-        weighting = self.ldam.weighting
-        late = weighting is not None and epoch >= round(weighting.after * epochs)
-        self.temperature.copy_(self.late_temperature) if late else self.temperature.fill_(1.0)
+        self.loss.begin_epoch(epoch, epochs)
+        late = self.loss.weighting is not None and epoch >= round(self.loss.weighting.after * epochs)
+        self.temperature.copy_(self.late_temperature if late else torch.ones_like(self.temperature))
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """See ExpertsLoss."""
         experts = logits.shape[1]
-        classification: Tensor = experts * self.ldam(logits.flatten(0, 1), target.repeat_interleave(experts))
+        classification: Tensor = experts * self.loss(logits.flatten(0, 1), target.repeat_interleave(experts))
         return classification - self.diversity * ride_diversity(logits, self.temperature)
 
 

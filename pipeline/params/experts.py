@@ -12,21 +12,17 @@ Experts = Annotated[int, Field(ge=2, le=8)]
 
 
 class RideParams(Section):
-    """RIDE: LDAM of each expert minus diversity * T² * KL(mean of the experts || expert).
+    """RIDE: student.loss of each expert minus diversity * T² * KL(mean of the experts || expert).
 
-    count: experts on one trunk. narrow: 3/4 of the channels in their branches. margin: LDAM margin of the rarest class.
-    after: share of the epochs before class weights (effective number, beta) and a temperature of each class (reweight) are
-    used.
+    count: experts on one trunk. narrow: 3/4 of the channels in their branches. reweight: how much the temperature T differs
+    between classes, from the epoch on from which student.loss has class weights.
     """
 
     kind: Literal["ride"]
     count: Experts = 3
     narrow: bool = True
-    margin: NonNegative = 0.5
     diversity: NonNegative = 0.45
-    after: Share = 0.8
-    beta: Annotated[Number, Field(gt=0, lt=1)] = 0.9999
-    reweight: Share = 0.05
+    reweight: Annotated[Number, Field(ge=0, lt=1)] = 0.05
     shared: ClassVar[Literal["early"]] = "early"
 
 
@@ -43,12 +39,12 @@ class SadeParams(Section):
 class NclParams(Section):
     """NCL: `count` whole networks, trained together; divergence: weight of their differences from each other.
 
-    hard_classes: number of classes, with the own, of the loss on hard classes.
+    hard_share: share of the classes, at least 2 with the own, in the loss on hard classes.
     """
 
     kind: Literal["ncl"]
     count: Experts = 3
-    hard_classes: Annotated[int, Field(ge=2)] = 30
+    hard_share: Annotated[Number, Field(gt=0, le=1)] = 0.3
     divergence: NonNegative = 0.6
     narrow: ClassVar[bool] = False
     shared: ClassVar[Literal["nothing"]] = "nothing"

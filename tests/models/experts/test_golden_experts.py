@@ -18,13 +18,12 @@ from models.experts.losses import (
     ride_diversity,
     sade_loss,
 )
-from models.prior import effective_number
+from models.losses.class_loss import LDAMLoss, Weighting
+from models.objectives.experts import Ride
 
 COUNTS = torch.tensor([5, 3, 2])
 PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 TARGET = torch.tensor([0, 2])
-ONES = torch.ones(3, dtype=torch.float64)
-MARGIN = 30 * 0.5 * (2 / COUNTS.double()) ** 0.25
 
 
 def logits(*experts, scale=1.0):
