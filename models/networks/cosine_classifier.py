@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ class CosineClassifier(nn.Module):
         """Class matrix [C,D] with rows of length 1: the outputs are the cosines of features with these rows."""
         if self.parts == 1:
             return F.normalize(self.weight, dim=1)
-        return self.part_matrices().transpose(0, 1).flatten(1) / self.parts**0.5
+        return self.part_matrices().transpose(0, 1).flatten(1) / math.sqrt(self.parts)
 
     def part_matrices(self) -> Tensor:
         """Class matrices of the parts, [E,C,D/E], with rows of length 1."""
@@ -76,10 +77,10 @@ class CosineClassifier(nn.Module):
         """Cosines of each part on its own: features [B,E,D/E] of any length → [B,E,C]; float32 also under autocast."""
         with without_autocast(features):
             unit = F.normalize(full_precision(features), dim=2)
-            return (unit.transpose(0, 1) @ self.part_matrices().transpose(1, 2)).transpose(0, 1)
+            return torch.einsum("bed,ecd->bec", unit, self.part_matrices())
 
     def folded(self) -> Folded:
-        """The matrix of unit rows. The feature of a network with experts has one length as a whole, as its parts have."""
+        """The matrix of unit rows."""
         return Folded(self.matrix().detach(), None, 1)
 
 
@@ -256,7 +257,7 @@ class ImageClassifier(nn.Module):
         image_size: int | None = None,
         memory: FeatureMemory | None = None,
         cosine: bool = True,
-        head: Callable[[int, int], Classifier] = CosineClassifier,
+        head: Callable[..., Classifier] = CosineClassifier,
     ) -> None:
         super().__init__()
         self.backbone = build_backbone(backbone, image_size) if isinstance(backbone, str) else backbone
@@ -266,8 +267,8 @@ class ImageClassifier(nn.Module):
         self.memory, self.cosine = memory, cosine
         self.classifier: Classifier | LinearHead
         if cosine:
-            parts = self.backbone.parts
-            self.classifier = head(self.feature_dim, classes) if parts == 1 else CosineClassifier(self.feature_dim, classes, parts)
+            parts = {"parts": self.backbone.parts} if self.backbone.parts > 1 else {}
+            self.classifier = head(self.feature_dim, classes, **parts)
 
     @property
     def logit_scale(self) -> float:

@@ -1,11 +1,16 @@
-"""Section `student.experts` of params.yaml: a network with several experts and its loss."""
+"""Section `student.experts` of params.yaml: a network with several experts and its loss.
+
+Class variables that are not params: shared, the part of the backbone that the experts share (expert_backbone); balanced,
+whether the logits count as those for the balanced prior, because the method's paper uses them as they are.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.params.method import CrossEntropyLoss
 from pipeline.params.section import NonNegative, Number, Section, Share
 
 Experts = Annotated[int, Field(ge=2, le=8)]
@@ -24,6 +29,7 @@ class RideParams(Section):
     diversity: NonNegative = 0.45
     reweight: Annotated[Number, Field(ge=0, lt=1)] = 0.05
     shared: ClassVar[Literal["early"]] = "early"
+    balanced: ClassVar[bool] = False  # it depends on student.loss
 
 
 class SadeParams(Section):
@@ -34,6 +40,7 @@ class SadeParams(Section):
     strength: NonNegative = 2.0
     count: ClassVar[int] = 3
     shared: ClassVar[Literal["early"]] = "early"
+    balanced: ClassVar[bool] = True
 
 
 class NclParams(Section):
@@ -48,6 +55,7 @@ class NclParams(Section):
     divergence: NonNegative = 0.6
     narrow: ClassVar[bool] = False
     shared: ClassVar[Literal["nothing"]] = "nothing"
+    balanced: ClassVar[bool] = False  # it adjusts the logits as L_cls does
 
 
 class ResltParams(Section):
@@ -63,6 +71,7 @@ class ResltParams(Section):
     count: ClassVar[int] = 3
     narrow: ClassVar[bool] = False
     shared: ClassVar[Literal["map"]] = "map"
+    balanced: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _shares_rise(self) -> ResltParams:
@@ -73,3 +82,34 @@ class ResltParams(Section):
 
 
 ExpertsParams = Annotated[RideParams | SadeParams | NclParams | ResltParams, Field(discriminator="kind")]
+
+
+def check_experts(experts: ExpertsParams, student: Any) -> None:
+    """Raise ValueError for keys of section student that do not fit its experts."""
+    kind, name = experts.kind, f"experts.kind is {experts.kind}"
+    head = "linear" if kind == "reslt" else "cosine"
+    if student.classifier.kind != head:
+        raise ValueError(f"classifier.kind is {student.classifier.kind}, but {name}; set classifier: {{kind: {head}}}")
+    if kind != "ride" and (student.loss != CrossEntropyLoss() or student.adjustment != 1):
+        raise ValueError(
+            f"loss.kind is {student.loss.kind} and adjustment {student.adjustment:g}, but {name}, which has its own loss; set "
+            "loss: {kind: cross_entropy} and adjustment: 1.0"
+        )
+    if kind == "reslt" and student.accumulate > 1:
+        raise ValueError(
+            f"accumulate is {student.accumulate}, but {name}, whose loss divides by a sum over the whole batch; set "
+            "accumulate: 1 and lower batch_size if the batch does not fit"
+        )
+    unused = {"alpha": 0, "beta": 0, "memory": None, "pretrained": None, "tune": "none"}
+    for key, expected in unused.items():
+        if getattr(student, key) != expected:
+            allowed = "null" if expected is None else expected
+            raise ValueError(f"{key} is {getattr(student, key)!r}, but experts are set; set {key}: {allowed}")
+    if student.augment.mix != "none":
+        raise ValueError(
+            f"augment.mix is {student.augment.mix}, but experts need one label per image; set augment.mix: none"
+        )
+    if student.backbone == "encoder":
+        raise ValueError(
+            "backbone is encoder, whose features are stored, but experts are branches of a trained network; set experts: null"
+        )

@@ -144,7 +144,7 @@ def _declare_state(live: LiveMemory, step: Step) -> None:
 def _label_saved_tensors(live: LiveMemory, objective: Objective) -> Iterator[None]:
     """Context manager that labels tensors saved for the backward pass by the running module or by their shape."""
     running: list[str] = []
-    modules = {"network": objective.model.backbone}
+    modules = {"network": objective.model.backbone.network}
     if getattr(objective, "query_head", None) is not None:
         modules |= {"query head": objective.query_head, "key head": objective.key_head}
     hooks = []

@@ -1,4 +1,4 @@
-"""Construction of the objective of a student with several experts, and checks of its params before any training."""
+"""Construction of the loss of a student with several experts, and checks of its params before any training."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ import torch
 
 from models.experts.backbone import SplitError, expert_backbone
 from models.losses.class_loss import ClassLoss
-from models.networks.cosine_classifier import ImageClassifier
-from models.objectives.experts import ExpertsLoss, ExpertsObjective, Ncl, Reslt, Ride, Sade
+from models.objectives.experts import ExpertsLoss, Ncl, Reslt, Ride, Sade
 from pipeline.data.class_prior import Prior
 from pipeline.params import StudentParams
 from pipeline.params.experts import ExpertsParams, NclParams, ResltParams, RideParams
 from pipeline.shared.errors import ParamsError
 
 
-def experts_objective(
-    section: ExpertsParams, prior: Prior, model: ImageClassifier, loss: ClassLoss
-) -> ExpertsObjective:
-    """The objective of student.experts for a network with an ExpertBackbone. loss: student.loss, used by RIDE."""
-    return ExpertsObjective(model, _experts_loss(section, prior, loss))
-
-
-def _experts_loss(section: ExpertsParams, prior: Prior, loss: ClassLoss) -> ExpertsLoss:
+def experts_loss(section: ExpertsParams, prior: Prior, loss: ClassLoss) -> ExpertsLoss:
+    """The loss of student.experts. loss: student.loss, used by RIDE."""
     log_prior = torch.tensor(prior.in_losses)
     if isinstance(section, RideParams):
         return Ride(loss, section.reweight, section.diversity)

@@ -9,7 +9,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from models.experts.backbone import expert_backbone
+from models.losses.class_loss import LDAMLoss, Weighting
 from models.networks.cosine_classifier import ImageClassifier
+from models.objectives.experts import ExpertsObjective, Ride
+from models.objectives.objective import Objective
 from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
 from models.objectives.teacher import TeacherObjective
@@ -47,11 +51,18 @@ def training_params(**changes) -> TrainingParams:
     return TrainingParams(**{**values, **changes})
 
 
-def made_objective(stage: str, seed: int = 0) -> TeacherObjective | StudentObjective:
-    """Return the objective of a stage, initialised from a seed. `momentum`: a student with a momentum encoder."""
+def made_objective(stage: str, seed: int = 0) -> Objective:
+    """Return the objective of a stage, initialised from a seed.
+
+    `momentum`: a student with a momentum encoder. `experts`: a student of two experts, whose class weights start halfway.
+    """
     log_prior = torch.tensor([0.6, 0.3, 0.1]).log()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if stage == "experts":
+            model = ImageClassifier(expert_backbone("resnet20", 2, "early", narrow=True), 3, 1 / 30)
+            loss = LDAMLoss(log_prior, 0.0, (6, 3, 1), 30, weighting=Weighting((6, 3, 1), 0.9, 0.5))
+            return ExpertsObjective(model, Ride(loss, reweight=0.5, diversity=0.45))
         model = ImageClassifier("resnet20", 3, 1 / 30)
         if stage == "teacher":
             return TeacherObjective(model, log_prior)
@@ -105,7 +116,7 @@ def without_batch_norm(module: nn.Module) -> nn.Module:
 def double_step(stage: str, accumulate: int, augment: AugmentParams) -> Step:
     """Return a float64 step on a network with batch norm only in the key head, which always processes whole queues."""
     objective = made_objective(stage)
-    if stage != "teacher":
+    if stage in ("student", "momentum"):
         # All keys of class 2 are of one image: L_tau omits its queries, in every part of the batch.
         objective.queues.sample_ids[objective.queues.row_class == 2] = 5
     for module in objective.batch_modules():

@@ -19,7 +19,7 @@ def million_macs(network, size):
     """Count the multiplications of convolutions and linear layers for one image, in millions."""
     total = []
 
-    def count(layer, inputs, output):
+    def count(layer, _inputs, output):
         per_value = layer.weight[0].numel()
         total.append(per_value * output[0].numel())
 
@@ -27,7 +27,9 @@ def million_macs(network, size):
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(count)
     with torch.inference_mode():
-        network.train()(torch.zeros(1, 3, size, size))  # in eval mode on the CPU, convolutions are not called as modules
+        network.train()(
+            torch.zeros(1, 3, size, size)
+        )  # in eval mode on the CPU, convolutions are not called as modules
     classifier = network.classifier.weight.numel() if isinstance(network, ImageClassifier) else 0
     return (sum(total) + classifier) / 1e6
 
@@ -66,7 +68,9 @@ def test_three_whole_networks_cost_three_times_as_much():
     assert len(backbone.network.branches) == 3
 
 
-@pytest.mark.parametrize(("name", "more"), [("resnet32", 3 * 2 * 64), ("torchvision/resnet18", 3 * (512 * 512 + 2 * 512))])
+@pytest.mark.parametrize(
+    ("name", "more"), [("resnet32", 3 * 2 * 64), ("torchvision/resnet18", 3 * (512 * 512 + 2 * 512))]
+)
 def test_branches_on_the_feature_map_add_a_batch_norm_or_a_convolution(name, more):
     backbone = expert_backbone(name, 3, "map")
     assert parameters(backbone) == parameters(classifier(name).backbone) + more

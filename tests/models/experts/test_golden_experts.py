@@ -10,12 +10,9 @@ import pytest
 import torch
 
 from models.experts.losses import (
-    diversity_temperatures,
     ncl_loss,
     reslt_groups,
     reslt_loss,
-    reversed_log_prior,
-    ride_diversity,
     sade_loss,
 )
 from models.losses.class_loss import LDAMLoss, Weighting

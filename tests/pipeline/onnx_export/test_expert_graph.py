@@ -46,7 +46,7 @@ def network(model):
     return TrainedNetwork(model, RECIPE.image, LOG_PRIOR, [0.0] * CLASSES)
 
 
-def test_experts_are_one_graph_with_one_trunk_and_the_outputs_of_pytorch(student, tmp_path):
+def test_experts_are_one_graph_with_one_trunk_and_the_outputs_of_pytorch(student):
     graph = to_onnx(served(student), SIZE, opset=20)
     nodes = collections.Counter(node.op_type for node in onnx.load_from_string(graph).graph.node)
     assert nodes["Conv"] == 1 + 6 + 3 * 12  # stem, first stage, and two stages for each expert
