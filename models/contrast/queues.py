@@ -69,23 +69,33 @@ class ClassQueues(nn.Module):
         self.register_buffer("lengths", lengths)
 
     @torch.no_grad()
-    def enqueue(self, features: Tensor, labels: Tensor, sample_ids: Tensor) -> None:
+    def enqueue(self, features: Tensor, labels: Tensor, sample_ids: Tensor, valid: Tensor | None = None) -> None:
         """Store a batch: the k-th sample of a class goes to slot (pointer + k) mod length; k >= length is dropped.
 
-        features: [B,D]; labels: [B] int64; sample_ids: [B] int64. Shapes are static and nothing is copied to the host:
+        features: [B,D]; labels: [B] int64; sample_ids: [B] int64; valid: [B] bool, False for rows that are not stored
+        (their labels must be classes); None: all rows are stored. Shapes are static and nothing is copied to the host:
         a dropped sample is written too, but with the content of the stored sample of the same slot.
         """
         same = labels[:, None] == labels[None, :]
+        if valid is not None:
+            same = same & valid
         rank = torch.tril(same, diagonal=-1).sum(1)
         length = self.lengths[labels]
         # An indexed write has no defined order for equal slots, so all samples of a slot write the same row.
         owner_rank = rank % length
         owner = (same & (rank[None, :] == owner_rank[:, None])).to(torch.int8).argmax(1)
         slots = self.starts[labels] + (self.pointers[labels] + owner_rank) % length
-        self.features[slots] = features[owner].to(self.features.dtype)
-        self.sample_ids[slots] = sample_ids[owner]
-        stored = (rank < length).to(self.pointers.dtype)
-        self.pointers.copy_(self.pointers.index_add(0, labels, stored) % self.lengths)
+        stored = rank < length
+        rows, ids = features[owner].to(self.features.dtype), sample_ids[owner]
+        if valid is not None:
+            # A row that is not valid writes what the first valid row writes; without any, every row keeps its slot.
+            writer = torch.where(valid, torch.arange(len(labels), device=labels.device), valid.to(torch.int8).argmax())
+            slots, any_valid, stored = slots[writer], valid.any(), stored & valid
+            rows = torch.where(any_valid, rows[writer], self.features[slots])
+            ids = torch.where(any_valid, ids[writer], self.sample_ids[slots])
+        self.features[slots] = rows
+        self.sample_ids[slots] = ids
+        self.pointers.copy_(self.pointers.index_add(0, labels, stored.to(self.pointers.dtype)) % self.lengths)
 
     def fill(self) -> Tensor:
         """Share of the rows that hold the feature of a real sample: a scalar tensor in [0, 1]."""

@@ -6,6 +6,7 @@ from pipeline.params.file import PARAMS_FILE, Params, load_params, parse_params,
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, GateRule, ServingParams
 from pipeline.params.second_stage import ClassifierParams
+from pipeline.params.segmentation import SegmentationAugmentParams
 from pipeline.params.training import (
     AugmentParams,
     EngineParams,
@@ -19,6 +20,7 @@ from pipeline.params.training import (
 __all__ = [
     "PARAMS_FILE", "AugmentParams", "ClassifierParams", "DataParams", "EncoderParams", "EngineParams", "EvaluateParams",
     "ExportParams", "GateParams", "GateRule", "ImageParams", "IngestParams", "LearningRateParams", "ListParams",
-    "MemoryParams", "Params", "PretrainedParams", "PriorParams", "RetrainParams", "ServingParams", "StreamParams",
-    "StudentParams", "TableParams", "TrackingParams", "TrainingParams", "load_params", "parse_params", "read_yaml",
+    "MemoryParams", "Params", "PretrainedParams", "PriorParams", "RetrainParams", "SegmentationAugmentParams",
+    "ServingParams", "StreamParams", "StudentParams", "TableParams", "TrackingParams", "TrainingParams", "load_params",
+    "parse_params", "read_yaml",
 ]  # fmt: skip

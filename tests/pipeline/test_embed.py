@@ -126,7 +126,8 @@ def test_a_process_that_is_killed_at_any_moment_resumes_to_the_same_bytes(weight
     started = time.monotonic()
     pipeline.embed.run(params)
     seconds, expected = time.monotonic() - started, stored_files()
-    draw = random.Random(17)
+    draw, unfinished = random.Random(17), EMBEDDINGS.with_name(".embeddings.unfinished")
+    shards_at_kill = []
     for _ in range(20):
         shutil.rmtree(EMBEDDINGS, ignore_errors=True)
         child = os.fork()
@@ -136,8 +137,13 @@ def test_a_process_that_is_killed_at_any_moment_resumes_to_the_same_bytes(weight
         time.sleep(draw.uniform(0, 1.2 * seconds))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        shards_at_kill.append(len(list(unfinished.glob("*.safetensors"))))
         pipeline.embed.run(params)
         assert stored_files() == expected
+    whole = len([name for name in expected if str(name).endswith(".safetensors")])
+    assert any(0 < count < whole for count in shards_at_kill), (
+        f"no kill between two shards: {shards_at_kill} of {whole}"
+    )
 
 
 def test_a_full_disk_leaves_the_old_features_and_no_half_written_file(weights, monkeypatch):

@@ -10,8 +10,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from models.experts.backbone import expert_backbone
-from models.losses.class_loss import LDAMLoss, Weighting
-from models.networks.cosine_classifier import ImageClassifier
+from models.losses.class_loss import FocalLoss, LDAMLoss, Weighting
+from models.networks.cosine_classifier import CausalClassifier, ImageClassifier
 from models.objectives.experts import ExpertsObjective, Ride
 from models.objectives.objective import Objective
 from models.objectives.student import StudentObjective
@@ -54,7 +54,8 @@ def training_params(**changes) -> TrainingParams:
 def made_objective(stage: str, seed: int = 0) -> Objective:
     """Return the objective of a stage, initialised from a seed.
 
-    `momentum`: a student with a momentum encoder. `experts`: a student of two experts, whose class weights start halfway.
+    `momentum`: a student with a momentum encoder. `deferred`: a teacher with class weights in the second half of the epochs
+    and a causal classifier. `experts`: a student of two experts, with class weights in the second half.
     """
     log_prior = torch.tensor([0.6, 0.3, 0.1]).log()
     with torch.random.fork_rng(devices=[]):
@@ -64,6 +65,9 @@ def made_objective(stage: str, seed: int = 0) -> Objective:
             loss = LDAMLoss(log_prior, 0.0, (6, 3, 1), 30, weighting=Weighting((6, 3, 1), 0.9, 0.5))
             return ExpertsObjective(model, Ride(loss, reweight=0.5, diversity=0.45))
         model = ImageClassifier("resnet20", 3, 1 / 30)
+        if stage == "deferred":
+            loss = FocalLoss(log_prior, 0.0, 1.0, Weighting((6, 3, 1), 0.9, 0.5))
+            return TeacherObjective(ImageClassifier("resnet20", 3, 1.0, head=CausalClassifier), log_prior, loss=loss)
         if stage == "teacher":
             return TeacherObjective(model, log_prior)
         teacher = ImageClassifier("resnet20", 3, 1 / 30)
