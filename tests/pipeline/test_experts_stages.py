@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+import pipeline.classifier
 import pipeline.evaluate
 import pipeline.export
 import pipeline.prior
@@ -15,7 +17,9 @@ import pipeline.split
 import pipeline.student
 import pipeline.teacher
 from models.objectives.experts import expert_logits
+from pipeline.data.class_prior import Prior
 from pipeline.model_io.checkpoint import load_model
+from pipeline.preparation.gpu_memory import estimate_memory
 from pipeline.shared.artifacts import EVALUATION, EXPORT, STUDENT, TEACHER
 from pipeline.shared.errors import ParamsError
 from tests.support.making import data_params, folder, params
@@ -65,14 +69,24 @@ def test_a_student_with_experts_is_trained_without_a_teacher_and_loaded(made, ki
 
 
 @pytest.mark.slow
-def test_evaluation_and_export_take_a_student_with_experts(made):
-    chosen = recipe(made, **KINDS["ride"])
-    for stage in (pipeline.teacher, pipeline.student, pipeline.evaluate, pipeline.export):
+@pytest.mark.parametrize(("kind", "second_stage"), [("ride", "none"), ("sade", "crt"), ("reslt", "none")])
+def test_second_stage_evaluation_and_export_take_a_student_with_experts(made, kind, second_stage):
+    chosen = recipe({**made, "classifier.kind": second_stage}, **KINDS[kind])
+    for stage in (pipeline.teacher, pipeline.student, pipeline.classifier, pipeline.evaluate, pipeline.export):
         stage.run(chosen)
     manifest = json.loads((EXPORT / "manifest.json").read_text())
-    assert manifest["feature_dim"] == 2 * 48
+    assert manifest["feature_dim"] == {"ride": 2 * 48, "sade": 3 * 48, "reslt": 64}[kind]
     card = (EVALUATION / "model_card.md").read_text()
-    assert "resnet20 with 2 experts on one trunk" in card and "RIDE" in card
+    assert re.search(r"resnet20 with [23] experts on one (trunk|feature map)", card)
+    assert {"ride": "RIDE", "sade": "SADE", "reslt": "ResLT"}[kind] in card
+
+
+def test_the_memory_estimate_counts_every_expert():
+    prior = Prior(["a", "b", "c"], [18, 12, 9], [0.5, 0.3, 0.2], [-0.7, -1.2, -1.6], ["few"] * 3)
+    one = estimate_memory(recipe(), "student", prior)
+    three = estimate_memory(recipe(experts={"kind": "ncl", "count": 3}), "student", prior)
+    assert 2.5 * one.largest["weights"] < three.largest["weights"] < 3.5 * one.largest["weights"]
+    assert three.peak > 2 * one.peak
 
 
 @pytest.mark.parametrize(
