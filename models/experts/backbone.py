@@ -17,7 +17,8 @@ from models.networks.autocast import full_precision
 from models.networks.backbones import Backbone, build_backbone
 from models.networks.resnet_cifar import BLOCKS_PER_STAGE, WIDTHS, CifarResNet
 
-Shared = Literal["nothing", "early", "map"]
+Shared = Literal["nothing", "early", "late", "map"]
+Join = Literal["unit", "mean", "plain"]
 NARROW_CIFAR = (16, 24, 48)  # channels of the stages of a narrowed branch, from the code of RIDE
 NARROW = (192, 384)  # planes of layer3 and layer4 of a narrowed branch, from the code of RIDE
 
@@ -51,22 +52,24 @@ class ExpertNetwork(nn.Module):
 class ExpertBackbone(Backbone):
     """Backbone with E experts: images [B,3,H,W] → feature.
 
-    The feature is that of the network whose logits are the mean over the experts. If each expert has its own cosine
-    classifier (`averaged` False), it is the features of the experts, each scaled to length 1, one after the other:
-    [B,E*D]. The mean of their cosines is then the cosine with one class matrix (CosineClassifier.matrix). If the experts
-    share one linear classifier (`averaged` True), it is the mean of their features, [B,D].
+    The feature is that of the network whose logits are the mean over the experts. join: `unit`, if each expert has its own
+    cosine classifier - the features of the experts, each scaled to length 1, one after the other, [B,E*D]. The mean of
+    their cosines is then the cosine with one class matrix (CosineClassifier.matrix). `mean`, if the experts share one linear
+    classifier - the mean of their features, [B,D]. `plain`, for one linear classifier on all features - [B,E*D].
     """
 
-    def __init__(self, network: ExpertNetwork, width: int, averaged: bool = False) -> None:
+    def __init__(self, network: ExpertNetwork, width: int, join: Join = "unit") -> None:
         experts = len(network.branches)
-        super().__init__(network, width if averaged else experts * width)
-        self.experts, self.averaged = experts, averaged
-        self.parts = 1 if averaged else experts
+        super().__init__(network, width if join == "mean" else experts * width)
+        self.experts, self.join = experts, join
+        self.parts = experts if join == "unit" else 1
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] → features [B,feature_dim]."""
         features = full_precision(self.network(images))
-        return features.mean(1) if self.averaged else F.normalize(features, dim=2).flatten(1)
+        if self.join == "mean":
+            return features.mean(1)
+        return (F.normalize(features, dim=2) if self.join == "unit" else features).flatten(1)
 
 
 def expert_backbone(
@@ -75,14 +78,16 @@ def expert_backbone(
     """Create a newly initialised backbone with `experts` experts from a backbone's name (see build_backbone).
 
     shared: `nothing` - the experts are whole networks. `early` - they share the stem and the first stage of a CIFAR
-    ResNet, or all up to layer2 of a torchvision ResNet (RIDE). `map` - they share all convolutions; a branch is a batch
+    ResNet, or all up to layer2 of a torchvision ResNet (RIDE). `late` - they share all but the last block, and one classifier
+    takes all features (BBN). `map` - they share all convolutions; a branch is a batch
     norm on the last feature map (CIFAR ResNet) or a 1x1 convolution, batch norm and ReLU (torchvision), and the feature
     is the mean over the branches (ResLT). narrow: with `early`, the branches have 3/4 of the channels. Raises SplitError
     for a backbone that cannot be split, and as `build_backbone` does.
     """
     made = [_split(name, shared, narrow, image_size) for _ in range(experts)]
     network = ExpertNetwork(made[0].trunk, [split.branch for split in made])
-    return ExpertBackbone(network, made[0].width, averaged=shared == "map")
+    joins: dict[Shared, Join] = {"map": "mean", "late": "plain"}
+    return ExpertBackbone(network, made[0].width, joins.get(shared, "unit"))
 
 
 def _split(name: str, shared: Shared, narrow: bool, image_size: int | None) -> Split:
@@ -104,7 +109,7 @@ def _split_cifar(network: CifarResNet, blocks: int, shared: Shared) -> Split:
     layers = [network.conv1, network.bn1, nn.ReLU(), *network.blocks]
     if shared == "map":
         return Split(nn.Sequential(*layers), nn.Sequential(nn.BatchNorm2d(width), *_pool()), width)
-    first = 3 + blocks
+    first = 3 + blocks if shared == "early" else -1
     return Split(nn.Sequential(*layers[:first]), nn.Sequential(*layers[first:], *_pool()), width)
 
 
@@ -123,6 +128,9 @@ def _split_torchvision(backbone: Backbone, name: str, shared: Shared, narrow: bo
         extra = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         _initialise(extra)
         return Split(nn.Sequential(*stem, network.layer3, network.layer4), nn.Sequential(extra, *_pool()), width)
+    if shared == "late":
+        *first, last = network.layer4
+        return Split(nn.Sequential(*stem, network.layer3, nn.Sequential(*first)), nn.Sequential(last, *_pool()), width)
     if narrow:
         width = _narrow(network)
     return Split(nn.Sequential(*stem), nn.Sequential(network.layer3, network.layer4, *_pool()), width)

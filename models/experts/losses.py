@@ -1,4 +1,4 @@
-"""Losses of several experts on their logits [B,E,C]: RIDE, SADE, NCL and ResLT, as pure functions.
+"""Losses of several experts on their logits [B,E,C]: RIDE, SADE, NCL and ResLT, as pure functions; and BBN's.
 
 Means are over this rank's share of the batch, so that their mean over the ranks is that of the whole batch.
 """
@@ -103,3 +103,16 @@ def reslt_loss(logits: Tensor, target: Tensor, groups: Tensor, beta: float) -> T
     learned = groups[:, target].T
     independent = (losses_of_experts(logits, target) * learned).mean() / mean_over_ranks(learned.mean())
     return beta * independent + (1 - beta) * F.cross_entropy(logits.sum(1), target)
+
+
+def bbn_features(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
+    """Feature of BBN in training: 2 * [share * first; (1 - share) * second], [B,2D]; of equal shares it is [first; second].
+
+    first, second: [B,D], of images of the two batches; share: scalar.
+    """
+    return 2 * torch.cat([share * first, (1 - share) * second], 1)
+
+
+def bbn_loss(logits: Tensor, target: Tensor, second_target: Tensor, share: Tensor) -> Tensor:
+    """Loss of BBN: share * CE(label of the first batch) + (1 - share) * CE(label of the second), a scalar. logits: [B,C]."""
+    return share * F.cross_entropy(logits, target) + (1 - share) * F.cross_entropy(logits, second_target)

@@ -1,12 +1,14 @@
-"""Objective of a network with several experts: RIDE, SADE, NCL or ResLT on one view, without a teacher."""
+"""Objectives of a network with several experts, on one view, without a teacher: RIDE, SADE, NCL, ResLT; BBN."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from models.experts.backbone import ExpertBackbone
+from models.experts.backbone import ExpertBackbone, ExpertNetwork
 from models.experts.losses import (
+    bbn_features,
+    bbn_loss,
     diversity_temperatures,
     ncl_loss,
     reslt_groups,
@@ -137,8 +139,50 @@ def expert_logits(model: ImageClassifier, images: Tensor) -> Tensor:
     backbone, classifier = model.backbone, model.classifier
     assert isinstance(backbone, ExpertBackbone)
     features = full_precision(backbone.network(images))
-    if not backbone.averaged:
+    if backbone.join == "unit":
         assert isinstance(classifier, CosineClassifier)
         return classifier.part_cosines(features) / model.tau_s
     logits: Tensor = classifier(features.flatten(0, 1)).unflatten(0, features.shape[:2])
     return logits / (model.tau_s * backbone.experts)
+
+
+class BbnObjective(Objective):
+    """BBN (Zhou et al., CVPR 2020): one branch for the batch and one for a second batch of reversed class shares.
+
+    The weight of the first branch falls from 1 to 0 during training, 1 - (epoch / epochs)². The network is used with equal
+    weights: W·[f_c; f_r] + b. power: of the sampling of the second batch; -1: the share of a class is as 1 / n_c.
+    """
+
+    first_share: Tensor
+
+    def __init__(self, model: ImageClassifier, power: float) -> None:
+        super().__init__()
+        self.model, self.companion = model, power
+        self.register_buffer("first_share", torch.ones(()))
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Set the weight of the first branch."""
+        self.first_share.fill_(1 - (epoch / epochs) ** 2)
+
+    def forward(
+        self,
+        views: Tensor,
+        target: Tensor,
+        sample_ids: Tensor,  # noqa: ARG002 - the interface of Objective
+        mixed: Mixed | None = None,
+        whole: None = None,  # noqa: ARG002 - the interface of Objective
+    ) -> dict[str, Tensor]:
+        """views [1,2B,3,H,W], target [2B], rows of both batches alternating → {loss, classification, first_share}.
+
+        Batch norm uses each batch on its own, as in the authors' code. Raises ValueError for mixed labels.
+        """
+        if mixed is not None:
+            raise ValueError("BBN mixes features and needs one label per image; the batch has mixed images")
+        network = self.model.backbone.network
+        assert isinstance(network, ExpertNetwork)
+        first, second = (
+            full_precision(branch(network.trunk(views[0, start::2]))) for start, branch in enumerate(network.branches)
+        )
+        logits = self.model.classifier(bbn_features(first, second, self.first_share))
+        loss = bbn_loss(logits, target[::2], target[1::2], self.first_share)
+        return {"loss": loss, "classification": loss.detach(), "first_share": self.first_share.clone()}

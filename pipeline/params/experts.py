@@ -81,13 +81,24 @@ class ResltParams(Section):
         return self
 
 
-ExpertsParams = Annotated[RideParams | SadeParams | NclParams | ResltParams, Field(discriminator="kind")]
+class BbnParams(Section):
+    """BBN: two branches of the last block; the second learns a second batch, drawn with class shares as n ** power."""
+
+    kind: Literal["bbn"]
+    power: Annotated[Number, Field(ge=-2, le=1)] = -1.0
+    count: ClassVar[int] = 2
+    narrow: ClassVar[bool] = False
+    shared: ClassVar[Literal["late"]] = "late"
+    balanced: ClassVar[bool] = True
+
+
+ExpertsParams = Annotated[RideParams | SadeParams | NclParams | ResltParams | BbnParams, Field(discriminator="kind")]
 
 
 def check_experts(experts: ExpertsParams, student: Any) -> None:
     """Raise ValueError for keys of section student that do not fit its experts."""
     kind, name = experts.kind, f"experts.kind is {experts.kind}"
-    head = "linear" if kind == "reslt" else "cosine"
+    head = "linear" if kind in ("reslt", "bbn") else "cosine"
     if student.classifier.kind != head:
         raise ValueError(f"classifier.kind is {student.classifier.kind}, but {name}; set classifier: {{kind: {head}}}")
     if kind != "ride" and (student.loss != CrossEntropyLoss() or student.adjustment != 1):

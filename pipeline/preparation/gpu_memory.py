@@ -83,6 +83,7 @@ def estimate_memory(params: Params, stage: str, prior: Prior) -> MemoryEstimate:
         _declare_state(live, step)
         live.follow_gradients(objective.parameters())
         with live:
+            batch *= 1 if objective.companion is None else 2
             views = torch.zeros(objective.views, batch, 3, size, size, dtype=torch.uint8)
             target, chosen = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
             live.declare("views", [views])

@@ -139,14 +139,19 @@ def describe_experts(student: StudentParams) -> str:
     """Describe how many experts a student's network has and what they share, such as ` with 3 experts on one trunk`."""
     if student.experts is None:
         return ""
-    shared = {"early": " on one trunk", "map": " on one feature map", "nothing": ", each a whole network,"}
+    shared = {
+        "early": " on one trunk",
+        "late": " after one trunk",
+        "map": " on one feature map",
+        "nothing": ", each a whole network,",
+    }
     return f" with {student.experts.count} experts{shared[student.experts.shared]}"
 
 
 def describe_training(teacher: TrainingParams, student: StudentParams, encoder: dict[str, Any] | None) -> str:
     """Describe a student's epochs, its loss terms with a weight above 0, and the teacher if one of them needs it."""
     if student.experts:
-        names = {"ride": "RIDE", "sade": "SADE", "ncl": "NCL", "reslt": "ResLT"}
+        names = {"ride": "RIDE", "sade": "SADE", "ncl": "NCL", "reslt": "ResLT", "bbn": "BBN"}
         return f"{counted(student.epochs, 'epoch')} with the loss of {names[student.experts.kind]}"
     loss = LOSSES[student.loss.kind]
     adjusted = f"logit-adjusted {loss}" if student.adjustment else loss

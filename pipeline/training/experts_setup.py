@@ -1,4 +1,4 @@
-"""Construction of the loss of a student with several experts, and checks of its params before any training."""
+"""Construction of the objective of a student with several experts, and checks of its params before any training."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ import torch
 
 from models.experts.backbone import SplitError, expert_backbone
 from models.losses.class_loss import ClassLoss
-from models.objectives.experts import ExpertsLoss, Ncl, Reslt, Ride, Sade
+from models.networks.cosine_classifier import ImageClassifier
+from models.objectives.experts import BbnObjective, ExpertsObjective, Ncl, Reslt, Ride, Sade
 from pipeline.data.class_prior import Prior
 from pipeline.params import StudentParams
-from pipeline.params.experts import ExpertsParams, NclParams, ResltParams, RideParams
+from pipeline.params.experts import BbnParams, ExpertsParams, NclParams, ResltParams, RideParams
 from pipeline.shared.errors import ParamsError
 
 
-def experts_loss(section: ExpertsParams, prior: Prior, loss: ClassLoss) -> ExpertsLoss:
-    """The loss of student.experts. loss: student.loss, used by RIDE."""
+def experts_objective(
+    section: ExpertsParams, prior: Prior, model: ImageClassifier, loss: ClassLoss
+) -> ExpertsObjective | BbnObjective:
+    """The objective of student.experts for a network with an ExpertBackbone. loss: student.loss, used by RIDE."""
+    if isinstance(section, BbnParams):
+        return BbnObjective(model, section.power)
     log_prior = torch.tensor(prior.in_losses)
     if isinstance(section, RideParams):
-        return Ride(loss, section.reweight, section.diversity)
+        return ExpertsObjective(model, Ride(loss, section.reweight, section.diversity))
     if isinstance(section, NclParams):
         hard_classes = max(2, round(section.hard_share * len(prior.classes)))
-        return Ncl(log_prior + math.log(sum(prior.counts)), hard_classes, section.divergence)
+        log_counts = log_prior + math.log(sum(prior.counts))
+        return ExpertsObjective(model, Ncl(log_counts, hard_classes, section.divergence))
     if isinstance(section, ResltParams):
-        return Reslt(torch.tensor(prior.counts), section.leave_out, section.beta)
-    return Sade(log_prior, section.strength)
+        return ExpertsObjective(model, Reslt(torch.tensor(prior.counts), section.leave_out, section.beta))
+    return ExpertsObjective(model, Sade(log_prior, section.strength))
 
 
 def check_experts(student: StudentParams, prior: Prior) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.class_sampler import ClassSampler
 from models.distributed import average_gradients, gather_batch, rank, rank_count
 from models.losses.class_loss import Mixed
 from models.networks.activation_checkpointing import recompute_blocks
@@ -85,13 +86,17 @@ class Step:
         # Number of stored views of each image, for features. 0 for images: their views are drawn and cropped in this class.
         self._stored = train.images.shape[1] if isinstance(train, FeatureImages) else 0
         self.labels, self._size = train.labels.to(device), image.size
+        power = objective.companion
+        self._companion = None if power is None else ClassSampler(train.labels, objective.model.classes, power)
         self.normalise = Normalisation(image, device)
 
     def draw(self, chosen: Tensor, generator: torch.Generator) -> StepInputs:
-        """Draw the inputs of a step for the images `chosen` int64 [B], on the CPU.
+        """Draw the inputs of a step for the images `chosen` int64 [B], on the CPU; 2B images if the objective has a companion.
 
         Pixels of a stream are added by the caller.
         """
+        if self._companion:
+            chosen = torch.stack([chosen, self._companion.draw(len(chosen), generator)], 1).flatten()
         if self._stored:
             return StepInputs(chosen, draw_stored(len(chosen), self.objective.views, self._stored, generator), None)
         size = self._size

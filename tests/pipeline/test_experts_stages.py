@@ -30,6 +30,7 @@ KINDS = {
     "sade": {"experts": {"kind": "sade"}},
     "ncl": {"experts": {"kind": "ncl", "count": 2}},
     "reslt": {"experts": {"kind": "reslt"}, "classifier": {"kind": "linear"}},
+    "bbn": {"experts": {"kind": "bbn"}, "classifier": {"kind": "linear"}},
 }
 
 
@@ -59,26 +60,29 @@ def test_a_student_with_experts_is_trained_without_a_teacher_and_loaded(made, ki
     assert not TEACHER.exists()
     model, config = load_model(STUDENT, "student")
     images = torch.rand(2, 3, 16, 16)
-    experts = expert_logits(model, images)
-    assert experts.shape == (2, 2 if kind in ("ride", "ncl") else 3, 3)
-    together = experts.sum(1) if kind == "reslt" else experts.mean(1)
-    assert torch.allclose(model(images)[1], together, atol=1e-4)
+    if kind != "bbn":
+        experts = expert_logits(model, images)
+        assert experts.shape == (2, 2 if kind in ("ride", "ncl") else 3, 3)
+        together = experts.sum(1) if kind == "reslt" else experts.mean(1)
+        assert torch.allclose(model(images)[1], together, atol=1e-4)
     assert config.adjustment == (1.0 if kind == "ncl" else None)
     losses = [json.loads(line)["loss"] for line in (STUDENT / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "second_stage"), [("ride", "none"), ("sade", "crt"), ("reslt", "none")])
+@pytest.mark.parametrize(
+    ("kind", "second_stage"), [("ride", "none"), ("sade", "crt"), ("reslt", "none"), ("bbn", "lws")]
+)
 def test_second_stage_evaluation_and_export_take_a_student_with_experts(made, kind, second_stage):
     chosen = recipe({**made, "classifier.kind": second_stage}, **KINDS[kind])
     for stage in (pipeline.teacher, pipeline.student, pipeline.classifier, pipeline.evaluate, pipeline.export):
         stage.run(chosen)
     manifest = json.loads((EXPORT / "manifest.json").read_text())
-    assert manifest["feature_dim"] == {"ride": 2 * 48, "sade": 3 * 48, "reslt": 64}[kind]
+    assert manifest["feature_dim"] == {"ride": 2 * 48, "sade": 3 * 48, "reslt": 64, "bbn": 2 * 64}[kind]
     card = (EVALUATION / "model_card.md").read_text()
-    assert re.search(r"resnet20 with [23] experts on one (trunk|feature map)", card)
-    assert {"ride": "RIDE", "sade": "SADE", "reslt": "ResLT"}[kind] in card
+    assert re.search(r"resnet20 with [23] experts (on|after) one (trunk|feature map)", card)
+    assert {"ride": "RIDE", "sade": "SADE", "reslt": "ResLT", "bbn": "BBN"}[kind] in card
 
 
 def test_the_memory_estimate_counts_every_expert():
@@ -128,3 +132,10 @@ def test_a_branch_without_classes_is_refused(made):
     with pytest.raises(ParamsError, match="leaves no class of 3 to the third branch"):
         pipeline.student.run(chosen)
     assert not Path("artifacts/student").exists()
+
+
+@pytest.mark.slow
+def test_a_second_batch_is_refused_for_a_stream(made):
+    chosen = recipe({**made, "stream.mode": "on"}, **KINDS["bbn"])
+    with pytest.raises(ParamsError, match=r"student draws a second batch in each step; set stream\.mode: off"):
+        pipeline.student.run(chosen)

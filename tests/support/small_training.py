@@ -11,8 +11,8 @@ from torch import nn
 
 from models.experts.backbone import expert_backbone
 from models.losses.class_loss import FocalLoss, LDAMLoss, Weighting
-from models.networks.cosine_classifier import CausalClassifier, ImageClassifier
-from models.objectives.experts import ExpertsObjective, Ride
+from models.networks.cosine_classifier import CausalClassifier, ImageClassifier, LinearClassifier
+from models.objectives.experts import BbnObjective, ExpertsObjective, Ride
 from models.objectives.objective import Objective
 from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
@@ -56,6 +56,7 @@ def made_objective(stage: str, seed: int = 0) -> Objective:
 
     `momentum`: a student with a momentum encoder. `deferred`: a teacher with class weights in the second half of the epochs
     and a causal classifier. `experts`: a student of two experts, with class weights in the second half.
+    `bbn`: a student that draws a second batch.
     """
     log_prior = torch.tensor([0.6, 0.3, 0.1]).log()
     with torch.random.fork_rng(devices=[]):
@@ -64,6 +65,10 @@ def made_objective(stage: str, seed: int = 0) -> Objective:
             model = ImageClassifier(expert_backbone("resnet20", 2, "early", narrow=True), 3, 1 / 30)
             loss = LDAMLoss(log_prior, 0.0, (6, 3, 1), 30, weighting=Weighting((6, 3, 1), 0.9, 0.5))
             return ExpertsObjective(model, Ride(loss, reweight=0.5, diversity=0.45))
+        if stage == "bbn":
+            return BbnObjective(
+                ImageClassifier(expert_backbone("resnet20", 2, "late"), 3, 1.0, head=LinearClassifier), -1.0
+            )
         model = ImageClassifier("resnet20", 3, 1 / 30)
         if stage == "deferred":
             loss = FocalLoss(log_prior, 0.0, 1.0, Weighting((6, 3, 1), 0.9, 0.5))

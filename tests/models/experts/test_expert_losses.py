@@ -14,8 +14,9 @@ from models.experts.losses import (
     ride_diversity,
 )
 from models.losses.class_loss import Mixed
+from models.networks.backbones import build_backbone
 from models.networks.cosine_classifier import ImageClassifier, LinearClassifier
-from models.objectives.experts import ExpertsObjective, Ncl, Reslt, expert_logits
+from models.objectives.experts import BbnObjective, ExpertsObjective, Ncl, Reslt, expert_logits
 
 COUNTS = torch.tensor([2, 50, 7, 50])
 
@@ -102,3 +103,30 @@ def test_mixed_images_are_refused():
     objective = ExpertsObjective(ImageClassifier("resnet20", 4, 0.1), Ncl(COUNTS.log(), 2, 0.6))
     with pytest.raises(ValueError, match="one label per image"):
         objective(torch.rand(1, 2, 3, 8, 8), torch.arange(2), torch.arange(2), Mixed(torch.arange(2), torch.ones(2)))
+
+
+def test_bbn_learns_from_each_batch_with_its_branch_and_is_used_with_equal_weights():
+    torch.manual_seed(0)
+    model = ImageClassifier(expert_backbone("resnet20", 2, "late"), 4, 1.0, head=LinearClassifier)
+    objective, images = BbnObjective(model, -1.0), torch.rand(1, 8, 3, 8, 8)
+
+    def gradients(epoch):
+        objective.zero_grad()
+        objective.begin_epoch(epoch, 4)
+        objective(images, torch.arange(8) % 4, torch.arange(8))["loss"].backward()
+        return [
+            sum(p.grad.abs().sum() for p in branch.parameters()).item() for branch in model.backbone.network.branches
+        ]
+
+    first, second = gradients(0)
+    assert first > 0 and second == 0
+    assert all(gradients(2))
+    model.eval()
+    features = model.backbone.network(images[0]).flatten(1)
+    assert torch.allclose(model(images[0])[1], model.classifier(features), atol=1e-6)
+
+
+def test_the_branches_of_bbn_are_the_last_block():
+    plain, bbn = build_backbone("resnet32"), expert_backbone("resnet32", 2, "late")
+    assert sum(p.numel() for p in bbn.parameters()) - sum(p.numel() for p in plain.parameters()) == 73_984
+    assert expert_backbone("torchvision/resnet18", 2, "late").feature_dim == 2 * 512

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from models.class_sampler import ClassSampler
 from models.experts.losses import (
+    bbn_features,
+    bbn_loss,
     ncl_loss,
     reslt_groups,
     reslt_loss,
@@ -65,3 +68,16 @@ def test_reslt_has_the_golden_values():
     assert groups.tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
     values = [reslt_loss(experts, TARGET, groups, beta).item() for beta in (1.0, 0.0, 0.995)]
     assert np.allclose(values, [0.699462796008, 0.259686452865, 0.697263914292], atol=1e-11, rtol=0)
+
+
+def test_bbn_has_the_golden_value_in_epoch_101_of_200():
+    first, second = torch.eye(2).double(), torch.tensor([[0, 1], [1, 1]]).double()
+    share = torch.tensor(1 - (100 / 200) ** 2, dtype=torch.float64)
+    weight = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [1, 1, 0, 0]]).double()
+    z = bbn_features(first, second, share) @ weight.T
+    assert bbn_loss(z, TARGET, torch.tensor([2, 1]), share).item() == pytest.approx(0.829543762489, abs=1e-11)
+
+
+def test_the_reversed_shares_of_the_classes_have_the_golden_values():
+    sampler = ClassSampler(torch.arange(3).repeat_interleave(COUNTS), 3, power=-1)
+    assert np.allclose(sampler.shares, [0.193548387097, 0.322580645161, 0.483870967742], atol=1e-11, rtol=0)
