@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -86,8 +87,6 @@ class Step:
         # Number of stored views of each image, for features. 0 for images: their views are drawn and cropped in this class.
         self._stored = train.images.shape[1] if isinstance(train, FeatureImages) else 0
         self.labels, self._size = train.labels.to(device), image.size
-        power = objective.companion
-        self._companion = None if power is None else ClassSampler(train.labels, objective.model.classes, power)
         self.normalise = Normalisation(image, device)
 
     def draw(self, chosen: Tensor, generator: torch.Generator) -> StepInputs:
@@ -95,13 +94,19 @@ class Step:
 
         Pixels of a stream are added by the caller.
         """
-        if self._companion:
-            chosen = torch.stack([chosen, self._companion.draw(len(chosen), generator)], 1).flatten()
+        if self.objective.companion is not None:
+            chosen = torch.stack([chosen, self._companions.draw(len(chosen), generator)], 1).flatten()
         if self._stored:
             return StepInputs(chosen, draw_stored(len(chosen), self.objective.views, self._stored, generator), None)
         size = self._size
         draws = draw_views(len(chosen), size, size, self.objective.views, self._augment, generator)
         return StepInputs(chosen, draws, draw_mix(len(chosen), size, size, self._augment, generator))
+
+    @functools.cached_property
+    def _companions(self) -> ClassSampler:
+        power = self.objective.companion
+        assert power is not None
+        return ClassSampler(self.labels.cpu(), self.objective.model.classes, power)
 
     def views(self, inputs: StepInputs) -> tuple[Tensor, Mixed | None]:
         """This rank's views uint8 [views,b,3,H,W], or features [views,b,D], and mixed labels of the classifier view or None."""

@@ -91,6 +91,8 @@ def test_the_memory_estimate_counts_every_expert():
     three = estimate_memory(recipe(experts={"kind": "ncl", "count": 3}), "student", prior)
     assert 2.5 * one.largest["weights"] < three.largest["weights"] < 3.5 * one.largest["weights"]
     assert three.peak > 2 * one.peak
+    for kind in ("ride", "sade", "reslt", "bbn"):
+        assert estimate_memory(recipe(**KINDS[kind]), "student", prior).peak > one.peak
 
 
 @pytest.mark.parametrize(
