@@ -46,9 +46,8 @@ from pipeline.shared.artifacts import (
 )
 from pipeline.shared.errors import ParamsError
 from pipeline.training.engine import Training
-from pipeline.training.experts_setup import check_experts
 from pipeline.training.history import History, as_jsonl, write_scalars
-from pipeline.training.method_setup import class_loss
+from pipeline.training.method_setup import check_experts, class_loss
 from pipeline.training.resume import RunFolder
 from pipeline.training.student_memory import StudentMemory
 from serving.shared.terminal import counted, print

@@ -21,8 +21,7 @@ from pipeline.model_io.encoder import build_on_meta, describe, load_encoder
 from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import EncoderParams, ImageParams, StudentParams
 from pipeline.shared.errors import ParamsError
-from pipeline.training.experts_setup import experts_objective
-from pipeline.training.method_setup import class_loss
+from pipeline.training.method_setup import class_loss, experts_objective
 
 
 def build_objective(
