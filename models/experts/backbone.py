@@ -6,7 +6,8 @@ evaluation, export and serving treat the network as any other: see ExpertBackbon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,17 +37,25 @@ class Split(NamedTuple):
 
 
 class ExpertNetwork(nn.Module):
-    """The trunk and the branches: images [B,3,H,W] → features of each expert [B,E,D]. The trunk runs once."""
+    """The trunk and the branches: images [B,3,H,W] → features of each expert [B,E,D]. The trunk runs once for an image."""
 
     def __init__(self, trunk: nn.Module, branches: Sequence[nn.Module]) -> None:
         super().__init__()
         self.trunk = trunk
         self.branches = nn.ModuleList(branches)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B,3,H,W] → features [B,E,D]."""
-        shared = self.trunk(images)
-        return torch.stack([branch(shared) for branch in self.branches], 1)
+    def forward(self, images: Tensor, separate: bool = False) -> Tensor:
+        """images [B,3,H,W] → features [B,E,D].
+
+        separate: expert e takes the images e, e + E, e + 2E, ... only, and they pass the trunk as a batch of their own, of
+        which batch norm uses the statistics; [B,3,H,W] → [B/E,E,D].
+        """
+        own: Iterable[Tensor]
+        if separate:
+            own = (self.trunk(images[first :: len(self.branches)]) for first in range(len(self.branches)))
+        else:
+            own = itertools.repeat(self.trunk(images))
+        return torch.stack([branch(maps) for branch, maps in zip(self.branches, own, strict=False)], 1)
 
 
 class ExpertBackbone(Backbone):
@@ -64,9 +73,11 @@ class ExpertBackbone(Backbone):
         self.experts, self.join = experts, join
         self.parts = experts if join == "unit" else 1
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B,3,H,W] → features [B,feature_dim]."""
-        features = full_precision(self.network(images))
+    def forward(self, images: Tensor, experts: Literal["joined", "each", "separate"] = "joined") -> Tensor:
+        """images [B,3,H,W] → features [B,feature_dim]; or, for training, the features of each expert, see ExpertNetwork."""
+        features = full_precision(self.network(images, experts == "separate"))
+        if experts != "joined":
+            return features
         if self.join == "mean":
             return features.mean(1)
         return (F.normalize(features, dim=2) if self.join == "unit" else features).flatten(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.experts.backbone import ExpertBackbone, ExpertNetwork
+from models.experts.backbone import ExpertBackbone
 from models.experts.losses import (
     bbn_features,
     bbn_loss,
@@ -17,7 +17,6 @@ from models.experts.losses import (
     sade_loss,
 )
 from models.losses.class_loss import ClassLoss, Mixed
-from models.networks.autocast import full_precision
 from models.networks.cosine_classifier import CosineClassifier, ImageClassifier
 from models.objectives.objective import Objective
 
@@ -138,7 +137,7 @@ def expert_logits(model: ImageClassifier, images: Tensor) -> Tensor:
     """
     backbone, classifier = model.backbone, model.classifier
     assert isinstance(backbone, ExpertBackbone)
-    features = full_precision(backbone.network(images))
+    features = backbone(images, "each")
     if backbone.join == "unit":
         assert isinstance(classifier, CosineClassifier)
         return classifier.part_cosines(features) / model.tau_s
@@ -178,11 +177,7 @@ class BbnObjective(Objective):
         """
         if mixed is not None:
             raise ValueError("BBN mixes features and needs one label per image; the batch has mixed images")
-        network = self.model.backbone.network
-        assert isinstance(network, ExpertNetwork)
-        first, second = (
-            full_precision(branch(network.trunk(views[0, start::2]))) for start, branch in enumerate(network.branches)
-        )
+        first, second = self.model.backbone(views[0], "separate").unbind(1)
         logits = self.model.classifier(bbn_features(first, second, self.first_share))
         loss = bbn_loss(logits, target[::2], target[1::2], self.first_share)
         return {"loss": loss, "classification": loss.detach(), "first_share": self.first_share.clone()}
