@@ -88,12 +88,12 @@ def expert_backbone(
 ) -> ExpertBackbone:
     """Create a newly initialised backbone with `experts` experts from a backbone's name (see build_backbone).
 
-    shared: `nothing` - the experts are whole networks. `early` - they share the stem and the first stage of a CIFAR
-    ResNet, or all up to layer2 of a torchvision ResNet (RIDE). `late` - they share all but the last block, and one classifier
-    takes all features (BBN). `map` - they share all convolutions; a branch is a batch
-    norm on the last feature map (CIFAR ResNet) or a 1x1 convolution, batch norm and ReLU (torchvision), and the feature
-    is the mean over the branches (ResLT). narrow: with `early`, the branches have 3/4 of the channels. Raises SplitError
-    for a backbone that cannot be split, and as `build_backbone` does.
+    shared: `nothing` - the experts are whole networks (NCL). `early` - they share the stem and the first stage of a CIFAR
+    ResNet, or all up to layer2 of a torchvision ResNet (RIDE). `late` - they share all but the last block, and one
+    classifier takes all features (BBN). `map` - they share all convolutions; a branch is a batch norm on the last feature
+    map (CIFAR ResNet) or a 1x1 convolution, batch norm and ReLU (torchvision), and the feature is the mean over the branches
+    (ResLT). narrow: with `early`, the branches have 3/4 of the channels. Raises SplitError for a backbone that cannot be
+    split, and as `build_backbone` does.
     """
     made = [_split(name, shared, narrow, image_size) for _ in range(experts)]
     network = ExpertNetwork(made[0].trunk, [split.branch for split in made])
