@@ -17,6 +17,7 @@ from models.sample_size import from_json, warnings_of
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
+from pipeline.data.split_tables import read_groups
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import (
     network_logits,
@@ -85,9 +86,11 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     validation, held_out = None, evaluation_inputs(params, "validation")["student"]
     if len(held_out):  # the temperature is fitted on validation images
         validation = network_logits(student, stage, held_out, image, prior, device), held_out.labels.numpy()
+    groups = read_groups("test")
     figures = analyse_predictions(
-        logits, labels, prior, settings.ece_bins, data.seed, validation=validation, champion=champion
-    )
+        logits, labels, prior, settings.ece_bins, data.seed, validation=validation, champion=champion,
+        groups=groups and (groups, set(read_groups("train") or [])),
+    )  # fmt: skip
     chosen = choose_samples(probabilities["student"], settings.samples, data.seed)
     sizes = SplitSizes(sum(prior.counts), len(held_out), len(test))
     for line in warnings_of(from_json(metrics["student"]["balanced"]["test_images"])):

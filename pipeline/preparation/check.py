@@ -13,6 +13,7 @@ from models.prior import GROUPS, class_names_problem, shot_group
 from models.sample_size import SampleSize, sample_sizes
 from pipeline.data.assignment import SPLITS, assign, without
 from pipeline.data.duplicates import conflicting_labels, group_duplicates, group_near_duplicates, perceptual_hash
+from pipeline.data.groups import MIN_HASHED_SIDE, NEAR, group_remarks, image_groups
 from pipeline.data.inspection import InspectionResult, Journal, inspect_images
 from pipeline.data.profiles import choose_images, class_sizes
 from pipeline.data.published import PUBLISHED, hash_of_ranks, published_choice
@@ -22,7 +23,6 @@ from pipeline.shared.errors import StageError
 from pipeline.sources import FolderSource, Row, Source, open_base_source
 from serving.shared.terminal import counted
 
-MIN_HASHED_SIDE = 32
 Assigned = dict[str, list[Row]]
 
 
@@ -46,7 +46,7 @@ class DataReport:
 
     verdict, problems, remarks: lines of text. verdict: errors with which `split` would fail. problems: errors that
     `split` accepts and that make metrics wrong (duplicates in two splits). remarks: how the source reads folders that a
-    user may not expect.
+    user may not expect, and what data.group could not do.
     """
 
     source: str
@@ -111,10 +111,9 @@ def check(
     source = open_base_source(data)
     if fresh:
         journal.unlink(missing_ok=True)
-    settings = sha256_of_json([data.source, data.location, data.table.model_dump(), near is not None])
-    inspected = inspect_images(
-        source, "check", perceptual_hash if near is not None else None, Journal(journal, settings), jobs
-    )
+    hashed = near is not None or data.group == NEAR
+    settings = sha256_of_json([data.source, data.location, data.table.model_dump(), hashed])
+    inspected = inspect_images(source, "check", perceptual_hash if hashed else None, Journal(journal, settings), jobs)
     bad = [row for row in source.rows if inspected[row.reference].problem]
     names = class_names_problem(source.classes)
     verdict = [names] if names else []
@@ -125,9 +124,12 @@ def check(
         missing = [row for row in bad if inspected[row.reference].missing]
         if missing and (cause := source.why_missing(missing)):
             verdict.append(cause)
+    remarks = [*source.remarks] if isinstance(source, FolderSource) else []
     try:
         rows = without(source, bad) if data.on_bad_image == "skip" else source.rows
-        assigned = assign(rows, source.classes, data, source.origin)
+        groups, alone = image_groups(source, rows, data, inspected)
+        assigned = assign(rows, source.classes, data, source.origin, groups)
+        remarks += group_remarks(assigned, groups, source.classes, alone)
     except StageError as error:
         verdict.append(str(error))
         assigned = {split: [row for row in source.rows if row.split == split] for split in SPLITS}
@@ -152,8 +154,7 @@ def check(
         source.origin, data.location, source.classes, assigned, inspected,
         {split: count_classes(rows, len(source.classes)) for split, rows in assigned.items()},
         bad, conflicts, duplicates, near_duplicates,
-        hash_split(assigned), hash_split(assigned, hashes), published, verdict, problems,
-        source.remarks if isinstance(source, FolderSource) else [],
+        hash_split(assigned), hash_split(assigned, hashes), published, verdict, problems, remarks,
     )  # fmt: skip
 
 

@@ -320,3 +320,17 @@ def test_hugging_face_reads_the_data_card(images, bracket):
     assert read.data.size_categories == [bracket] and read.data.task_categories == ["image-classification"]
     assert cells_of(card, "| class | training images | group |") == ROWS
     assert "folder at x: [y --- - evil" in read.text
+
+
+def test_accuracy_is_split_by_groups_that_training_has_seen(made):
+    labels, prior, logits = made
+    names = [f"place {index % 5}" for index in range(len(labels))]
+    analysis = analyse_predictions(
+        {"teacher": logits, "student": logits}, labels, prior, 15, 0, draws=1, groups=(names, {"place 0", "place 3"})
+    )
+    for row, places in zip(analysis.seen, ({0, 3}, {1, 2, 4}), strict=True):
+        chosen = np.array([index % 5 in places for index in range(len(labels))])
+        hits = (logits.argmax(1) == labels)[chosen]
+        by_class = [hits[labels[chosen] == label].mean() for label in np.unique(labels[chosen])]
+        assert row.accuracy.value == pytest.approx(np.mean(by_class))
+        assert (row.groups, row.images, row.classes) == (len(places), chosen.sum(), len(by_class))
