@@ -64,7 +64,9 @@ def run(params: Params, output: Path = SPLIT) -> Result:
         raise DataError(f"{params.data.location}: {problem}")
     source = everything.base
     if params.data.label_map and shards:
-        raise DataError(f"{INGESTED}: holds ingested images, which have no label maps; move them away for task segmentation")
+        raise DataError(
+            f"{INGESTED}: holds ingested images, which have no label maps; move them away for task segmentation"
+        )
     image_classes = ["images"] if params.data.label_map else everything.classes
     skip = params.data.on_bad_image == "skip"
     if not skip:

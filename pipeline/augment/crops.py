@@ -50,29 +50,39 @@ def resize_all_at_once(images: Tensor, box: Tensor, flipped: Tensor) -> Tensor:
     views = box.shape[0]
     top, left, tall, wide = box.unbind(-1)
     image = images.expand(views, -1, -1, -1, -1)
-    image = _enlarged(image, 4, left, wide, _columns(width, flipped))
+    image = resize_axis(image, 4, left, wide, _columns(width, flipped))
     rows = torch.arange(height, device=images.device).expand(*box.shape[:2], -1)
-    return _enlarged(image, 3, top, tall, rows)
+    return resize_axis(image, 3, top, tall, rows)
 
 
-def _enlarged(image: Tensor, axis: int, start: Tensor, length: Tensor, position: Tensor) -> Tensor:
-    # Enlarge image [V,B,3,H,W] along one axis: output positions [V,B,S] span start .. start + length, both [V,B].
-    size = position.shape[-1]
-    first, second, share = _neighbours(start, length, position)
-    shape = (*position.shape[:2], 1, 1, size) if axis == 4 else (*position.shape[:2], 1, size, 1)
+def resize_axis(
+    image: Tensor, axis: int, start: Tensor, length: Tensor, position: Tensor, size: Tensor | None = None
+) -> Tensor:
+    """Resize one axis (3 or 4) of uint8 [V,B,3,H,W] bilinearly, without smoothing, at the positions int64 [V,B,S].
+
+    Positions 0 .. size span the pixels start .. start + length; all three int64 [V,B]. size None: S. Result: uint8, S
+    pixels along the axis, rounded in Pillow's fixed point.
+    """
+    count = position.shape[-1]
+    first, second, share = _neighbours(start, length, position, size)
+    shape = (*position.shape[:2], 1, 1, count) if axis == 4 else (*position.shape[:2], 1, count, 1)
 
     def pixels(index: Tensor) -> Tensor:
-        return image.gather(axis, index.view(shape).expand(image.shape)).to(torch.int32)
+        sides = (image.shape[3], count) if axis == 4 else (count, image.shape[4])
+        return image.gather(axis, index.view(shape).expand(*image.shape[:3], *sides)).to(torch.int32)
 
     share = share.view(shape)
     total = pixels(first) * ((1 << WEIGHT_BITS) - share) + pixels(second) * share
     return ((total + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS).to(torch.uint8)
 
 
-def _neighbours(start: Tensor, length: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # For output positions [...,S] that span start .. start + length [...]: the two neighbouring pixels and the second's
-    # weight.
-    source = (position + 0.5).double() * (length.double() / position.shape[-1])[..., None] - 0.5
+def _neighbours(
+    start: Tensor, length: Tensor, position: Tensor, size: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    # For output positions [...,S] of 0 .. size (None: S) that span start .. start + length [...]: the two neighbouring
+    # pixels and the second's weight.
+    scale = length.double() / (position.shape[-1] if size is None else size)
+    source = (position + 0.5).double() * scale[..., None] - 0.5
     before = source.floor()
     share = ((source - before) * (1 << WEIGHT_BITS) + 0.5).to(torch.int32)
     before, last = before.long(), length[..., None] - 1

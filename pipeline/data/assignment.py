@@ -22,7 +22,9 @@ def without(source: Source, skipped: list[Row], classes: list[str] | None = None
     skipped_references = {row.reference for row in skipped}
     rows = [row for row in source.rows if row.reference not in skipped_references]
     train_labels = {row.label for row in rows if row.split == "train"}
-    empty = [name for label, name in enumerate(source.classes if classes is None else classes) if label not in train_labels]
+    empty = [
+        name for label, name in enumerate(source.classes if classes is None else classes) if label not in train_labels
+    ]
     if empty:
         raise DataError(
             f"class {empty[0]!r} has no usable training image (such classes: {len(empty)}; "

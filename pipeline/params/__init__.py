@@ -1,6 +1,14 @@
 """Typed and validated params.yaml, the recipe of a run; one module per group of sections."""
 
-from pipeline.params.data import DataParams, ImageParams, LabelMapParams, ListParams, PriorParams, StreamParams, TableParams
+from pipeline.params.data import (
+    DataParams,
+    ImageParams,
+    LabelMapParams,
+    ListParams,
+    PriorParams,
+    StreamParams,
+    TableParams,
+)
 from pipeline.params.encoder import EncoderParams
 from pipeline.params.file import PARAMS_FILE, Params, load_params, parse_params, read_yaml
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams

@@ -48,7 +48,9 @@ def check_task(params: Params) -> None:
             raise ValueError(f"{key} is for task segmentation, but task is classification")
         for name, section in (("teacher", params.teacher), ("student", params.student)):
             if section.schedule.kind == "poly":
-                raise ValueError(f"{name}.schedule.kind is poly, which is for task segmentation; expected cosine or steps")
+                raise ValueError(
+                    f"{name}.schedule.kind is poly, which is for task segmentation; expected cosine or steps"
+                )
         if params.student.contrast_encoder == "self":
             raise ValueError("student.contrast_encoder is self, which is for task segmentation")
         return

@@ -105,7 +105,10 @@ def write_report(report: DataReport, folder: Path) -> None:
             ]
             write_file(output / f"{name}.csv", as_csv(members, ["group", "split", "sample_id", "class"]))
         if not report.label_maps:
-            images, number = counted(sum(report.counts["train"]), "training image"), counted(len(report.classes), "class")
+            images, number = (
+                counted(sum(report.counts["train"]), "training image"),
+                counted(len(report.classes), "class"),
+            )
             draw_long_tail(report.counts["train"], f"{report.source}: {images}, {number}", output / "long_tail.svg")
 
 

@@ -62,7 +62,9 @@ class LabelMapFigures:
             "pixels": self.pixels,
             "images": self.images,
             "labelled": self.labelled,
-            "sizes": [{"width": width, "height": height, "images": n} for (width, height), n in sorted(self.sizes.items())],
+            "sizes": [
+                {"width": width, "height": height, "images": n} for (width, height), n in sorted(self.sizes.items())
+            ],
         }
 
 

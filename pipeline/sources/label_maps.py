@@ -61,7 +61,9 @@ class LabelMapTable(TableSource, LabelMapSource):
         name, _, index = reference.rpartition("#")
         value = image_bytes(self._maps.value(self._shards[name], int(index)))
         if value is None:
-            raise BadImageError(f"{self._shards[name].location}: row {index} has no label map; remove the row or give it one")
+            raise BadImageError(
+                f"{self._shards[name].location}: row {index} has no label map; remove the row or give it one"
+            )
         return value if isinstance(value, bytes) else self._storage.read(value)
 
     def _labelled_rows(self, split: str) -> Iterator[Row]:
@@ -119,7 +121,9 @@ class LabelMapFolder(FileSource, LabelMapSource):
             split = splits.get(path.parts[0]) if divided and len(path.parts) > 1 else None if divided else "train"
             if split is None:
                 allowed = ", ".join(splits)
-                problems.append((root / IMAGES / path, f"is in no folder of a split; expected a folder among {allowed}"))
+                problems.append(
+                    (root / IMAGES / path, f"is in no folder of a split; expected a folder among {allowed}")
+                )
             else:
                 self.rows.append(Row(f"{IMAGES}/{path.as_posix()}", 0, path.as_posix(), split))
         raise_problems(root, problems)
@@ -166,7 +170,8 @@ def decode_label_map(data: bytes, size: tuple[int, int], params: LabelMapParams)
     with opened(data) as image:
         if image.size != size:
             raise ImageError(
-                "shape", f"has {image.width}x{image.height} pixels, but its image has {size[0]}x{size[1]}; expected equal sizes"
+                "shape",
+                f"has {image.width}x{image.height} pixels, but its image has {size[0]}x{size[1]}; expected equal sizes",
             )
         labels = np.array(image, dtype=np.uint8)
     classes, first = len(params.class_names), int(params.reduce_zero_label)

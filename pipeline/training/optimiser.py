@@ -114,3 +114,11 @@ def learning_rate(schedule: LearningRateParams, base: float, epoch: int, epochs:
         first = warmup if official else 0
         return 0.5 * base * (1 + math.cos(math.pi * (epoch - first + 1) / (epochs - first + 1)))
     return base * schedule.factor ** sum(epoch >= milestone + late for milestone in schedule.milestones)
+
+
+def polynomial_rate(base: float, step: int, steps: int, minimum: float = 1e-4, power: float = 0.9) -> float:
+    """Learning rate of a 0-based step out of `steps`: (base - minimum) * (1 - step/steps)^power + minimum.
+
+    Defaults of mmsegmentation's schedules; falls from `base` towards `minimum`.
+    """
+    return (base - minimum) * (1 - step / steps) ** power + minimum

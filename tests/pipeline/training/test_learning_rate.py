@@ -5,7 +5,7 @@ import math
 import pytest
 
 from pipeline.params import LearningRateParams
-from pipeline.training.optimiser import learning_rate
+from pipeline.training.optimiser import learning_rate, polynomial_rate
 
 
 def rates(base, epochs, **schedule):
@@ -69,3 +69,10 @@ def test_the_official_cosine_is_counted_from_the_end_of_a_warm_up_that_does_not_
     assert max(actual) == pytest.approx(0.05, rel=1e-12) and actual[3:] == sorted(actual[3:], reverse=True)
     # The cosine after the warm-up covers the remaining 87 epochs.
     assert actual[3:] == pytest.approx(rates(0.05, 87, kind="cosine"), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"), [(0, 0.01), (1, 9.99994e-3), (40_000, 7.74171e-3), (80_000, 5.40528e-3), (120_000, 2.94303e-3)]
+)
+def test_the_polynomial_rate_of_a_step_is_that_of_mmsegmentation(step, rate):
+    assert polynomial_rate(0.01, step, 160_000) == pytest.approx(rate, rel=1e-6)
