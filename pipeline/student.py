@@ -12,6 +12,7 @@ from pipeline.model_io.checkpoint import WEIGHTS
 from pipeline.model_io.devices import joined_ranks
 from pipeline.params import Params
 from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, STUDENT, TEACHER
+from pipeline.training import segmentation_setup
 from pipeline.training.run import (
     Result,
     check_backbones,
@@ -34,6 +35,8 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
     Raises ParamsError when the queues cannot hold queue_minimum rows of every class.
     """
     prior, section, image = load_prior(), params.student, params.image
+    if params.segmentation:
+        return segmentation_setup.train_student(params, prior, output, teacher)
     check_recipe(params.teacher, section, prior)
     check_backbones(params.teacher.backbone, section.backbone, image.size, params.export.opset)
     check_tuned_export(params.encoder, section, image.size, params.export.opset)

@@ -11,6 +11,7 @@ from pipeline.features.stored import stored_encoder
 from pipeline.model_io.devices import joined_ranks
 from pipeline.params import Params
 from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, TEACHER
+from pipeline.training import segmentation_setup
 from pipeline.training.run import (
     Result,
     check_backbones,
@@ -26,6 +27,8 @@ from pipeline.training.student_setup import check_tuning
 def run(params: Params, output: Path = TEACHER) -> Result:
     """Train the teacher on one view with L_cls (Eq. 6); saves the last epoch. Resumes an interrupted run."""
     prior, section = load_prior(), params.teacher
+    if params.segmentation:
+        return segmentation_setup.train_teacher(params, prior, output)
     check_recipe(section, params.student, prior)
     check_backbones(section.backbone, params.student.backbone, params.image.size, params.export.opset)
     check_tuning(params.encoder, params.student)

@@ -32,6 +32,7 @@ from serving.repository.manifest import (
     ImageFormat,
     Limits,
     Manifest,
+    SegmentationFormat,
     sha256_of,
 )
 from serving.repository.writer import runtime_sha256
@@ -98,6 +99,7 @@ def build_manifest(
     metrics: dict[str, Any],
     half: Parity | None,
     config: ModelConfig,
+    segmentation: SegmentationFormat | None = None,
 ) -> Manifest:
     """Build the manifest of a release; files: sha256 of each file that is in the folder."""
     return Manifest(
@@ -124,4 +126,5 @@ def build_manifest(
         memory=config.memory,
         half=HalfPrecision(**asdict(half)) if half else None,
         limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),
+        segmentation=segmentation,
     )

@@ -76,7 +76,6 @@ def _check_segmentation(params: Params) -> None:
         "classifier.kind": (params.classifier.kind, ("none",)),
         "export.precision": (params.export.precision, ("float32",)),
         "engine.checkpoint_activations": (params.engine.checkpoint_activations, (False,)),
-        "seeds": (params.seeds, ([],)),
         "teacher.accumulate": (params.teacher.accumulate, (1,)),
         "student.accumulate": (student.accumulate, (1,)),
     }

@@ -125,8 +125,9 @@ class StudentParams(TrainingParams):
 
     A term of weight 0 is not computed. contrast_encoder: the encoder that fills the queues, the frozen `teacher` or a
     `momentum` copy of the student, updated with encoder_momentum in each step; with `momentum` and alpha 0 no teacher
-    is used. Task segmentation also has `self`, the student's own features of the step. projection_hidden: hidden units of the projection heads, which embed all queue_total rows in each step; null:
-    the feature width. memory: null for no memory.
+    is used. Task segmentation also has `self`, the student's own features of the step. projection_hidden: hidden units of
+    the projection heads, which embed all queue_total rows in each step; null: the feature width. memory: null for no
+    memory.
 
     tune: `none` trains on the stored features of section encoder. `last_blocks` trains the last tune_blocks blocks of
     the encoder, `lora` a low-rank update (rank tune_rank) of its linear layers and convolutions, `adaptformer` an
