@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ class InspectionResult:
     perceptual_hash: str = ""
     problem: str | None = None
     missing: bool = False
-    pixels: Sequence[int] = ()
+    pixels: list[int] = field(default_factory=list)
     label_map_sha256: str = ""
 
 

@@ -114,7 +114,7 @@ def build_manifest(
         top_k=top_k(params.serving, prior),
         max_batch_size=params.export.max_batch_size,
         files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
-        runtime=runtime_sha256(),
+        runtime=runtime_sha256(segmentation is not None),
         # Without the trusted keys: after a rotation the release is still the same.
         params_sha256=sha256_of_json(params.model_dump(mode="json", exclude={"serving": {"trusted_keys"}})),
         data_sha256=data_sha256(SPLIT),

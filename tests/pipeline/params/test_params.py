@@ -139,7 +139,7 @@ def test_a_number_that_is_not_finite_is_rejected(tmp_path, key, value):
         ("teacher.schedule", {"kind": "cosine", "warmup_epochs": 0, "rule": "code"},
          "teacher.schedule.rule is 'code'; input should be 'paper' or 'official'"),
         ("student.contrast_encoder", "student",
-         "student.contrast_encoder is 'student'; input should be 'teacher' or 'momentum'"),
+         "student.contrast_encoder is 'student'; input should be 'teacher', 'momentum' or 'self'"),
         ("student", {**content()["student"], "gamma": 0, "alpha": 0.0},
          "student: gamma and alpha are both 0, so no term trains the classifier"),
         ("teacher.schedule", {"kind": "steps", "warmup_epochs": 0, "milestones": [0]}, "teacher.schedule.milestones.0 is 0;"),

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline.evaluate
+import pipeline.export
 import pipeline.prior
 import pipeline.split
 import pipeline.student
@@ -21,12 +22,15 @@ from models.segmentation.network import SegmentationModel
 from pipeline.data.class_prior import load_prior
 from pipeline.model_io.checkpoint import load_model
 from pipeline.segmentation.dataset import LabelMapSplit, load_labelled_images
-from pipeline.segmentation.inference import areas_by_adjustment, image_logits
-from pipeline.shared.artifacts import EVALUATION, STUDENT, TEACHER
+from pipeline.segmentation.inference import areas_by_adjustment, cell_logits, class_maps, image_logits
+from pipeline.shared.artifacts import EVALUATION, REPOSITORY, STUDENT, TEACHER
 from pipeline.shared.errors import ParamsError
 from pipeline.training import engine, segmentation_setup
+from serving.golden.dry_run import run_golden
+from serving.repository.release import read_release
 from tests.support.label_maps import CLASSES, SIZE, label_map_folder, labels, segmentation_params
 from tests.support.making import encode, picture, write
+from tests.support.stand_in import Response, Tensor, backend, load
 
 CPU = torch.device("cpu")
 QUEUES = {
@@ -96,6 +100,40 @@ def test_areas_of_a_split_are_those_of_each_image_summed(made):
         assert total.predicted.tolist() == reference.predicted.tolist()
 
 
+def check_served_class_maps(made) -> None:
+    """Export, and compare the class maps of both served models with PyTorch, for each kind of prior."""
+    exported = pipeline.export.run(made)
+    assert exported.difference < 1e-4 and exported.manifest.segmentation.cells == (6, 8)
+    run_golden(REPOSITORY, read_release(REPOSITORY, 1))
+    prior, data = load_prior(), LabelMapSplit(made, "test")
+    model, _ = load_model(STUDENT, "student")
+    target = [0.2, 0.7, 0.1]
+    rows = {b"balanced": np.zeros(3), b"-0.5": -0.5 * np.array(prior.log_prior)}
+    rows[json.dumps(target).encode()] = np.log(target)
+    classifier = load(REPOSITORY, "classifier", "configs/local.pbtxt", backend())
+    for text, added in rows.items():
+        request = MapRequest([Tensor("image", np.array([[data.encoded(0)]], dtype=np.object_))])
+        request.tensors.append(Tensor("prior", np.array([[text]], dtype=np.object_)))
+        [answer] = classifier.execute([request])
+        _, inside, truth = data.read(0)
+        logits = next(cell_logits(model, data, [0], made.image, CPU))[0]
+        expected = class_maps(logits, torch.from_numpy(added)[None].float(), data.canvas, inside, truth.shape)[0]
+        assert (answer["class_map"][0] == expected).mean() > 0.999 and answer["size"].tolist() == [list(SIZE)]
+        counts = np.bincount(answer["class_map"].ravel(), minlength=3)
+        assert answer["probability"][0] == pytest.approx(np.sort(counts)[::-1] / counts.sum())
+        assert answer["names"][0].tolist() == [name.encode() for name in CLASSES]
+    torn = MapRequest([Tensor("image", np.array([[data.encoded(0)[:50]]], dtype=np.object_))])
+    assert "image is damaged" in classifier.execute([torn])[0].error.message()
+    classifier.finalize()
+
+
+class MapRequest(Response):
+    """A request for all outputs of a release of task segmentation."""
+
+    def requested_output_names(self) -> list[str]:
+        return ["class_map", "confidence", "class", "index", "probability", "size", "names"]
+
+
 @pytest.mark.slow
 def test_teacher_and_student_are_trained_evaluated_and_resume_after_an_interruption(made, monkeypatch, capsys):
     pipeline.teacher.run(made)
@@ -142,6 +180,8 @@ def test_teacher_and_student_are_trained_evaluated_and_resume_after_an_interrupt
     assert summed.metrics()["miou"] == pytest.approx(result.metrics["student"]["balanced"]["miou"])
     page = (EVALUATION / "report.html").read_text()
     assert page.count("data:image/webp") == 6 and all(name in page for name in CLASSES)
+
+    check_served_class_maps(made)
 
     moved = made.model_copy(update={"segmentation": made.segmentation.model_copy(update={"canvas": [32, 32]})})
     with pytest.raises(ParamsError, match=r"segmentation is .*\[32, 32\].*, but artifacts/teacher was trained with"):
