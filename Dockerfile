@@ -20,7 +20,9 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/tailor
 WORKDIR /build
-COPY constraints.txt pyproject.toml setup.py README.md LICENSE NOTICE ./
+COPY requirements/train.txt ./
+RUN /opt/tailor/bin/pip install --require-hashes --no-deps -r train.txt
+COPY pyproject.toml setup.py README.md LICENSE NOTICE ./
 COPY models models
 COPY pipeline pipeline
 COPY recipes recipes
@@ -28,8 +30,7 @@ COPY serving serving
 COPY tailor tailor
 ARG TAILOR_COMMIT=unknown
 RUN echo "${TAILOR_COMMIT}" > serving/shared/commit.txt \
-    && /opt/tailor/bin/pip install -c constraints.txt setuptools \
-    && /opt/tailor/bin/pip install --no-build-isolation -c constraints.txt ".[pipeline,export,cpu]"
+    && /opt/tailor/bin/pip install --no-build-isolation --no-deps .
 
 FROM ${CUDA_IMAGE} AS train
 # Git for the code revision of a run, and for DVC's experiments.
@@ -51,10 +52,10 @@ CMD ["dvc", "repro"]
 
 FROM ${TRITON_IMAGE} AS serve
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1
-COPY constraints.txt /opt/tailor/constraints.txt
+COPY requirements/container.txt /opt/tailor/requirements.txt
 # The image brings numpy; the classifier decodes with Pillow and logs logits with PyArrow. Ubuntu marks its Python as
 # managed by apt.
-RUN python3 -m pip install --break-system-packages --no-deps -c /opt/tailor/constraints.txt pillow pyarrow
+RUN python3 -m pip install --break-system-packages --require-hashes --no-deps -r /opt/tailor/requirements.txt
 COPY --chmod=0755 serving/deploy/entrypoint.sh serving/deploy/healthcheck.py /opt/tailor/
 # The image's own user, without rights.
 USER 1000:1000
@@ -68,10 +69,10 @@ CMD ["--http-max-input-size=51380224"]
 FROM ${PYTHON_IMAGE} AS gateway-config
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
-COPY constraints.txt pyproject.toml README.md ./
+COPY requirements/gateway.txt ./
+RUN pip install --require-hashes --no-deps -r gateway.txt
 COPY models models
 COPY serving serving
-RUN pip install -c constraints.txt "tritonclient[http,grpc]" jinja2 numpy pillow psutil pydantic rich tenacity typer
 ARG UPSTREAM=127.0.0.1
 RUN python -m serving.commands gateway --write /etc/tailor-gateway --runtime-folder /tmp --host 0.0.0.0 \
     --http-port 8443 --grpc-port 8444 --upstream-http "${UPSTREAM}:8000" --upstream-grpc "${UPSTREAM}:8001" \

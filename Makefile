@@ -26,7 +26,7 @@ help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 .PHONY: install
-install: not-moved $(VENV)/installed ## set up .venv from the exact versions of constraints.txt
+install: not-moved $(VENV)/installed ## set up .venv from the exact versions and hashes of requirements/development.txt
 
 # The programs of a virtual environment start with the absolute path of its Python.
 .PHONY: not-moved
@@ -36,14 +36,16 @@ not-moved:
 	[ "$$made" -ef $(VENV)/bin ] || { echo "make: $(VENV) was made as $${made%/bin} and works only there;" \
 		"run \`make clean\`, then \`make install\`" >&2; exit 2; }
 
-$(VENV)/installed: constraints.txt pyproject.toml setup.py
+# The lock lists all dependencies, so pip resolves nothing.
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
+
+$(VENV)/installed: requirements/development.txt pyproject.toml setup.py
 	@if [ -z "$(PYTHON)" ]; then echo "make: no Python 3.11 or 3.12 found; install one or pass PYTHON=/path/to/python3.12" >&2; exit 2; fi
 	@[ -x $(VENV)/bin/python ] || "$(PYTHON)" -m venv $(VENV) || \
 		{ echo "make: $(PYTHON) cannot make a virtual environment; install its venv package (python3-venv)" >&2; exit 2; }
 	@echo "installing into $(VENV) (torch brings about 5 GB; a few minutes)"
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt \
-		-e '.[pipeline,export,cpu,serve,loadtest,monitor,playground,mlflow,ray,docs,test]'
+	@$(PIP) --require-hashes -r $<
+	@$(PIP) --no-build-isolation -e .
 	@touch $@
 
 DEMO := build/demo
@@ -113,13 +115,21 @@ hooks: install ## check style and types before every commit
 serve: install ## serve what was promoted, else the exported student, until Ctrl-C
 	@tailor serve
 
-.PHONY: constraints
-constraints: install ## resolve newer exact versions into constraints.txt
-	@python -m pip install --quiet uv
-	@uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate --quiet \
-		--constraint constraints.in --upgrade -o $(VENV)/constraints.txt
-	@{ echo "# Exact versions that make installs, for Python 3.11 to 3.13. Remade by: make constraints"; \
-		cat $(VENV)/constraints.txt; } > constraints.txt
+LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-package pip \
+	--constraint requirements/bounds.in --custom-compile-command "make lock"
+# The other locks hold some packages of the first, in the same versions.
+PART := $(LOCK) --constraint requirements/development.txt
+extras = $(addprefix --extra ,$(1))
+
+.PHONY: lock
+lock: install ## resolve newer exact versions, with hashes, into requirements/*.txt
+	@$(LOCK) pyproject.toml $(call extras,pipeline s3 gcs export cpu serve loadtest monitor playground mlflow ray) \
+		--group docs --group test --group supply -o requirements/development.txt
+	@$(PART) pyproject.toml $(call extras,pipeline export cpu) -o requirements/train.txt
+	@echo setuptools | $(PART) pyproject.toml - $(call extras,serve cpu) -o requirements/server.txt
+	@$(PART) pyproject.toml -o requirements/gateway.txt
+	@printf 'pillow\npyarrow\n' | $(PART) - -o requirements/container.txt
+	@echo onnxruntime-gpu | $(LOCK) --no-deps - -o requirements/gpu.txt
 
 .PHONY: clean
 clean: ## remove .venv; data, artifacts and DVC's cache stay

@@ -18,8 +18,10 @@ done
 mkdir -p "$folder/data" "$folder/wheels"
 for name in "${names[@]}"; do cp -f "$packs/$name.parquet" "$folder/data/"; done
 # The Python version of the GPU machine may be unknown, so the wheels of compiled packages are downloaded for each version.
+versions=$(mktemp) && trap 'rm -f "$versions"' EXIT
+sed -n 's/ \\$//; /^[a-z].*==/p' "$root/requirements/development.txt" > "$versions" # without hashes, which pip would require of all
 for version in 3.11 3.12 3.13; do
-  python -m pip download --quiet --disable-pip-version-check --dest "$folder/wheels" --constraint "$root/constraints.txt" \
+  python -m pip download --quiet --disable-pip-version-check --dest "$folder/wheels" --constraint "$versions" \
     --only-binary=:all: --implementation cp --python-version "$version" \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
     --platform manylinux2010_x86_64 \

@@ -141,7 +141,7 @@ class PlainTeacher(nn.Module):
     def __init__(self, objective: TeacherObjective) -> None:
         super().__init__()
         self.model = PlainClassifier(objective.model)
-        self.register_buffer("log_prior", objective.log_prior.clone())
+        self.register_buffer("log_prior", objective.loss.log_prior.clone())
 
     def loss_parts(self, views: list[Tensor], target: Tensor, _indexes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return the loss by name, and the logits for the accuracy."""

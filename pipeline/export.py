@@ -20,7 +20,16 @@ from pipeline.onnx_export import segmentation
 from pipeline.onnx_export.float16 import to_float16
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_float16, check_parity
-from pipeline.onnx_export.release import build_manifest, golden_requests, golden_tolerance, open_session, top_k
+from pipeline.onnx_export.release import (
+    build_manifest,
+    decision_defaults,
+    golden_requests,
+    golden_tolerance,
+    load_calibration,
+    load_sets,
+    open_session,
+    top_k,
+)
 from pipeline.onnx_export.segmentation import ServedSegmenter
 from pipeline.params import Params, ServingParams
 from pipeline.report.mlflow_record import record_after_stage
@@ -68,7 +77,8 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     key = signing_key()
     if params.segmentation:
         return _export_segmentation(params, output, repository, key)
-    prior = load_prior()
+    prior, calibration, sets = load_prior(), load_calibration(params), load_sets(params)
+    decision = decision_defaults(params.serving, prior)
     student, stage = student_folder(params)
     model, config = load_model(student, stage)
     check_image(config, params.image, student)
@@ -100,7 +110,9 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
                 f"serving.image_pixels is {serving.image_pixels} and serving.request_pixels {serving.request_pixels}; every "
                 "validation image has more pixels than one of them allows, so no golden request can be made; raise them"
             )
-        golden = golden_requests(session, examples, chosen, top_k(serving, prior), golden_tolerance(half))
+        golden = golden_requests(
+            session, examples, chosen, top_k(serving, prior), golden_tolerance(half, calibration), prior, calibration
+        )
         write_json(folder / GOLDEN_NAME, [answer.model_dump(exclude_defaults=True) for answer in golden])
         metrics = json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))["student"]
         facts = model_facts(
@@ -109,7 +121,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         )  # fmt: skip
         card = model_card(params.data, network_name(params), params.seed, facts, prior, metrics)
         write_file(folder / CARD_NAME, card)
-        manifest = build_manifest(folder, params, prior, model, metrics, half, config)
+        manifest = build_manifest(folder, params, prior, model, metrics, half, config, calibration, sets, decision)
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
         if key:
             write_file(folder / SIGNATURE_NAME, sign_manifest(folder, key).text())
@@ -142,7 +154,7 @@ def _export_segmentation(params: Params, output: Path, repository: Path, key: Ed
         write_file(folder / CARD_NAME, segmentation.model_card(params, prior, metrics))
         cells = session.run(["logits"], segmentation.blank(canvas, len(prior.classes)))[0].shape[2:]
         form = SegmentationFormat(height=canvas[0], width=canvas[1], fill=fill_colour(image.mean), cells=cells)
-        manifest = build_manifest(folder, params, prior, model, metrics, None, config, form)
+        manifest = build_manifest(folder, params, prior, model, metrics, None, config, segmentation=form)
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
         if key:
             write_file(folder / SIGNATURE_NAME, sign_manifest(folder, key).text())

@@ -96,7 +96,7 @@ def test_the_client_runs_and_type_checks_beside_modules_of_the_same_names(instal
 
 @pytest.mark.slow
 def test_the_example_of_the_losses_runs_beside_modules_of_the_same_names(installed: Path, program: Path) -> None:
-    (example,) = blocks(ROOT / "docs/losses.md", "python")
+    example = "\n".join(blocks(ROOT / "docs/losses.md", "python"))
     assert run_in(program, example, installed) == ""
 
 

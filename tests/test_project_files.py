@@ -7,16 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
+from itertools import chain
 from pathlib import Path
 
 import grimp
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from setuptools import Distribution, find_packages
 
 from pipeline.shared import fingerprint
 from serving.shared.version import TAILOR_VERSION
+from tests.support.requirements import PROJECT, PYPROJECT, locked
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("models", "pipeline", "serving", "tailor")
@@ -87,7 +90,7 @@ def test_a_new_project_has_the_params_of_this_one():
 
 def test_no_text_installs_tailor_from_an_index_and_each_extra_that_a_message_names_exists():
     """PyPI's `tailor` is another project."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    extras = PROJECT["optional-dependencies"]
     folders = [*(ROOT / room for room in ROOMS), ROOT / "docs", ROOT / "benchmarks", ROOT / "data", ROOT / "recipes"]
     paths = [
         path for folder in folders for path in folder.rglob("*") if path.suffix not in (".pyc", ".png", ".parquet")
@@ -103,14 +106,41 @@ def test_no_text_installs_tailor_from_an_index_and_each_extra_that_a_message_nam
 
 
 def test_the_licence_and_the_citation_agree_with_the_distribution():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert (citation["license"], citation["version"]) == (project["license"], TAILOR_VERSION)
+    assert (citation["license"], citation["version"]) == (PROJECT["license"], TAILOR_VERSION)
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     # sha256 of the text at apache.org/licenses/LICENSE-2.0.txt, without white space
     assert hashlib.sha256("".join(text.split()).encode()).hexdigest() == LICENCE_SHA256
     for name in ("NOTICE", "SECURITY.md", "CODE_OF_CONDUCT.md"):
         assert (ROOT / name).read_text(encoding="utf-8").strip()
+
+
+def applies(requirement):
+    return requirement.marker is None or requirement.marker.evaluate()
+
+
+def test_each_requirement_of_pyproject_is_locked_with_hashes_at_a_version_that_it_allows():
+    groups = (*PROJECT["optional-dependencies"].values(), *PYPROJECT["dependency-groups"].values())
+    named = chain(PYPROJECT["build-system"]["requires"], PROJECT["dependencies"], *groups)
+    wanted = [requirement for requirement in map(Requirement, named) if applies(requirement)]
+    versions = {
+        canonicalize_name(lock.name): str(lock.specifier).removeprefix("==")
+        for lock in (*locked("development"), *locked("gpu"))
+        if applies(lock)
+    }
+    refused = [
+        str(requirement)
+        for requirement in wanted
+        if requirement.name != PROJECT["name"]
+        and not requirement.specifier.contains(versions.get(canonicalize_name(requirement.name), "0"), prereleases=True)
+    ]
+    assert refused == []
+
+
+@pytest.mark.parametrize("name", ["train", "server", "gateway", "container"])
+def test_a_smaller_lock_holds_packages_of_the_development_lock_in_the_same_versions(name):
+    small, large = ({(lock.name, str(lock.specifier)) for lock in locked(part)} for part in (name, "development"))
+    assert small <= large
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
@@ -137,7 +167,7 @@ def test_the_code_in_dvc_yaml_exists():
 
 
 def test_every_folder_of_code_is_installed():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    settings = PYPROJECT["tool"]["setuptools"]
     installed = find_packages(ROOT, include=settings["packages"]["find"]["include"])
     folders = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     folders -= {ROOT / "serving/deploy"}  # data: its health check runs standalone in a container

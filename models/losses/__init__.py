@@ -1,4 +1,4 @@
-"""Classification and distillation losses on the logits of images; re-exports `gml_loss` from models.contrast."""
+"""Classification losses by name, and distillation, on the logits of images; re-exports `gml_loss` from models.contrast."""
 
 from models.contrast.gml_reference import gml_loss, mixture_log_scores, other_sample_mask
 from models.losses.adjusted_cross_entropy import adjusted_cross_entropy, mixed_cross_entropy

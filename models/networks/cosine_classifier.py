@@ -1,15 +1,42 @@
-"""Cosine classifier, linear head of a second stage, and the network of teacher and student: a backbone with one of them."""
+"""Classifiers (cosine, linear, causal, head of a second stage), and the network of teacher and student: a backbone with one."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.distributed import mean_over_ranks
 from models.networks.adapters import input_and_feature
 from models.networks.autocast import full_precision, without_autocast
 from models.networks.backbones import Backbone, build_backbone
 from models.networks.memory import FeatureMemory
+
+
+class Folded(NamedTuple):
+    """A classifier in eval mode as one matrix product: matrix·v + bias, with v the feature in `parts` parts of length 1.
+
+    matrix: [C,D]; bias: [C] or None. parts: number of equal parts of the feature, each scaled to length 1; 0: the feature as
+    it is.
+    """
+
+    matrix: Tensor
+    bias: Tensor | None
+    parts: int
+
+    def logits(self, features: Tensor) -> Tensor:
+        """features [B,D] → logits [B,C]."""
+        return F.linear(unit_parts(features, self.parts), self.matrix, self.bias)
+
+
+def unit_parts(features: Tensor, parts: int) -> Tensor:
+    """Features [B,D] with each of `parts` equal parts scaled to length 1; unchanged for 0."""
+    if parts <= 1:
+        return F.normalize(features, dim=1) if parts else features
+    return F.normalize(features.unflatten(1, (parts, -1)), dim=2).flatten(1)
 
 
 class CosineClassifier(nn.Module):
@@ -29,6 +56,96 @@ class CosineClassifier(nn.Module):
         """features [B,D] → cosines [B,C] in [-1, 1]; computed in float32 also under autocast."""
         with without_autocast(features):
             return F.linear(F.normalize(full_precision(features), dim=1), F.normalize(self.weight, dim=1))
+
+    def folded(self) -> Folded:
+        """The matrix of unit rows."""
+        return Folded(F.normalize(self.weight.detach(), dim=1), None, 1)
+
+
+class LinearClassifier(nn.Linear):
+    """Linear classifier with bias on features of any length, as most compared methods have; initialised as nn.Linear.
+
+    A second stage and the check of float16 need the length of a feature: `length`, a running mean over training batches. Its
+    own class, because LinearHead below takes features of length 1.
+    """
+
+    length: Tensor
+
+    def __init__(self, feature_dim: int, classes: int) -> None:
+        super().__init__(feature_dim, classes)
+        self.register_buffer("length", torch.ones(()))
+
+    @property
+    def scale(self) -> float:
+        """Largest change of a logit when each cosine changes by at most 1, for a feature of mean length."""
+        return float(self.length * self.weight.detach().norm(dim=1).max())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [B,D] → logits [B,C]; computed in float32 also under autocast."""
+        with without_autocast(features):
+            outputs = full_precision(features)
+            if self.training:
+                self.length.lerp_(mean_over_ranks(outputs.detach().norm(dim=1).mean()).to(self.length), 0.01)
+            return super().forward(outputs)
+
+    def folded(self) -> Folded:
+        """Weight and bias."""
+        return Folded(self.weight.detach(), self.bias.detach(), 0)
+
+
+class CausalClassifier(nn.Module):
+    """Causal classifier, TDE (Tang et al., NeurIPS 2020): in eval mode, the mean direction of the features is removed.
+
+    weight: [C,D], initialised as nn.Linear, no bias. Weight and feature are cut into `heads` equal parts w_k and x_k. Logits
+    in training: 16/heads · sum_k u_k·w_k / (|w_k| + 1/32), u_k = x_k / |x_k|. In eval mode u_k - alpha·(u_k·d_k)·d_k stands
+    for u_k, d_k = e_k / |e_k|. Buffer mean_direction e [D]: e ← momentum·e + batch mean of x, of which only the direction is
+    used; part of the checkpoint. Values of the authors' code for CIFAR. Raises ValueError unless heads divides D.
+    """
+
+    SCALE, OFFSET = 16.0, 1 / 32
+    mean_direction: Tensor
+
+    def __init__(
+        self, feature_dim: int, classes: int, heads: int = 2, alpha: float = 1.5, momentum: float = 0.9
+    ) -> None:
+        super().__init__()
+        if feature_dim % heads:
+            raise ValueError(f"heads is {heads}, which does not divide the feature's {feature_dim} values")
+        self.heads, self.alpha, self.momentum = heads, alpha, momentum
+        bound = feature_dim**-0.5
+        self.weight = nn.Parameter(torch.empty(classes, feature_dim).uniform_(-bound, bound))
+        self.register_buffer("mean_direction", torch.zeros(feature_dim))
+
+    @property
+    def scale(self) -> float:
+        """Largest change of a logit when each cosine changes by at most 1."""
+        return self.SCALE * (1 + self.alpha)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [B,D] → logits [B,C]; computed in float32 also under autocast."""
+        with without_autocast(features):
+            outputs = full_precision(features)
+            if not self.training:
+                return self._folded().logits(outputs)
+            mean = mean_over_ranks(outputs.detach().mean(0)).to(self.mean_direction)
+            self.mean_direction.mul_(self.momentum).add_(mean)
+            return F.linear(unit_parts(outputs, self.heads), self._rows())
+
+    def _rows(self) -> Tensor:
+        parts = self.weight.unflatten(1, (self.heads, -1))
+        rows: Tensor = self.SCALE / self.heads * parts / (parts.norm(dim=2, keepdim=True) + self.OFFSET)
+        return rows.flatten(1)
+
+    def _folded(self) -> Folded:
+        rows = self._rows().unflatten(1, (self.heads, -1))
+        direction = F.normalize(self.mean_direction.unflatten(0, (self.heads, -1)), dim=1)
+        along = (rows * direction).sum(2, keepdim=True)
+        return Folded((rows - self.alpha * along * direction).flatten(1), None, self.heads)
+
+    def folded(self) -> Folded:
+        """The rows without their part along the mean direction, alpha times."""
+        matrix, bias, parts = self._folded()
+        return Folded(matrix.detach(), bias, parts)
 
 
 class LinearHead(nn.Module):
@@ -95,12 +212,18 @@ def gated_logits(
     return (1 + gate * gain) * logits + gate * offset
 
 
-class ImageClassifier(nn.Module):
-    """Backbone and cosine classifier. `tau_s` is part of the model, so that a checkpoint defines the scale of its logits.
+Classifier = CosineClassifier | LinearClassifier | CausalClassifier
 
-    backbone: its name, with image_size as for build_backbone, or the backbone itself. memory: computes logits from the
-    feature before an adapter; they are added to the logits of the cosine classifier. cosine: False for a network without
-    a cosine classifier, whose logits are those of the memory. A second stage replaces `classifier` by a LinearHead, with
+
+class ImageClassifier(nn.Module):
+    """Backbone and classifier, by default the cosine classifier.
+
+    `tau_s` is part of the model, so that a checkpoint defines the scale of its logits.
+
+    backbone: its name, with image_size as for build_backbone, or the backbone itself. head: creates the classifier from
+    feature width and number of classes; tau_s is 1 for all but the cosine classifier. memory: computes logits from the
+    feature before an adapter; they are added to the logits of the classifier. cosine: False for a network without
+    a trained classifier, whose logits are those of the memory. A second stage replaces `classifier` by a LinearHead, with
     tau_s 1.
     """
 
@@ -112,6 +235,7 @@ class ImageClassifier(nn.Module):
         image_size: int | None = None,
         memory: FeatureMemory | None = None,
         cosine: bool = True,
+        head: Callable[[int, int], Classifier] = CosineClassifier,
     ) -> None:
         super().__init__()
         self.backbone = build_backbone(backbone, image_size) if isinstance(backbone, str) else backbone
@@ -119,15 +243,22 @@ class ImageClassifier(nn.Module):
         self.classes = classes
         self.tau_s = tau_s
         self.memory, self.cosine = memory, cosine
-        self.classifier: CosineClassifier | LinearHead
+        self.classifier: Classifier | LinearHead
         if cosine:
-            self.classifier = CosineClassifier(self.feature_dim, classes)
+            self.classifier = head(self.feature_dim, classes)
 
     @property
     def logit_scale(self) -> float:
         """Largest change of a logit when each cosine changes by at most 1."""
         memory = self.memory.weight / self.memory.tau if self.memory is not None else 0.0
         return (self.classifier.scale / self.tau_s if self.cosine else 0.0) + memory
+
+    def folded(self) -> Folded | None:
+        """The trained classifier as one matrix product, divided by tau_s; None without one, and for a second stage's head."""
+        if not self.cosine or isinstance(self.classifier, LinearHead):
+            return None
+        matrix, bias, parts = self.classifier.folded()
+        return Folded(matrix / self.tau_s, None if bias is None else bias / self.tau_s, parts)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images [B,3,H,W] → (features [B,D], logits [B,C] = cosine / tau_s, without any prior)."""

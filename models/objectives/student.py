@@ -1,4 +1,4 @@
-"""Student objective: all loss terms of Sec. 3.3; models/objectives/teacher.py describes the interface of an objective."""
+"""Student objective: all loss terms of Sec. 3.3."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from models.contrast.gml import ContrastLosses, contrast_losses, queries_with_keys
 from models.contrast.queues import ClassQueues
 from models.distributed import gather_batch, rank_count, sum_over_ranks
+from models.losses.class_loss import ClassLoss, Mixed
 from models.losses.distillation import distillation_loss
 from models.networks.autocast import without_autocast
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.projection_head import ProjectionHead
 from models.objectives.accumulation import WholeBatch, share_of_batch
+from models.objectives.objective import Objective
 from models.objectives.student_weights import ContrastEncoder, StudentWeights
-from models.objectives.teacher import Mixed, classification_loss
 from models.prior import adjust_logits
 
 
-class StudentObjective(nn.Module):
+class StudentObjective(Objective):
     """gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD on three views (classifier, query, key); one view if beta is 0.
 
     The contrast encoder stores its features of the key view in the class-wise queues *before* the loss is computed, so
@@ -60,14 +61,15 @@ class StudentObjective(nn.Module):
         contrast_encoder: ContrastEncoder = "teacher",
         encoder_momentum: float = 0.999,
         teacher_adjustment: float | None = None,
+        loss: ClassLoss | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         """Create the heads, the queues and, if needed, the momentum encoder; a teacher that no term needs is not stored.
 
         projection_hidden: hidden units of the projection heads; None: the feature width. teacher_adjustment:
         strength of the logit adjustment in the teacher's L_cls; None: that of the student. If the two differ, L_KD adds the
-        difference times log_prior to the teacher's logits, so that L_KD and L_cls have the same minimum. Raises
-        ValueError when a loss term needs a teacher and there is none.
+        difference times log_prior to the teacher's logits, so that L_KD and L_cls have the same minimum. loss: L_cls; None:
+        cross-entropy with the adjustment of the weights. Raises ValueError when a loss term needs a teacher and there is none.
         """
         super().__init__()
         self.model = model
@@ -75,6 +77,7 @@ class StudentObjective(nn.Module):
         self.teacher_excess = 0.0 if teacher_adjustment is None else teacher_adjustment - weights.adjustment
         self.views = 3 if weights.beta else 1
         self.register_buffer("log_prior", log_prior)
+        self.loss = ClassLoss(log_prior, weights.adjustment) if loss is None else loss
         self.teacher: ImageClassifier | None = None
         if weights.needs_teacher(contrast_encoder):
             if teacher is None:
@@ -115,8 +118,13 @@ class StudentObjective(nn.Module):
         return [self.model, self.query_head, *([] if self.momentum_encoder is None else [self.momentum_encoder])]
 
     def undecayed(self) -> list[nn.Parameter]:
-        """Parameters without weight decay: log tau_g only (as in the official code)."""
-        return [self.log_tau_g] if self.weights.beta else []
+        """Parameters without weight decay: log tau_g (as in the official code), and what L_cls names."""
+        named = self.loss.undecayed(self.model.classifier) if self.model.cosine else []
+        return [*([self.log_tau_g] if self.weights.beta else []), *named]
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Set the class weights of the epoch."""
+        self.loss.begin_epoch(epoch, epochs)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -162,7 +170,7 @@ class StudentObjective(nn.Module):
         contrast_features, teacher_logits = self._encode(views, whole is None)
         parts, terms = {}, []
         if weights.gamma:
-            parts["classification"] = classification_loss(logits, target, self.log_prior, weights.adjustment, mixed)
+            parts["classification"] = self.loss(logits, target, mixed)
             terms.append(weights.gamma * parts["classification"])
         if weights.beta:
             if contrast_features is not None:

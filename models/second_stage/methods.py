@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.losses.per_sample import smoothed_losses, smoothing_of_classes
 from models.networks.cosine_classifier import LinearHead, gated_logits, linear_head
 from models.second_stage import disalign
 from models.second_stage.fitting import NORM, Recipe, TrainingFeatures, fit
-from models.second_stage.smoothing import label_aware_smoothing, smoothing_of_classes
 
 RECIPES = {
     "linear": Recipe(30, 512, 0.2, 5e-4),
@@ -79,7 +79,7 @@ def train_mislas(
     amounts = smoothing_of_classes(counts, *smoothing).float().to(device)
 
     def loss(features: Tensor, target: Tensor) -> Tensor:
-        return label_aware_smoothing(scaled_logits(F.linear(features, weight, bias), scale), target, amounts)
+        return smoothed_losses(scaled_logits(F.linear(features, weight, bias), scale), target, amounts).mean()
 
     fit([(weight, MISLAS_RATE), (bias, MISLAS_RATE), (scale, 1)], loss, data, recipe, seed)
     return linear_head(NORM * scale[:, None] * weight, scale * bias)

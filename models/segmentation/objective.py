@@ -1,6 +1,6 @@
 """What one optimiser step minimises in segmentation: L_cls of both heads, for the student also L_GML of sampled cells.
 
-The interface is that of models/objectives/teacher.py, with label maps in place of labels.
+The interface is that of models/objectives/objective.py, with label maps in place of labels.
 """
 
 from __future__ import annotations
@@ -102,6 +102,9 @@ class SegmentationObjective(nn.Module):
 
     def whole_batch(self, views: Iterable[Tensor], target: Tensor, sample_ids: Tensor) -> None:
         """Does nothing: the micro-batches share no values."""
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Does nothing: no value of the loss depends on the epoch."""
 
     def after_step(self) -> None:
         """Does nothing: no module follows the weights of the network."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipeline.data.groups import ImageGroups, hold_out_groups
 from pipeline.data.profiles import choose_images, class_members, class_sizes, test_size, validation_size
 from pipeline.data.published import check_published_choice
 from pipeline.params import DataParams
@@ -34,19 +35,24 @@ def without(source: Source, skipped: list[Row], classes: list[str] | None = None
     return rows
 
 
-def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str = "") -> dict[str, list[Row]]:
+def assign(
+    rows: list[Row], classes: list[str], params: DataParams, origin: str = "", groups: ImageGroups | None = None
+) -> dict[str, list[Row]]:
     """Assign rows to splits by the splits of the source and params.data. Rows that the profile drops are in no split.
 
     Steps: 1. Test is held out, unless the source has a test split: `profiles.test_size` images of each class. 2. Each
     class is cut to max_per_class images. 3. The profile chooses the images for training. 4. Validation is held out,
     unless the source has a validation split: validation_per_class images, first from those that the profile dropped,
     then at most validation_share of the class's training images. For a data set of known origin, the choice of the
-    profile is compared with the published one.
+    profile is compared with the published one. groups: of the images, by reference; whole groups are then held out, also
+    of images that the profile dropped, and a class with too few groups has no held-out image.
     """
     hinted = {split: [row for row in rows if row.split == split] for split in SPLITS}
     pool, test = hinted["train"], hinted["test"]
     generator = np.random.default_rng(params.seed)
-    if not test:
+    if not test and groups:
+        pool, test = _hold_out_test_groups(pool, len(classes), params, groups, hinted["validation"], generator)
+    elif not test:
         pool, test = _hold_out_test(pool, classes, params, generator)
     if params.max_per_class:
         labels = np.array([row.label for row in pool])
@@ -64,7 +70,10 @@ def assign(rows: list[Row], classes: list[str], params: DataParams, origin: str 
     if not validation:
         members = class_members(labels, len(classes))
         dropped = [np.setdiff1d(own, train) for own, train in zip(members, chosen, strict=True)]
-        chosen, held = _hold_out_validation(chosen, dropped, params, generator)
+        if not groups:
+            chosen, held = _hold_out_validation(chosen, dropped, params, generator)
+        else:
+            chosen, held = _hold_out_validation_groups(pool, chosen, dropped, params, groups, test, generator)
         validation = [pool[i] for i in held]
     return {"train": [pool[i] for i in np.concatenate(chosen)], "validation": validation, "test": test}
 
@@ -97,3 +106,49 @@ def _hold_out_validation(
         remaining.append(train[~np.isin(train, from_train)])
         held.extend(sorted([*from_spare.tolist(), *from_train.tolist()]))
     return remaining, held
+
+
+def _hold_out_test_groups(
+    pool: list[Row],
+    classes: int,
+    params: DataParams,
+    groups: ImageGroups,
+    validation: list[Row],
+    generator: np.random.Generator,
+) -> tuple[list[Row], list[Row]]:
+    labels = np.array([row.label for row in pool])
+    counts = np.bincount(labels, minlength=classes).tolist()
+    targets = [min(test_size(count, params.test_per_class, params.test_share), count - 1) for count in counts]
+    codes, blocked = _codes(pool, groups, validation)
+    held = hold_out_groups(labels, codes, targets, np.ones(len(pool), bool), blocked, generator)
+    test = sorted(np.flatnonzero(held).tolist(), key=lambda i: (pool[i].label, i))
+    return [row for row, out in zip(pool, held, strict=True) if not out], [pool[i] for i in test]
+
+
+def _hold_out_validation_groups(
+    pool: list[Row],
+    chosen: list[np.ndarray],
+    dropped: list[np.ndarray],
+    params: DataParams,
+    groups: ImageGroups,
+    test: list[Row],
+    generator: np.random.Generator,
+) -> tuple[list[np.ndarray], list[int]]:
+    most = params.validation_per_class
+    targets = [
+        min(len(spare), most) + validation_size(len(train), len(spare), most, params.validation_share)
+        for train, spare in zip(chosen, dropped, strict=True)
+    ]
+    codes, blocked = _codes(pool, groups, test)
+    trains = np.isin(np.arange(len(pool)), np.concatenate(chosen))
+    held = hold_out_groups(np.array([row.label for row in pool]), codes, targets, trains, blocked, generator)
+    validation = sorted(np.flatnonzero(held).tolist(), key=lambda i: (pool[i].label, i))
+    return [train[~held[train]] for train in chosen], validation
+
+
+def _codes(pool: list[Row], groups: ImageGroups, others: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """Number of the group of each image, int [N], and whether the group has images in `others`, bool [N]."""
+    numbers: dict[str, int] = {}
+    codes = [numbers.setdefault(groups[row.reference], len(numbers)) for row in pool]
+    elsewhere = {groups[row.reference] for row in others}
+    return np.array(codes), np.array([groups[row.reference] in elsewhere for row in pool], dtype=bool)

@@ -16,6 +16,7 @@ from models.prior import class_key
 from pipeline.shared.artifacts import SPLIT
 from pipeline.shared.errors import ParamsError, StageError
 
+GROUP = "group"  # column of the group of each image; only with data.group
 Filter = list[tuple[str, str, Any]]
 
 
@@ -42,6 +43,14 @@ def read_split(split: str, columns: list[str], folder: Path = SPLIT, only: Filte
         # read_table leaves threads that abort a program which exits immediately, as after an error (status 134).
         table = pyarrow.parquet.ParquetFile(path).read(columns, use_threads=False)
         return table if only is None else table.filter(pyarrow.parquet.filters_to_expression(only))
+
+
+def read_groups(split: str, folder: Path = SPLIT) -> list[str] | None:
+    """Group of each image of a split; None if the split was made without data.group. Raises as `read_split` does."""
+    path = folder / f"{split}.parquet"
+    with _explained(path):
+        has_groups = GROUP in pyarrow.parquet.read_schema(path).names
+    return read_split(split, [GROUP], folder).column(GROUP).to_pylist() if has_groups else None
 
 
 def count_rows(split: str, folder: Path = SPLIT) -> int:

@@ -29,8 +29,14 @@ from pipeline.data.stream_decoding import (
     enough_pixels,
     evaluation_view,
 )
-from pipeline.data.stream_order import order_warning, other_images_of_class, shuffled_order
-from pipeline.data.stream_prefetch import NvjpegImage, PrefetchIterator, default_workers
+from pipeline.data.stream_order import (
+    NvjpegImage,
+    PrefetchIterator,
+    default_workers,
+    order_warning,
+    other_images_of_class,
+    shuffled_order,
+)
 from pipeline.params import AugmentParams, DataParams, ImageParams, StreamParams
 from pipeline.shared.artifacts import SPLIT
 from pipeline.shared.errors import DataError, ParamsError

@@ -88,8 +88,8 @@ def run(params: Params, folder: Path = FOLDER) -> Result:
 
 
 def classification_section(student: StudentParams, adjustment: float) -> TrainingParams:
-    """The student's params without distillation: the same network, trained on L_cls only with this adjustment."""
-    section = student.model_dump(include=set(TrainingParams.model_fields))
+    """The student's params with cross-entropy of this adjustment as the only term, on the same network."""
+    section = student.model_dump(include=set(TrainingParams.model_fields) - {"loss"})
     return TrainingParams.model_validate({**section, "adjustment": adjustment})
 
 

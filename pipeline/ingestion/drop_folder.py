@@ -13,6 +13,7 @@ from pathlib import Path
 
 from models.image_names import has_image_suffix, is_passed_over, is_utf8
 from models.prior import class_key
+from pipeline.data.groups import COLUMN, stored_group
 from pipeline.params import IngestParams
 from pipeline.shared.errors import DataError
 from pipeline.sources.shards import RowGroupCache, Shard, image_bytes
@@ -35,7 +36,8 @@ class DropRow:
 
     name: path in the folder; for a row of a table `labels.csv#3`. label: class name or number; None if missing. read:
     returns the encoded bytes; raises BadImageError or DataError. file: path of the image file; None if the bytes are in
-    a table. problem: (kind, text) of a problem that is known before the image is read.
+    a table. problem: (kind, text) of a problem that is known before the image is read. group: by data.group, from the
+    path or a column of the table; None if it has none.
     """
 
     name: str
@@ -43,6 +45,7 @@ class DropRow:
     read: Callable[[], bytes]
     file: Path | None = None
     problem: tuple[str, str] | None = None
+    group: str | None = None
 
 
 @dataclass
@@ -82,14 +85,16 @@ def stamp_of(path: Path) -> Stamp | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def read_drop(root: Path, params: IngestParams, classes: list[str], clock: Clock | None = None) -> Drop:
+def read_drop(
+    root: Path, params: IngestParams, classes: list[str], clock: Clock | None = None, group: str | None = None
+) -> Drop:
     """List the images of a drop folder: a folder per class, or tables of paths or images with a label column.
 
     The class folder of a name in `classes` may be several levels deep. A table in the drop folder itself owns the
     images that it names; their folders are then not classes. Hidden files are skipped, and links out of the folder are
     not followed. Files that may still be being written are left for a later run: files changed in the last
     settle_seconds (a table together with all files that it names), and with require_marker all files without a
-    `.complete` in their folder or in the drop folder.
+    `.complete` in their folder or in the drop folder. group: data.group.
     """
     root, clock = Path(os.path.normpath(root)), clock or Clock()
     drop = Drop(root)
@@ -104,7 +109,7 @@ def read_drop(root: Path, params: IngestParams, classes: list[str], clock: Clock
     claimed: set[Path] = set()
     for table in tables:
         if table not in waiting:
-            rows, images = _table_rows(root, table, params)
+            rows, images = _table_rows(root, table, params, group)
             claimed |= images
             # Bounds memory with many small tables: a table that does not fit any more is read in the next run.
             full = drop.rows and (len(drop.rows) + len(rows)) * ROW_BYTES > params.max_table_mib * MIB
@@ -119,7 +124,7 @@ def read_drop(root: Path, params: IngestParams, classes: list[str], clock: Clock
         if path in waiting or waiting & set(tables) or _top(root, path) in folders_of_tables:
             waiting.add(path)
         elif path.parent != root or has_image_suffix(path):
-            drop.rows.append(_folder_row(root, path, class_names))
+            drop.rows.append(_folder_row(root, path, class_names, group))
             drop.files[path] = files[path]
     used = {folder / MARKER for path in drop.files for folder in (root, _top(root, path))}
     drop.files |= {path: markers[path] for path in used & markers.keys()}
@@ -192,17 +197,17 @@ def _path_in_drop(root: Path, path: str) -> Path | None:
     return root / relative if relative.parts[:1] not in ((), ("..",)) and _inside(root, root / relative) else None
 
 
-def _folder_row(root: Path, path: Path, class_names: set[str]) -> DropRow:
+def _folder_row(root: Path, path: Path, class_names: set[str], group: str | None) -> DropRow:
     name = path.relative_to(root)
     read = partial(read_image_file, path)
     if len(name.parts) == 1:
         return DropRow(str(name), None, read, path, ("no label", "is beside the class folders"))
     parents = [class_key("/".join(name.parts[:depth])) for depth in range(1, len(name.parts))]
     label = next((parent for parent in parents if parent in class_names), parents[0])
-    return DropRow(name.as_posix(), label, read, path, _problem(root, path))
+    return DropRow(name.as_posix(), label, read, path, _problem(root, path), stored_group(group, name.as_posix()))
 
 
-def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[DropRow], set[Path]]:
+def _table_rows(root: Path, table: Path, params: IngestParams, group: str | None) -> tuple[list[DropRow], set[Path]]:
     """Rows of a table, and the files that it names. An unreadable table becomes one row with that problem."""
     columns = params.columns
 
@@ -212,17 +217,19 @@ def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[Dro
     if problem := _problem(root, table):
         return unreadable(problem)
     limit = MemoryLimit(params.max_table_mib, "ingest.max_table_mib", ROW_BYTES)
+    group_column = [group.removeprefix(COLUMN)] if group and group.startswith(COLUMN) else []
     try:
-        shard = Shard(Storage(str(root)), table.name, [columns.label, columns.path], limit)
+        shard = Shard(Storage(str(root)), table.name, [columns.label, columns.path, *group_column], limit)
         column = columns.image if columns.image in shard.names else columns.path
         shard.check_column(column)
         labels = shard.column(columns.label).to_pylist()
         paths = shard.column(column).to_pylist() if column == columns.path else [None] * len(labels)
+        known = [shard.column(name).to_pylist() for name in group_column if name in shard.names]
     except DataError as error:
         return unreadable(("table", str(error)))
     images, as_text = RowGroupCache(column), table.suffix.lower() == ".csv"
     rows, files = [], set()
-    for index, (label, path) in enumerate(zip(labels, paths, strict=True)):
+    for index, (label, path, cell) in enumerate(zip(labels, paths, *known or [[None] * len(labels)], strict=True)):
         file = _path_in_drop(root, path) if isinstance(path, str) else None
         problem = None
         if file is not None:
@@ -231,7 +238,9 @@ def _table_rows(root: Path, table: Path, params: IngestParams) -> tuple[list[Dro
         elif isinstance(path, str):
             problem = ("outside", f"names {path[:MAX_PATH]!r}, which is not inside the drop folder")
         read = partial(read_image_file, file) if file else partial(_cell, images, shard, index)
-        rows.append(DropRow(f"{table.name}#{index}", _label(label, as_text), read, file, problem))
+        name = f"{table.name}#{index}"
+        of_group = stored_group(group, path if file else name, cell)
+        rows.append(DropRow(name, _label(label, as_text), read, file, problem, of_group))
     return rows, files
 
 

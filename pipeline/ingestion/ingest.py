@@ -55,7 +55,7 @@ def _ingest_drop(params: Params, root: Path) -> IngestReport:
     ingested.check()
     classes = load_classes()
     classes += [name for name in ingested.new_classes if name not in classes]
-    drop = read_drop(root, params.ingest, classes)
+    drop = read_drop(root, params.ingest, classes, group=params.data.group)
     if not drop.rows:
         return IngestReport(waiting=drop.waiting)
     rows = check_rows(drop.rows, params.ingest, classes, ingested)
@@ -68,7 +68,7 @@ def _ingest_drop(params: Params, root: Path) -> IngestReport:
             refused=f"{bad:,} of {counted(len(rows), 'row', 'are')} bad, more than ingest.min_good_share = "
             f"{min_good_share:g} allows; nothing was ingested; see {write_refused_listing(rows)}",
         )
-    write_round(drop, rows, classes, params.ingest.taken)
+    write_round(drop, rows, classes, params.ingest.taken, params.data.group)
     report = finish_round()
     if report is None:
         raise StageError(f"{INGEST_STATE}: another program removed the round; leave this folder to ingest, run again")

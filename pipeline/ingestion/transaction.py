@@ -26,7 +26,7 @@ from pipeline.shared.artifacts import (
     write_json,
 )
 from pipeline.shared.errors import StageError
-from pipeline.sources.ingested import SCHEMA, new_classes_metadata
+from pipeline.sources.ingested import GROUP, GROUP_KEY, SCHEMA, new_classes_metadata
 from serving.shared.terminal import counted
 
 ROUND = INGEST_STATE / "round"
@@ -69,12 +69,12 @@ class IngestReport:
         return f"refused: {self.refused}" if self.refused else "; ".join(parts)
 
 
-def write_round(drop: Drop, rows: list[CheckedRow], classes: list[str], taken: str) -> None:
-    """Write shard, quarantine and plan of a round to the folder ROUND, which is created atomically."""
+def write_round(drop: Drop, rows: list[CheckedRow], classes: list[str], taken: str, group: str | None = None) -> None:
+    """Write shard, quarantine and plan of a round to the folder ROUND, which is created atomically. group: data.group."""
     good = [checked for checked in rows if checked.outcome == "good"]
     bad = [checked for checked in rows if checked.outcome == "bad"]
     with whole_folder(ROUND) as folder:
-        added, changed = write_shard(folder / SHARD, good, classes)
+        added, changed = write_shard(folder / SHARD, good, classes, group)
         shard = f"{sha256_of(folder / SHARD)}.parquet" if added else None
         quarantine, unreadable = write_quarantine(folder / BAD, bad) if bad else (None, [])
         new_classes = sorted({str(checked.label) for checked in added} - set(classes))
@@ -132,38 +132,44 @@ def finish_round() -> IngestReport | None:
     return report
 
 
-def write_shard(path: Path, good: list[CheckedRow], classes: list[str]) -> tuple[list[CheckedRow], list[CheckedRow]]:
+def write_shard(
+    path: Path, good: list[CheckedRow], classes: list[str], group_setting: str | None = None
+) -> tuple[list[CheckedRow], list[CheckedRow]]:
     """Write good rows to one Parquet file, in their order. Returns the written rows and the changed rows.
 
     A row is changed if its bytes differ from those that were checked. Equal rows give a bit-identical file. Without
-    written rows there is no file.
+    written rows there is no file. group_setting: data.group; the file then has the groups of the images.
     """
     added: list[CheckedRow] = []
     changed: list[CheckedRow] = []
-    group: list[tuple[bytes, str, str, str]] = []
+    group: list[tuple[bytes, str, str, str, str | None]] = []
     size = 0
-    with pyarrow.parquet.ParquetWriter(path, SCHEMA) as writer:
+    schema, metadata = SCHEMA, {}
+    if group_setting is not None:
+        schema, metadata = SCHEMA.append(pa.field(GROUP, pa.string())), {GROUP_KEY: json.dumps(group_setting)}
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         for checked in good:
             data = read_bytes(checked.row)
             if data is None or hashlib.sha256(data).hexdigest() != checked.sha256:
                 changed.append(checked)
                 continue
             added.append(checked)
-            group.append((data, str(checked.label), checked.row.name, checked.sha256))
+            group.append((data, str(checked.label), checked.row.name, checked.sha256, checked.row.group))
             size += len(data)
             if size >= ROW_GROUP_BYTES:
-                writer.write_table(_table(group))
+                writer.write_table(_table(group, schema))
                 group, size = [], 0
         if group:
-            writer.write_table(_table(group))
-        writer.add_key_value_metadata(new_classes_metadata(sorted({str(row.label) for row in added} - set(classes))))
+            writer.write_table(_table(group, schema))
+        metadata |= new_classes_metadata(sorted({str(row.label) for row in added} - set(classes)))
+        writer.add_key_value_metadata(metadata)
     if not added:
         path.unlink()
     return added, changed
 
 
-def _table(rows: list[tuple[bytes, str, str, str]]) -> pa.Table:
-    return pa.table([list(column) for column in zip(*rows, strict=True)], schema=SCHEMA)
+def _table(rows: list[tuple[bytes, str, str, str, str | None]], schema: pa.Schema) -> pa.Table:
+    return pa.table([list(column) for column in zip(*rows, strict=True)][: len(schema)], schema=schema)
 
 
 def _clear_drop(root: Path, plan: dict[str, Any]) -> None:

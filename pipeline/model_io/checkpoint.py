@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from torch import Tensor
 
 from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import UnknownBackboneError
-from models.networks.cosine_classifier import ImageClassifier, LinearHead
+from models.networks.cosine_classifier import (
+    CausalClassifier,
+    Classifier,
+    CosineClassifier,
+    ImageClassifier,
+    LinearClassifier,
+    LinearHead,
+)
 from models.networks.memory import FeatureMemory, empty_rows
 from models.networks.memory_fit import MINIMUM_IMAGES
 from models.networks.tuning import add_adapters
@@ -41,8 +49,9 @@ class ModelConfig:
     (training/student_memory.py); None for none. tune: how the encoder was tuned. Unless it is `none`,
     the encoder is part of the network, which takes images. tune_rank: hidden units of the adapters of `adaptformer`.
     interpolation: filter of the images' resize. second_stage: record of the second stage whose linear head replaces the
-    cosine classifier; tau_s is then 1. None for none. segmentation: `canvas` and `classifier` of a segmentation network,
-    as in params.segmentation; None for classification.
+    trained classifier; tau_s is then 1. None for none. classifier: kind and parameters of the trained classifier, without
+    tau_s, which is 1 for all but the cosine classifier; None: the cosine classifier. segmentation: `canvas` and
+    `classifier` of a segmentation network, as in params.segmentation; None for classification.
     """
 
     backbone: str
@@ -59,6 +68,7 @@ class ModelConfig:
     tune_rank: int = 0
     interpolation: str = "bilinear"
     second_stage: dict[str, Any] | None = None
+    classifier: dict[str, Any] | None = None
     segmentation: dict[str, Any] | None = None
 
 
@@ -76,7 +86,17 @@ def build_model(config: ModelConfig, key: str) -> ImageClassifier | Segmentation
     return model
 
 
+def classifier_of(record: dict[str, Any] | None) -> Callable[[int, int], Classifier]:
+    """What creates the classifier from feature width and number of classes. record: ModelConfig.classifier."""
+    if record is None:
+        return CosineClassifier
+    values = {key: value for key, value in record.items() if key != "kind"}
+    kinds: dict[str, Callable[..., Classifier]] = {"linear": LinearClassifier, "causal": CausalClassifier}
+    return partial(kinds[record["kind"]], **values)
+
+
 def _build_network(config: ModelConfig, key: str) -> ImageClassifier | SegmentationModel:
+    head = classifier_of(config.classifier)
     if config.encoder:
         width, memory, stored = config.encoder["width"], None, config.memory
         if stored:
@@ -89,11 +109,11 @@ def _build_network(config: ModelConfig, key: str) -> ImageClassifier | Segmentat
                 add_adapters(encoder.network, config.tune_rank)
             backbone = with_encoder(encoder, backbone)
         cosine = not stored or stored["classifier"] == "both"
-        return ImageClassifier(backbone, config.classes, config.tau_s, memory=memory, cosine=cosine)
+        return ImageClassifier(backbone, config.classes, config.tau_s, memory=memory, cosine=cosine, head=head)
     try:
         if config.segmentation:
             return SegmentationModel(config.backbone, config.classes, config.tau_s, config.segmentation["classifier"])
-        return ImageClassifier(config.backbone, config.classes, config.tau_s, config.image_size)
+        return ImageClassifier(config.backbone, config.classes, config.tau_s, config.image_size, head=head)
     except UnknownBackboneError as error:
         raise ParamsError(f"{key}: {error}") from None
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.networks.adapters import input_and_feature
-from models.networks.cosine_classifier import ImageClassifier, LinearHead
+from models.networks.cosine_classifier import ImageClassifier, LinearHead, unit_parts
 from models.prior import adjust_logits
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ LARGEST_IR = 10
 class ServedStudent(nn.Module):
     """Student with pixel normalisation and logit adjustment in one module, with constants folded.
 
-    The pixel normalisation is one multiply and add; the class matrix is normalised and divided by tau_s once, here.
+    The pixel normalisation is one multiply and add; the classifier is one matrix product (ImageClassifier.folded).
     shift: [C], Prior.balanced_shift of the network, so that strength 0 is the balanced prior for any adjustment in the
     loss. If the student has a memory or the head of a second stage, that is part of the graph, in float32.
     """
@@ -48,18 +48,21 @@ class ServedStudent(nn.Module):
         spread, centre = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
         self.register_buffer("scale", 1 / (255 * spread))
         self.register_buffer("shift", -centre / spread)
-        folded = model.cosine and self.refitted is None
-        matrix = F.normalize(model.classifier.weight.detach(), dim=1) / model.tau_s if folded else None
-        self.register_buffer("class_matrix", matrix)
+        folded = model.folded()
+        self.parts = folded.parts if folded else 1
+        self.register_buffer("class_matrix", folded.matrix if folded else None)
         # Most recipes need no shift; their graph has no bias.
-        self.register_buffer("class_bias", torch.tensor(shift) if shift is not None and any(shift) else None)
+        bias = torch.tensor(shift) if shift is not None and any(shift) else None
+        if folded and folded.bias is not None:
+            bias = folded.bias if bias is None else folded.bias + bias
+        self.register_buffer("class_bias", bias)
         self.register_buffer("log_prior", torch.tensor(log_prior))
 
     def forward(self, image: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits [B,C] = cos/tau_s + shift + memory + strength·log_prior, and the unit feature [B,D].
 
-        After a second stage, the logits of its head stand in the place of cos/tau_s. image: uint8 [B,3,H,W]; strength:
-        float32 [B,1].
+        Of another classifier, and after a second stage, its logits stand in the place of cos/tau_s. image: uint8 [B,3,H,W];
+        strength: float32 [B,1].
         """
         return self.head(self.backbone(self.normalise(image)), strength)
 
@@ -78,14 +81,18 @@ class ServedStudent(nn.Module):
                 logits = logits + self.class_bias
         elif self.memory is None:
             feature = F.normalize(outputs, dim=1)
-            logits = F.linear(feature, self.class_matrix, self.class_bias)
+            logits = self._classified(outputs, feature)
         else:
             before, features = input_and_feature(outputs, self.feature_dim)
             feature = F.normalize(features, dim=1)
             logits = self.memory(before)
             if self.class_matrix is not None:
-                logits = logits + F.linear(feature, self.class_matrix, self.class_bias)
+                logits = logits + self._classified(features, feature)
         return adjust_logits(logits, self.log_prior, strength), feature
+
+    def _classified(self, features: Tensor, unit: Tensor) -> Tensor:
+        scaled = unit if self.parts == 1 else unit_parts(features, self.parts)
+        return F.linear(scaled, self.class_matrix, self.class_bias)
 
 
 def to_onnx(served: ServedStudent, size: int, opset: int) -> bytes:

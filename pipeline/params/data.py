@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.params.section import Count, NonNegative, Number, Positive, PositiveInt, Section, Share
 
@@ -71,13 +72,26 @@ class LabelMapParams(Section):
         return self
 
 
+def _group(value: str) -> str:
+    kind, _, text = value.partition(":")
+    if value != "near" and not (kind in ("column", "path") and text):
+        raise ValueError("is none of near, column:NAME of a table, and path:REGEX, a regular expression")
+    if kind == "path":
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise ValueError(f"is not a regular expression: {error}") from None
+    return value
+
+
 class DataParams(Section):
     """Data source, long-tail profile, and held-out images.
 
     max_per_class: largest number of training images per class, chosen by `seed` before the profile; null is all.
     test_share: test images as a share of each class, at least one and at most test_per_class; null is test_per_class
-    for every class. label_map: of task segmentation, where all images together count as one class of max_per_class,
-    test_per_class, test_share, validation_per_class and validation_share.
+    for every class. group: images of one group are held out together: near, column:NAME of a table, or path:REGEX.
+    label_map: of task segmentation, where all images together count as one class of max_per_class, test_per_class,
+    test_share, validation_per_class and validation_share.
     """
 
     source: Literal[
@@ -97,6 +111,7 @@ class DataParams(Section):
     test_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
     validation_per_class: Count
     validation_share: Share
+    group: Annotated[str, AfterValidator(_group)] | None = None
 
 
 def _on_or_off(value: Any) -> Any:

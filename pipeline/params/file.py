@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -110,10 +110,9 @@ def parse_params(content: dict[str, Any], path: Path) -> Params:
 
 
 def _explain(path: Path, entry: Any) -> str:
-    location = [str(part) for part in entry["loc"]]
+    location, siblings = _keys(entry["loc"])
     key = ".".join(location)
     if entry["type"] == "extra_forbidden":
-        siblings = _keys_at(location[:-1])
         nearest = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join(location[:-1] + nearest)}?" if nearest else f"allowed: {', '.join(siblings)}"
         return f"{path}: {key} is not a key; {hint}"
@@ -126,11 +125,21 @@ def _explain(path: Path, entry: Any) -> str:
     return f"{path}: {key}{value or ':'} {message[:1].lower()}{message[1:]}"
 
 
-def _keys_at(location: list[str]) -> list[str]:
-    model: Any = Params
-    for part in location:
-        field = getattr(model, "model_fields", {}).get(part)
-        # The annotation of an optional section is a union with None.
-        kinds = (kind for kind in get_args(field.annotation) if kind is not type(None)) if field else ()
-        model = next(iter(kinds), field and field.annotation)
-    return sorted(getattr(model, "model_fields", {}))
+def _keys(location: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
+    """Keys of an error's location, and the keys that are allowed beside the last; pydantic adds the kind of some sections."""
+    keys, beside, sections = list[str](), list[Any](), list[Any]([Params])
+    for part in map(str, location):
+        kinds = {section.model_fields["kind"].annotation: section for section in sections} if len(sections) > 1 else {}
+        if chosen := kinds.get(Literal[part]):  # type: ignore[valid-type]
+            sections = [chosen]
+            continue
+        keys.append(part)
+        beside, sections = sections, _sections_at(sections, part)
+    return keys, sorted({key for section in beside for key in section.model_fields})
+
+
+def _sections_at(sections: list[Any], key: str) -> list[Any]:
+    """Sections that a key may hold; the annotation of an optional section is a union with None."""
+    field = next((section.model_fields[key] for section in sections if key in section.model_fields), None)
+    options = (get_args(field.annotation) or (field.annotation,)) if field else ()
+    return [option for option in options if hasattr(option, "model_fields")]

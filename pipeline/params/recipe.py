@@ -10,6 +10,7 @@ from pipeline.params import parse_params, read_yaml
 from pipeline.shared.errors import ParamsError
 
 EXTENDS = "extends"
+BY_KIND = ("teacher.loss", "teacher.classifier", "student.loss", "student.classifier", "student.contrast")
 RECIPES = Path(__file__).with_name("recipes")  # in the repository a symbolic link to recipes/ at the root
 
 
@@ -126,12 +127,21 @@ def _merge(document: Any, changes: dict[str, Any], prefix: str) -> list[str]:
     lines = []
     for key, value in changes.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(document.get(key), dict):
+        if (
+            isinstance(value, dict)
+            and isinstance(document.get(key), dict)
+            and not _another_kind(name, value, document[key])
+        ):
             lines.extend(_merge(document[key], value, f"{name}."))
         elif key not in document or document[key] != value:
             lines.append(f"{name}: {document.get(key, 'unset')} → {value}")
             document[key] = _flow(value)
     return lines
+
+
+def _another_kind(name: str, value: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether a section that is chosen by `kind` gets another kind, which would refuse the keys of the old one."""
+    return name in BY_KIND and "kind" in value and value["kind"] != old.get("kind")
 
 
 def _flow(value: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.params.method import CosineHead, CrossEntropyLoss, Head, Loss, check_loss, weighted
 from pipeline.params.section import Count, NonNegative, Number, Positive, PositiveInt, Section, Share
 
 
@@ -82,7 +83,8 @@ class TrainingParams(Section):
     """Params shared by teacher and student training: network, optimiser, schedule, augmentation.
 
     adjustment: strength of the logit adjustment in L_cls; 1 is Eq. 6, 0 plain cross-entropy. Evaluation and export add
-    the difference, so that `balanced` and `train` mean the same for every strength. ema_decay: decay of the moving
+    the difference, so that `balanced` and `train` mean the same for every strength. loss: L_cls by name (docs/methods.md).
+    classifier: the classifier by name; of all but `cosine`, tau_s has no effect. ema_decay: decay of the moving
     average of weights, which is evaluated and saved instead of the last step's weights; 0 for none. accumulate: number
     of parts of a batch (gradient accumulation), for batches that do not fit into the device's memory. pretrained:
     initial weights. backbone: `encoder` stands for the stored features of section encoder. adapter: hidden units of a
@@ -95,6 +97,8 @@ class TrainingParams(Section):
     adapter: Count = 0
     tau_s: Positive
     adjustment: NonNegative = 1.0
+    loss: Loss = CrossEntropyLoss()
+    classifier: Head = CosineHead()
     ema_decay: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     epochs: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
@@ -106,6 +110,16 @@ class TrainingParams(Section):
     gradient_clip: NonNegative = 0.0
     schedule: LearningRateParams
     augment: AugmentParams
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> TrainingParams:
+        check_loss(self.loss, self.classifier, self.adjustment, self.accumulate, self.augment.mix)
+        return self
+
+    @property
+    def assumed_adjustment(self) -> float | None:
+        """Adjustment of the trained network's logits; None: they are balanced, by class weights (Prior.balanced_shift)."""
+        return None if weighted(self.loss) else self.adjustment
 
 
 class MemoryParams(Section):

@@ -13,6 +13,7 @@ from models.prior import GROUPS, class_names_problem, shot_group
 from models.sample_size import SampleSize, sample_sizes
 from pipeline.data.assignment import SPLITS, assign, without
 from pipeline.data.duplicates import conflicting_labels, group_duplicates, group_near_duplicates, perceptual_hash
+from pipeline.data.groups import MIN_HASHED_SIDE, NEAR, group_remarks, image_groups
 from pipeline.data.inspection import InspectionResult, Journal, inspect_images
 from pipeline.data.profiles import choose_images, class_sizes
 from pipeline.data.published import PUBLISHED, hash_of_ranks, published_choice
@@ -23,7 +24,6 @@ from pipeline.shared.errors import StageError
 from pipeline.sources import FolderSource, LabelMapSource, Row, Source, open_base_source
 from serving.shared.terminal import counted
 
-MIN_HASHED_SIDE = 32
 Assigned = dict[str, list[Row]]
 
 
@@ -47,7 +47,8 @@ class DataReport:
 
     verdict, problems, remarks: lines of text. verdict: errors with which `split` would fail. problems: errors that
     `split` accepts and that make metrics wrong (duplicates in two splits). remarks: how the source reads folders that a
-    user may not expect. label_maps: set for task segmentation, where `classes` is the one class of all images.
+    user may not expect, and what data.group could not do. label_maps: set for task segmentation, where `classes` is the one
+    class of all images.
     """
 
     source: str
@@ -113,12 +114,11 @@ def check(
     source = open_base_source(data)
     if fresh:
         journal.unlink(missing_ok=True)
-    about = [data.source, data.location, data.table.model_dump(), near is not None]
+    hashed = near is not None or data.group == NEAR
+    about = [data.source, data.location, data.table.model_dump(), hashed]
     settings = sha256_of_json([*about, data.label_map.model_dump()] if data.label_map else about)
     classes = ["images"] if data.label_map else source.classes
-    inspected = inspect_images(
-        source, "check", perceptual_hash if near is not None else None, Journal(journal, settings), jobs
-    )
+    inspected = inspect_images(source, "check", perceptual_hash if hashed else None, Journal(journal, settings), jobs)
     bad = [row for row in source.rows if inspected[row.reference].problem]
     names = class_names_problem(source.classes)
     verdict = [names] if names else []
@@ -129,9 +129,12 @@ def check(
         missing = [row for row in bad if inspected[row.reference].missing]
         if missing and (cause := source.why_missing(missing)):
             verdict.append(cause)
+    remarks = [*source.remarks] if isinstance(source, FolderSource) else []
     try:
         rows = without(source, bad, classes) if data.on_bad_image == "skip" else source.rows
-        assigned = assign(rows, classes, data, source.origin)
+        groups, alone = image_groups(source, rows, data, inspected)
+        assigned = assign(rows, classes, data, source.origin, groups)
+        remarks += group_remarks(assigned, groups, classes, alone)
     except StageError as error:
         verdict.append(str(error))
         assigned = {split: [row for row in source.rows if row.split == split] for split in SPLITS}
@@ -161,8 +164,7 @@ def check(
         source.origin, data.location, classes, assigned, inspected,
         {split: count_classes(rows, len(classes)) for split, rows in assigned.items()},
         bad, conflicts, duplicates, near_duplicates,
-        hash_split(assigned), hash_split(assigned, hashes), published, verdict, problems,
-        remarks, label_maps,
+        hash_split(assigned), hash_split(assigned, hashes), published, verdict, problems, remarks, label_maps,
     )  # fmt: skip
 
 

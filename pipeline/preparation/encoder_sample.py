@@ -16,7 +16,7 @@ from torch import Tensor
 from models.preprocess import ImageError
 from pipeline.data.profiles import class_members
 from pipeline.data.stream_decoding import decode_exact
-from pipeline.data.stream_prefetch import default_workers
+from pipeline.data.stream_order import default_workers
 from pipeline.evaluation.intervals import Estimate, weighted_accuracy
 from pipeline.features.compute import BATCH
 from pipeline.model_io.encoder import LoadedEncoder

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from models.networks.ema import WeightAverage
-from models.objectives.student import StudentObjective
+from models.objectives.objective import Objective
 from models.objectives.teacher import TeacherObjective
 from pipeline.augment import cuts_originals
 from pipeline.data.class_prior import Prior, load_prior
@@ -29,6 +29,7 @@ from pipeline.params import Params
 from pipeline.preparation.live_tensors import LiveMemory
 from pipeline.shared.artifacts import PRIOR
 from pipeline.shared.errors import ParamsError
+from pipeline.training.method_setup import class_loss
 from pipeline.training.run import check_recipe, model_config
 from pipeline.training.step import Step, precision_of
 from pipeline.training.student_setup import student_objective, weights_of
@@ -93,19 +94,20 @@ def estimate_memory(params: Params, stage: str, prior: Prior) -> MemoryEstimate:
     return MemoryEstimate(live.peak, live.at_peak, dict(live.largest), images, originals)
 
 
-def _build_modules(
-    params: Params, stage: str, prior: Prior
-) -> tuple[TeacherObjective | StudentObjective, WeightAverage | None]:
+def _build_modules(params: Params, stage: str, prior: Prior) -> tuple[Objective, WeightAverage | None]:
     objective, decay = new_objective(params, stage, prior), getattr(params, stage).ema_decay
     return objective, WeightAverage(objective.model, decay) if decay else None
 
 
-def new_objective(params: Params, stage: str, prior: Prior) -> TeacherObjective | StudentObjective:
+def new_objective(params: Params, stage: str, prior: Prior) -> Objective:
     """The objective of a stage with random weights, also in a student's teacher; memory depends on sizes only."""
     configs = [model_config(section, params.image, len(prior.classes)) for section in (params.teacher, params.student)]
     if stage == "teacher":
         return TeacherObjective(
-            build_model(configs[0], "teacher.backbone"), torch.tensor(prior.in_losses), params.teacher.adjustment
+            build_model(configs[0], "teacher.backbone"),
+            torch.tensor(prior.in_losses),
+            params.teacher.adjustment,
+            class_loss(params.teacher, prior),
         )
     model, teacher = build_model(configs[1], "student.backbone"), build_model(configs[0], "teacher.backbone")
     return student_objective(params.student, weights_of(params.student), prior, model, teacher)
@@ -139,7 +141,7 @@ def _declare_state(live: LiveMemory, step: Step) -> None:
 
 
 @contextlib.contextmanager
-def _label_saved_tensors(live: LiveMemory, objective: TeacherObjective | StudentObjective) -> Iterator[None]:
+def _label_saved_tensors(live: LiveMemory, objective: Objective) -> Iterator[None]:
     """Context manager that labels tensors saved for the backward pass by the running module or by their shape."""
     running: list[str] = []
     modules = {"network": objective.model.backbone}

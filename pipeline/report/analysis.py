@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,22 @@ class Shift:
 
 
 @dataclass(frozen=True)
+class SeenGroups:
+    """Test images whose groups (data.group) are in the training split, or are not: their numbers and mean class accuracy."""
+
+    name: str
+    groups: int
+    images: int
+    classes: int
+    accuracy: Estimate
+
+
+@dataclass(frozen=True)
 class Analysis:
     """Result of `analyse_predictions`.
 
     headline: the student's accuracy by group, and `train`, `ece`, `ece_after`. groups: rows of network, group,
-    accuracy, low, high. The other fields are defined in their modules.
+    accuracy, low, high. seen: of the student; empty without data.group. The other fields are defined in their modules.
     """
 
     headline: dict[str, Estimate]
@@ -69,6 +80,7 @@ class Analysis:
     pairs: list[ConfusionPair]
     worst: list[ClassResult]
     best: list[ClassResult]
+    seen: list[SeenGroups]
 
 
 def analyse_predictions(
@@ -78,27 +90,29 @@ def analyse_predictions(
     ece_bins: int,
     seed: int,
     *,
-    validation: tuple[np.ndarray, np.ndarray] | None = None,
+    temperature: float | None = None,
     champion: Predictions | None = None,
+    groups: tuple[Sequence[str], set[str]] | None = None,
     draws: int = DRAWS,
 ) -> Analysis:
     """Compute the content of the evaluation page. logits: `teacher` and `student`, balanced, [N,C]; labels: [N].
 
-    seed: of the draws. validation: the student's logits and labels on which the temperature is fitted. champion: its
-    balanced predictions on the same test set. draws: test subsets of each shifted set; fewer if they would take minutes.
+    seed: of the draws. temperature: of the student, fitted on validation images; None without one. champion: its balanced
+    predictions on the same test set. groups: of each test image, and those of the training split.
+    draws: test subsets of each shifted set; fewer if they would take minutes.
     """
     student = logits["student"]
     predicted = {name: (values.argmax(axis=1), labels) for name, values in logits.items()}
     if champion is not None:
         predicted["champion"] = champion.probabilities.argmax(axis=1), champion.labels
-    groups = {name: _group_accuracies(*pair, prior, seed) for name, pair in predicted.items()}
-    calibration = reliability(student, labels, validation, ece_bins)
+    by_shots = {name: _group_accuracies(*pair, prior, seed) for name, pair in predicted.items()}
+    calibration = reliability(student, labels, temperature, ece_bins)
     worst, best = extreme_classes(*predicted["student"], prior)
     return Analysis(
-        headline=groups["student"] | _headline(student, labels, prior, calibration, seed),
+        headline=by_shots["student"] | _headline(student, labels, prior, calibration, seed),
         groups=[
             {"network": network, "group": group, "accuracy": estimate.value, "low": estimate.low, "high": estimate.high}
-            for network, by_group in groups.items()
+            for network, by_group in by_shots.items()
             for group, estimate in by_group.items()
         ],
         strength=strength_sweep(student, labels, prior),
@@ -108,7 +122,21 @@ def analyse_predictions(
         pairs=confusion_pairs(*predicted["student"], prior),
         worst=worst,
         best=best,
+        seen=_seen_groups(*predicted["student"], len(prior.classes), *groups, seed) if groups else [],
     )
+
+
+def _seen_groups(
+    predicted: np.ndarray, labels: np.ndarray, classes: int, names: Sequence[str], trained: set[str], seed: int
+) -> list[SeenGroups]:
+    is_seen = np.array([name in trained for name in names], dtype=bool)
+    rows = []
+    for name, chosen in (("seen in training", is_seen), ("not seen in training", ~is_seen)):
+        correct, tested = count_correct(predicted[chosen], labels[chosen], classes)
+        groups = len({names[index] for index in np.flatnonzero(chosen)})
+        accuracy = weighted_accuracy(correct, tested, np.ones(classes), seed=seed)
+        rows.append(SeenGroups(name, groups, int(chosen.sum()), int((tested > 0).sum()), accuracy))
+    return rows
 
 
 def _headline(

@@ -59,6 +59,11 @@ Last epoch, seed {{ seed }}, one run. Few means fewer than 20 training samples, 
 {% endfor %}
 """
 
+LOSSES = {
+    "cross_entropy": "cross-entropy", "focal": "focal loss", "sigmoid_focal": "sigmoid focal loss", "ldam": "LDAM",
+    "smoothing": "cross-entropy with label smoothing", "lade": "LADE",
+}  # fmt: skip
+
 
 def model_card(
     data: DataParams, backbone: str, seed: int, facts: list[tuple[str, str]], prior: Prior, metrics: dict[str, Any]
@@ -100,7 +105,7 @@ def model_facts(
     ModelConfig.memory of the student; second_stage: ModelConfig.second_stage.
     """
     network, facts = student.backbone, []
-    classifier = f"a cosine classifier of {counted(len(prior.classes), 'class')}"
+    classifier = f"a {student.classifier.kind} classifier of {counted(len(prior.classes), 'class')}"
     trained = describe_training(teacher, student, encoder)
     if second_stage:
         classifier = f"a linear classifier of {counted(len(prior.classes), 'class')}"
@@ -132,7 +137,8 @@ def model_facts(
 
 def describe_training(teacher: TrainingParams, student: StudentParams, encoder: dict[str, Any] | None) -> str:
     """Describe a student's epochs, its loss terms with a weight above 0, and the teacher if one of them needs it."""
-    adjusted = "logit-adjusted cross-entropy" if student.adjustment else "cross-entropy"
+    loss = LOSSES[student.loss.kind]
+    adjusted = f"logit-adjusted {loss}" if student.adjustment else loss
     gml = "the GML loss (ICML 2023, Mutual Information Maximization between Latent Features and Ground-Truth Labels)"
     terms = [name for name, weight in ((adjusted, student.gamma), (gml, student.beta)) if weight]
     distilled = ["distillation"] if student.alpha else []

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from models.networks.cosine_classifier import ImageClassifier, LinearHead, linear_head
+from models.networks.cosine_classifier import ImageClassifier, LinearClassifier, LinearHead, linear_head
 from models.networks.memory_fit import DEFAULT_TAU, MINIMUM_IMAGES
 from models.second_stage import methods
 from models.second_stage.disalign import RHO
@@ -127,9 +126,16 @@ class _Refit:
 
 
 def _student_head(model: ImageClassifier) -> LinearHead:
-    """The student's cosine classifier as a linear head on the CPU."""
-    weight = F.normalize(model.classifier.weight.detach().cpu(), dim=1) / model.tau_s
-    return linear_head(weight, torch.zeros(len(weight)))
+    """The student's classifier as a linear head of features of length 1, on the CPU.
+
+    Of a linear classifier, the head has the logits of a feature of mean length; of a causal one, those of a feature whose
+    parts have equal lengths.
+    """
+    folded = model.folded()
+    assert folded is not None  # a second stage takes a student without a memory, and no second stage
+    length = model.classifier.length.cpu() if isinstance(model.classifier, LinearClassifier) else folded.parts**0.5
+    bias = torch.zeros(len(folded.matrix)) if folded.bias is None else folded.bias.cpu()
+    return linear_head(folded.matrix.cpu() * length, bias)
 
 
 def _held_out(model: ImageClassifier, validation: AnyImages, image: ImageParams, device: torch.device) -> HeldOut:

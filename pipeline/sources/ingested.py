@@ -22,6 +22,8 @@ PREFIX = "ingested:"  # of the references to these images
 # label: class name. name: path of the image in the drop folder. sha256: of the image's bytes.
 SCHEMA = pa.schema([("image", pa.binary()), ("label", pa.string()), ("name", pa.string()), ("sha256", pa.string())])
 NEW_CLASSES_KEY = b"tailor.new_classes"  # JSON list: classes that first came with this shard
+# With data.group a shard has a column `group` too, and data.group of that time as JSON under this key.
+GROUP, GROUP_KEY = "group", b"tailor.group"
 
 
 class Ingested:
@@ -66,6 +68,19 @@ class Ingested:
     def hashes(self) -> dict[str, str]:
         """sha256 of each image by reference."""
         return {f"{PREFIX}{shard.name}#{index}": digest for shard, index, (digest,) in self._values("sha256")}
+
+    def names(self) -> dict[str, str]:
+        """Path of each image in its drop folder, by reference."""
+        return {f"{PREFIX}{shard.name}#{index}": name for shard, index, (name,) in self._values("name")}
+
+    def groups_for(self, setting: str) -> dict[str, str | None]:
+        """Group of each image of the shards that were ingested with this data.group, by reference."""
+        shards = [shard for shard in self._shards.values() if shard.metadata_value(GROUP_KEY) == setting]
+        return {
+            f"{PREFIX}{shard.name}#{index}": group
+            for shard in shards
+            for index, group in enumerate(shard.column(GROUP).to_pylist())
+        }
 
     def _values(self, *columns: str) -> Iterator[tuple[Shard, int, tuple[str, ...]]]:
         for shard in self._shards.values():
@@ -139,6 +154,10 @@ class SourceWithIngested(ReaderWithIngested, Source):
     def why_missing(self, rows: list[Row]) -> str | None:
         """As `Source.why_missing` of the source."""
         return self.base.why_missing(rows)
+
+    def column(self, name: str) -> dict[str, str]:
+        """As `Source.column` of the source."""
+        return self.base.column(name)
 
     def stamp(self, reference: str) -> str | None:
         """For an ingested image the reference, which has the shard's sha256; otherwise as the source."""

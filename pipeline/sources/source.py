@@ -73,6 +73,10 @@ class Source(ImageReader):
         """Probable cause and remedy if these rows are missing; None if unknown."""
         return None
 
+    def column(self, name: str) -> dict[str, str]:
+        """Values of a column as text, by reference, without empty ones. Raises ParamsError: only tables have columns."""
+        raise ParamsError(f"data.group names the column {name!r}, but source {self.origin} is no table; use path:REGEX")
+
     def stamp(self, reference: str) -> str | None:
         """Text that changes when the image's file changes, found without reading it; None if the file is missing."""
         return f"{self.origin}/{reference}"

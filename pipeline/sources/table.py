@@ -155,6 +155,19 @@ class TableSource(TableReader, Source):
                 yield Row(reference, number[label], str(ids[index]) if ids else reference, split)
             first += len(shard)
 
+    def column(self, name: str) -> dict[str, str]:
+        """Values of a column as text, by reference, without empty ones. Raises DataError if a file does not have it."""
+        names = {"train": self._params.train, "validation": self._params.validation, "test": self._params.test}
+        limit = MemoryLimit(self._params.max_mib, LIMIT.key)
+        values = {}
+        for files in filter(None, names.values()):
+            for shard in open_shards(
+                self._storage, files, [name], limit
+            ):  # again, as of CSV it reads named columns only
+                cells = enumerate(shard.column(name).to_pylist())
+                values |= {f"{shard.name}#{index}": str(cell) for index, cell in cells if cell not in (None, "")}
+        return values
+
     def _split_location(self, split: str) -> str:
         shards = self._splits[split]
         return (

@@ -17,8 +17,7 @@ from models.distributed import rank, rank_count, synchronise_batch_norm
 from models.networks.activation_checkpointing import NoBlocksError
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.tuning import merged_state
-from models.objectives.student import StudentObjective
-from models.objectives.teacher import TeacherObjective
+from models.objectives.objective import Objective
 from pipeline.data.dataset import AnyImages
 from pipeline.model_io.inference import NotFiniteError, accuracy, outputs
 from pipeline.params import EngineParams, ImageParams, TrainingParams
@@ -72,7 +71,7 @@ class Training:
     """
 
     name: str
-    objective: TeacherObjective | StudentObjective
+    objective: Objective
     params: TrainingParams
     image: ImageParams
     seed: int
@@ -172,6 +171,7 @@ class Training:
         """Run the remaining steps of the current epoch; returns its record."""
         at, batch = self._at, self.params.batch_size
         rate = self._set_rate(at.step, steps)
+        self.objective.begin_epoch(at.epoch, self.params.epochs)
         if at.order is None:
             at.order = self._train.order(self._generator)[: steps * batch]
         self._monitor.begin(at.sums)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.objectives.student import StudentObjective
-from models.objectives.teacher import TeacherObjective
+from models.objectives.objective import Objective
 from pipeline.params import LearningRateParams, TrainingParams
 
 ADAM_SECOND_BETA = 0.999
@@ -29,7 +28,7 @@ class Optimiser:
 
     def __init__(
         self,
-        objective: TeacherObjective | StudentObjective,
+        objective: Objective,
         params: TrainingParams,
         factors: Mapping[nn.Parameter, float] | None = None,
     ) -> None:

@@ -18,9 +18,8 @@ from models.contrast.queues import queue_lengths
 from models.distributed import rank
 from models.networks.backbones import UnknownBackboneError, check_backbone
 from models.networks.tuning import merged_state
-from models.objectives.student import StudentObjective
+from models.objectives.objective import Objective
 from models.objectives.teacher import TeacherObjective
-from models.segmentation.objective import SegmentationObjective
 from pipeline.data.class_prior import Prior
 from pipeline.features.stored import FeatureImages, training_inputs
 from pipeline.model_io.checkpoint import BEST, ModelConfig, build_model, describe_memory, save_model
@@ -51,6 +50,7 @@ from pipeline.shared.artifacts import (
 from pipeline.shared.errors import ParamsError
 from pipeline.training.engine import ACCURACY, Score, Training
 from pipeline.training.history import History, as_jsonl, validation_score, write_scalars
+from pipeline.training.method_setup import class_loss
 from pipeline.training.resume import RunFolder
 from pipeline.training.student_memory import StudentMemory
 from serving.shared.terminal import counted, print
@@ -86,9 +86,11 @@ def model_config(
 ) -> ModelConfig:
     """Return the config of the network that a params section trains. encoder: record of the encoder of its features."""
     tune, tune_rank = (section.tune, section.tune_rank) if isinstance(section, StudentParams) else ("none", 0)
+    cosine = section.classifier.kind == "cosine"
     return ModelConfig(
-        section.backbone, classes, section.tau_s, image.size, image.mean, image.std, section.adjustment,
-        encoder, section.adapter, tune=tune, tune_rank=tune_rank, interpolation=image.interpolation,
+        section.backbone, classes, section.tau_s if cosine else 1.0, image.size, image.mean, image.std,
+        section.assumed_adjustment, encoder, section.adapter, tune=tune, tune_rank=tune_rank,
+        interpolation=image.interpolation, classifier=None if cosine else section.classifier.model_dump(),
         segmentation=segmentation and segmentation.model_dump(include={"canvas", "classifier"}),
     )  # fmt: skip
 
@@ -107,7 +109,7 @@ def stage_seed(seed: int, stage: str) -> int:
 
 def train_network(
     name: str,
-    objective: TeacherObjective | StudentObjective | SegmentationObjective,
+    objective: Objective,
     config: ModelConfig,
     params: Params,
     prior: Prior,
@@ -132,7 +134,7 @@ def train_network(
             if tensorboard:
                 write_scalars(tensorboard, history)
 
-    shift, seed = prior.balanced_shift(section.adjustment), stage_seed(params.seed, name)
+    shift, seed = prior.balanced_shift(section.assumed_adjustment), stage_seed(params.seed, name)
     training = Training(
         name, objective, section, params.image, seed, device, folder, params.engine, record, shift=shift,
         score=MEAN_IOU if params.segmentation else ACCURACY,
@@ -159,7 +161,9 @@ def teacher_objective(section: TrainingParams, config: ModelConfig, prior: Prior
         torch.manual_seed(seed)
         model = build_model(config, "teacher.backbone")
     load_pretrained(model.backbone, section.pretrained, "teacher.pretrained")
-    return TeacherObjective(model, torch.tensor(prior.in_losses), section.adjustment)
+    loss = class_loss(section, prior)
+    loss.start(model.classifier)
+    return TeacherObjective(model, torch.tensor(prior.in_losses), section.adjustment, loss)
 
 
 def run_folder(

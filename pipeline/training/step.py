@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.distributed import average_gradients, gather_batch, rank, rank_count
+from models.losses.class_loss import Mixed
 from models.networks.activation_checkpointing import recompute_blocks
 from models.networks.ema import WeightAverage
-from models.objectives.student import StudentObjective
-from models.objectives.teacher import Mixed, TeacherObjective
+from models.objectives.objective import Objective
 from pipeline.augment import (
     Draws,
     MixDraws,
@@ -73,7 +73,7 @@ class Step:
 
     def __init__(
         self,
-        objective: TeacherObjective | StudentObjective,
+        objective: Objective,
         params: TrainingParams,
         image: ImageParams,
         train: AnyImages,

@@ -20,6 +20,7 @@ from pipeline.model_io.encoder import build_on_meta, describe, load_encoder
 from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import EncoderParams, ImageParams, StudentParams
 from pipeline.shared.errors import ParamsError
+from pipeline.training.method_setup import class_loss
 
 
 def build_objective(
@@ -42,7 +43,9 @@ def build_objective(
         frozen, trained = load_model(teacher, "teacher")
         check_image(trained, image, teacher)
         check_encoder(trained, config.encoder, teacher)
-        teacher_adjustment = trained.adjustment
+        teacher_adjustment = (
+            _of_logits(trained.adjustment) - _of_logits(section.assumed_adjustment) + section.adjustment
+        )
         if pretrained:
             frozen.backbone = with_encoder(pretrained, frozen.backbone)
     with torch.random.fork_rng(devices=[]):
@@ -53,6 +56,11 @@ def build_objective(
         if pretrained:
             model.backbone = tuned_backbone(pretrained, model.backbone, section)
         return student_objective(section, weights, prior, model, frozen, teacher_adjustment)
+
+
+def _of_logits(adjustment: float | None) -> float:
+    """The adjustment whose L_cls gives the same logits; None, balanced logits, is that of Eq. 6."""
+    return 1.0 if adjustment is None else adjustment
 
 
 def tuned_backbone(pretrained: Backbone, head: Backbone, section: StudentParams) -> TunedBackbone:
@@ -81,6 +89,8 @@ def student_objective(
     teacher_adjustment: float | None = None,
 ) -> StudentObjective:
     """The objective of params.student for a network and its teacher; teacher_adjustment: of the teacher's L_cls."""
+    loss = class_loss(section, prior)
+    loss.start(model.classifier)
     return StudentObjective(
         model,
         teacher,
@@ -96,6 +106,7 @@ def student_objective(
         contrast_encoder=section.contrast_encoder,
         encoder_momentum=section.encoder_momentum,
         teacher_adjustment=teacher_adjustment,
+        loss=loss,
     )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from models.preprocess import decode, letterbox
-from models.prior import softmax
-from serving.repository.manifest import Golden, Manifest
+from serving.repository.manifest import Golden, Manifest, served_probabilities
 
 
 class StudentCall:
@@ -16,6 +15,7 @@ class StudentCall:
     """
 
     def __init__(self, manifest: Manifest, golden: Golden) -> None:
+        self._manifest, self._strength = manifest, golden.strength
         strength = np.array([[golden.strength]], dtype=np.float32)
         canvas = manifest.segmentation
         if canvas is None:
@@ -30,7 +30,8 @@ class StudentCall:
     def answer(self, output: np.ndarray) -> tuple[list[int], list[float]]:
         """Indexes of all classes, best first, and their probabilities, from the output's row."""
         if self._size is None:
-            probability = softmax(output.astype(np.float64))
+            manifest = self._manifest
+            probability = served_probabilities(output, self._strength, manifest.log_prior, manifest.calibration)
         else:
             inside = output[: self._size[0], : self._size[1]]
             probability = np.bincount(inside.ravel(), minlength=self._classes) / inside.size

@@ -43,6 +43,7 @@ class ParsedRequest(NamedTuple):
     log_prior: np.ndarray  # [C] or [n,C]
     strength: np.ndarray  # [n,1]
     priors: Counter  # number of rows by kind of prior
+    extras: tuple | None = None  # extras.Wanted
     sizes: np.ndarray | None = None  # of task segmentation: height and width that each image takes in the canvas, [n,2]
 
 
@@ -50,10 +51,12 @@ class RequestParser:
     """Parses requests to one version.
 
     manifest: of the version, a mapping. prior, preprocess: the modules of these names in `models`, or their copies.
-    live_prior: the LivePrior of the repository. no_live_prior: the exception that it raises if there is none.
+    live_prior: the LivePrior of the repository. no_live_prior: the exception that it raises if there is none. extras: the
+    Extras of the version.
     """
 
-    def __init__(self, manifest, prior, preprocess, live_prior, no_live_prior):
+    def __init__(self, manifest, prior, preprocess, live_prior, no_live_prior, extras):
+        self.extras = extras
         self.prior, self.preprocess = prior, preprocess
         self.live_prior, self.no_live_prior = live_prior, no_live_prior
         self.class_count = len(manifest["classes"])
@@ -73,10 +76,11 @@ class RequestParser:
             raise BadRequest("image_missing", "image is missing; send one encoded image a row")
         # Small inputs first: a request that is rejected because of them needs no decoding.
         log_prior, strength, priors = self.read_adjustment(request, len(encoded))
+        extras = self.extras.parse(request, len(encoded))
         if self.canvas:
             images, sizes = zip(*self.decode_rows(encoded[:, 0], self.letterbox), strict=True)
-            return ParsedRequest(np.stack(images), log_prior, strength, priors, np.array(sizes))
-        return ParsedRequest(self.read_images(encoded[:, 0]), log_prior, strength, priors)
+            return ParsedRequest(np.stack(images), log_prior, strength, priors, extras, np.array(sizes))
+        return ParsedRequest(self.read_images(encoded[:, 0]), log_prior, strength, priors, extras)
 
     def read_adjustment(self, request, rows):
         """Log prior [C] or [n,C], its strength [n,1], and the number of rows by kind of prior. Raises BadRequest."""

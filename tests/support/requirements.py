@@ -1,7 +1,8 @@
-"""Resolve the transitive closure of requirements from the metadata of the installed packages."""
+"""The locks in requirements/, and the transitive closure of requirements from the metadata of the installed packages."""
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib import metadata
@@ -11,13 +12,27 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 DISTRIBUTIONS = {canonicalize_name(distribution.name) for distribution in metadata.distributions()}
 
 
 def tailor_with(extra: str = "") -> set[str]:
     """Return the names of the distributions that Tailor with an extra installs."""
     return installed_with([f"{PROJECT['name']}[{extra}]"])
+
+
+def locked(name: str) -> list[Requirement]:
+    """Return the requirements of requirements/{name}.txt. Raises AssertionError if one has no exact version or no hash."""
+    entries = (ROOT / f"requirements/{name}.txt").read_text(encoding="utf-8").replace("\\\n", "").splitlines()
+    found = []
+    for entry in entries:
+        if not entry.startswith("#"):
+            text, *hashes = entry.split("--hash=")
+            assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", value.strip()) for value in hashes), entry
+            found.append(Requirement(text))
+            assert [part.operator for part in found[-1].specifier] == ["=="], entry
+    return found
 
 
 def installed_with(requirements: Sequence[str]) -> set[str]:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from models.networks.cosine_classifier import ImageClassifier
+from models.losses.class_loss import FocalLoss, Weighting
+from models.networks.cosine_classifier import CausalClassifier, ImageClassifier
 from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
 from models.objectives.teacher import TeacherObjective
@@ -48,11 +49,15 @@ def training_params(**changes) -> TrainingParams:
 
 
 def made_objective(stage: str, seed: int = 0) -> TeacherObjective | StudentObjective:
-    """Return the objective of a stage, initialised from a seed. `momentum`: a student with a momentum encoder."""
+    """Return the objective of a stage, initialised from a seed. `momentum`: a student with a momentum encoder; `deferred`: a
+    teacher with class weights in the second half of the epochs and a causal classifier."""
     log_prior = torch.tensor([0.6, 0.3, 0.1]).log()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ImageClassifier("resnet20", 3, 1 / 30)
+        if stage == "deferred":
+            loss = FocalLoss(log_prior, 0.0, 1.0, Weighting((6, 3, 1), 0.9, 0.5))
+            return TeacherObjective(ImageClassifier("resnet20", 3, 1.0, head=CausalClassifier), log_prior, loss=loss)
         if stage == "teacher":
             return TeacherObjective(model, log_prior)
         teacher = ImageClassifier("resnet20", 3, 1 / 30)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-import models.objectives.teacher
+import models.losses.class_loss
 from models.contrast.gml_reference import gml_loss
 from models.losses.adjusted_cross_entropy import adjusted_cross_entropy
 from models.losses.distillation import distillation_loss
@@ -54,7 +54,7 @@ def test_classification_alone_is_what_a_teacher_learns_from_and_keeps_no_teacher
 
 
 def test_without_gamma_the_cross_entropy_is_not_computed_and_the_classifier_learns_by_distillation(monkeypatch):
-    monkeypatch.setattr(models.objectives.teacher, "adjusted_cross_entropy", None)
+    monkeypatch.setattr(models.losses.class_loss, "adjusted_cross_entropy", None)
     objective = student(weights={"gamma": 0.0})
     parts = objective(views(), TARGET, IDS)
     parts["loss"].backward()

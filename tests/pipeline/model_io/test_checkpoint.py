@@ -2,6 +2,7 @@
 
 import json
 import resource
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -54,6 +55,19 @@ def test_a_loaded_network_is_bit_identical_and_in_eval_mode(saved):
     assert config == MODEL_CONFIG and loaded.tau_s == 0.1 and not loaded.training and same(model, loaded)
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(images)[1], model.eval()(images)[1])
+
+
+@pytest.mark.parametrize(
+    "classifier", [{"kind": "linear"}, {"kind": "causal", "heads": 4, "alpha": 3.0, "momentum": 0.9}]
+)
+def test_a_network_with_another_classifier_is_bit_identical_after_loading(classifier, tmp_path):
+    config = replace(MODEL_CONFIG, tau_s=1.0, classifier=classifier)
+    model = build_model(config, "student.backbone").train()
+    model(torch.randn(4, 3, 16, 16))
+    save_model(model.state_dict(), config, tmp_path)
+    loaded, read = load_model(tmp_path, "student")
+    images = torch.randn(2, 3, 16, 16)
+    assert read == config and same(model, loaded) and torch.equal(loaded(images)[1], model.eval()(images)[1])
 
 
 def test_a_network_in_channels_last_memory_is_saved_as_well(tmp_path):

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from models.networks.cosine_classifier import ImageClassifier
+from models.networks.cosine_classifier import CausalClassifier, ImageClassifier, LinearClassifier
 from models.prior import adjust_logits
 from pipeline.data.dataset import normalise
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
@@ -44,6 +44,10 @@ def graph(served):
 
 @pytest.fixture(scope="module")
 def session(graph):
+    return opened(graph)
+
+
+def opened(graph):
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
@@ -73,6 +77,23 @@ def test_the_folded_graph_equals_model_normalisation_and_adjustment(student, ser
     expected, expected_feature = reference(student, pixels, strength)
     assert np.allclose(logits.numpy(), expected, rtol=0, atol=1e-4)
     assert np.allclose(feature.numpy(), expected_feature, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", [LinearClassifier, CausalClassifier])
+def test_another_classifier_is_folded_with_its_bias_and_the_shift_and_exported(head):
+    torch.manual_seed(0)
+    model = ImageClassifier("resnet20", 4, 1.0, head=head).train()
+    with torch.no_grad():
+        model(torch.randn(16, 3, SIZE, SIZE))  # the causal classifier needs a mean direction
+    shift = [0.1, -0.2, 0.3, 0.4]
+    served = ServedStudent(model.eval(), IMAGE.mean, IMAGE.std, LOG_PRIOR, shift).eval()
+    pixels, strength = request(5)
+    expected, expected_feature = reference(model, pixels, strength)
+    expected = expected + np.array(shift, dtype=np.float32)
+    logits, feature = opened(to_onnx(served, SIZE, opset=20)).run(None, {"image": pixels, "strength": strength})
+    assert np.allclose(logits, expected, rtol=0, atol=1e-4) and np.allclose(
+        feature, expected_feature, rtol=0, atol=1e-5
+    )
 
 
 def test_folding_does_not_change_the_student(student, served):

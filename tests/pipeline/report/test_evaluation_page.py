@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import DatasetCard, ModelCard
 from PIL import Image
 
+from models.calibration import fit_served_temperature
 from models.preprocess import ImageError
 from pipeline.data.class_prior import Prior
 from pipeline.evaluation.metrics import adjusted_probabilities, prediction_metrics
@@ -202,12 +203,11 @@ def test_the_strength_sweep_equals_the_metrics_at_0_and_1(made):
 def test_the_temperature_is_fitted_only_with_validation_data(made):
     labels, prior, logits = made
     sharp = 6 * logits
-    calibration = reliability(sharp, labels, (6 * made_logits(labels, prior, 9), labels), 15)
+    fitted = fit_served_temperature(6 * made_logits(labels, prior, 9), labels)
+    calibration = reliability(sharp, labels, fitted.temperature, 15)
     assert calibration.temperature > 2 and calibration.after.ece.value < calibration.before.ece.value
     assert sum(each.count for each in calibration.after.bins) == len(labels)
     assert reliability(sharp, labels, None, 15).after is None
-    assert reliability(sharp, labels, (sharp[:0], labels[:0]), 15).temperature is None
-    assert reliability(-sharp, labels, (-sharp, labels), 15).temperature is None  # worse than chance
 
 
 def test_confusion_pairs_and_extreme_classes_have_the_correct_counts():
@@ -320,3 +320,17 @@ def test_hugging_face_reads_the_data_card(images, bracket):
     assert read.data.size_categories == [bracket] and read.data.task_categories == ["image-classification"]
     assert cells_of(card, "| class | training images | group |") == ROWS
     assert "folder at x: [y --- - evil" in read.text
+
+
+def test_accuracy_is_split_by_groups_that_training_has_seen(made):
+    labels, prior, logits = made
+    names = [f"place {index % 5}" for index in range(len(labels))]
+    analysis = analyse_predictions(
+        {"teacher": logits, "student": logits}, labels, prior, 15, 0, draws=1, groups=(names, {"place 0", "place 3"})
+    )
+    for row, places in zip(analysis.seen, ({0, 3}, {1, 2, 4}), strict=True):
+        chosen = np.array([index % 5 in places for index in range(len(labels))])
+        hits = (logits.argmax(1) == labels)[chosen]
+        by_class = [hits[labels[chosen] == label].mean() for label in np.unique(labels[chosen])]
+        assert row.accuracy.value == pytest.approx(np.mean(by_class))
+        assert (row.groups, row.images, row.classes) == (len(places), chosen.sum(), len(by_class))

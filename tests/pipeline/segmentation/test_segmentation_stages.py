@@ -21,11 +21,12 @@ from models.segmentation.metrics import Areas
 from models.segmentation.network import SegmentationModel
 from pipeline.data.class_prior import load_prior
 from pipeline.model_io.checkpoint import load_model
+from pipeline.segmentation import objectives
 from pipeline.segmentation.dataset import LabelMapSplit, load_labelled_images
 from pipeline.segmentation.inference import areas_by_adjustment, cell_logits, class_maps, image_logits
 from pipeline.shared.artifacts import EVALUATION, REPOSITORY, STUDENT, TEACHER
 from pipeline.shared.errors import ParamsError
-from pipeline.training import engine, segmentation_setup
+from pipeline.training import engine
 from serving.golden.dry_run import run_golden
 from serving.repository.release import read_release
 from tests.support.label_maps import CLASSES, SIZE, label_map_folder, labels, segmentation_params
@@ -198,7 +199,7 @@ def test_a_student_with_its_own_features_as_keys_needs_no_teacher(made):
 def test_a_backbone_without_dilation_is_refused_before_training(made):
     wrong = made.model_copy(update={"student": made.student.model_copy(update={"backbone": "torchvision/vgg11"})})
     with pytest.raises(ParamsError, match=r"^student.backbone: "):
-        segmentation_setup.check(wrong, load_prior())
+        objectives.check_dilated(wrong)
 
 
 def test_queues_that_cannot_hold_every_class_are_refused_before_training(made):

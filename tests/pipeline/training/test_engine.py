@@ -37,6 +37,16 @@ def test_training_learns_classes_that_differ_plainly():
     assert history[-1]["validation_accuracy"] == accuracy(run.objective.model, made_images(30, seed=1), IMAGE, CPU)
 
 
+def test_the_objective_is_told_each_epoch_before_its_first_step():
+    run, calls = made_training("deferred", epochs=4), []
+    begin, forward = run.objective.begin_epoch, run.objective.forward
+    run.objective.begin_epoch = lambda *epoch: (calls.append(epoch), begin(*epoch))
+    run.objective.forward = lambda *batch: (calls.append("step"), forward(*batch))[1]
+    run.run(made_images(8), made_images(0))
+    assert calls == [entry for epoch in range(4) for entry in ((epoch, 4), "step")]
+    assert run.objective.loss.class_weight.min() < 1
+
+
 def test_the_incomplete_last_batch_is_dropped_and_each_epoch_is_recorded():
     run = made_training()
     seen = []

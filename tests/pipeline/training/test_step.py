@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.objectives.teacher import Mixed
+from models.losses.class_loss import Mixed
 from pipeline.augment import apply_views
 from pipeline.params import AugmentParams
 from pipeline.training.cuda_graph import CapturedStep, CaptureError
@@ -56,7 +56,7 @@ def test_a_mixed_classifier_view_is_trained_on_both_labels_by_their_shares(mix):
     objective = copy.deepcopy(step.objective)
     with torch.no_grad():
         _, logits = objective.train().model(step.normalise(views)[0])
-    log_p = F.log_softmax(logits + objective.log_prior, 1)
+    log_p = F.log_softmax(logits + objective.loss.log_prior, 1)
     own, other = made_images(32).labels[inputs.chosen], mixed.target
     rows = torch.arange(8)
     expected = -(mixed.share * log_p[rows, own] + (1 - mixed.share) * log_p[rows, other]).mean()
@@ -84,7 +84,7 @@ def test_a_share_of_one_is_the_plain_loss():
 def test_strength_0_in_the_classification_loss_is_plain_cross_entropy():
     objective = made_objective("teacher").eval()
     views, target = torch.randn(1, 4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
-    objective.adjustment = 0.0
+    objective.loss.strength = 0.0
     _, logits = objective.model(views[0])
     assert torch.allclose(objective(views, target, target)["loss"], F.cross_entropy(logits, target))
 

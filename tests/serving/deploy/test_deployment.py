@@ -6,7 +6,6 @@ import json
 import os
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import pytest
 import yaml
 from packaging.utils import canonicalize_name
 
-from tests.support.requirements import PROJECT, installed_with
+from tests.support.requirements import locked
 from tests.support.watched import OBSERVABILITY, expressions
 
 ROOT = Path(__file__).parents[3]
@@ -129,15 +128,14 @@ def test_the_dockerfile_parses_and_copies_only_existing_files() -> None:
 def test_every_package_that_the_command_imports_is_installed_in_its_stage(stage: str) -> None:
     text = (ROOT / "Dockerfile").read_text()
     [lines] = re.findall(rf" AS {stage}\n(.*?)\nFROM ", text, re.DOTALL)
-    [listed] = re.findall(r"pip install (?:--no-build-isolation )?-c constraints.txt (.*\".*)", lines)
-    requirements = [word.replace(".[", f"{PROJECT['name']}[") for word in shlex.split(listed)]
+    [lock] = re.findall(r"pip install --require-hashes --no-deps -r (\w+).txt", lines)
+    installed = {canonicalize_name(requirement.name) for requirement in locked(lock)}
     code = (
         "import sys, serving.commands; print(*{name.partition('.')[0] for name in sys.modules} - {'models', 'serving'})"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     by_module = metadata.packages_distributions()
-    # Not requirements: optional imports of packages.
-    installed = installed_with(requirements) | {"setuptools", "brotli", "ml-dtypes", "grpcio-tools"}
+    installed |= {"setuptools", "brotli", "ml-dtypes", "grpcio-tools", "defusedxml"}  # optional imports of packages
     missing = {
         name
         for name in ran.stdout.split()

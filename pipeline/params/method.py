@@ -1,0 +1,131 @@
+"""Parts of sections `teacher` and `student` of params.yaml that are chosen by `kind`: L_cls and the classifier."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.params.section import NonNegative, Number, PositiveInt, Section, Share
+
+BelowOne = Annotated[Number, Field(gt=0, lt=1)]
+
+
+class WeightedLoss(Section):
+    """Class weights of a loss, as 1 / effective number of images (Cui et al. 2019).
+
+    class_balance: beta of the effective number; null: no weights. after: share of the epochs before the weights apply
+    (deferred re-weighting); 0: from the start. average: `batch` divides by the number of images, `weights` by the sum of
+    their weights, as PyTorch and the published codes of deferred re-weighting do.
+    """
+
+    class_balance: BelowOne | None = None
+    after: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    average: Literal["batch", "weights"] = "batch"
+
+
+class CrossEntropyLoss(WeightedLoss):
+    """Cross-entropy of logits + adjustment · log prior."""
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+
+
+class FocalLoss(WeightedLoss):
+    """Focal loss of the softmax probability with exponent gamma (Lin et al. 2017)."""
+
+    kind: Literal["focal"]
+    gamma: NonNegative = 1.0
+
+
+class SigmoidFocalLoss(WeightedLoss):
+    """Sigmoid focal loss; with class_balance the class-balanced focal loss of Cui et al. 2019."""
+
+    kind: Literal["sigmoid_focal"]
+    gamma: NonNegative = 1.0
+
+
+class LDAMLoss(WeightedLoss):
+    """LDAM (Cao et al. 2019) for the cosine classifier. margin: of the class with the fewest images, as a cosine."""
+
+    kind: Literal["ldam"]
+    margin: Share = 0.5
+
+
+class SmoothingLoss(WeightedLoss):
+    """Label smoothing: `head` of the class with the most images, `tail` of the one with the fewest (MiSLAS); equal: plain."""
+
+    kind: Literal["smoothing"]
+    head: Share = 0.1
+    tail: Share = 0.1
+
+
+class LADELoss(Section):
+    """LADE (Hong et al. 2021): cross-entropy + weight · R of the whole batch. regulariser: lambda of R."""
+
+    kind: Literal["lade"]
+    weight: NonNegative = 0.1
+    regulariser: NonNegative = 0.01
+
+
+Loss = Annotated[
+    CrossEntropyLoss | FocalLoss | SigmoidFocalLoss | LDAMLoss | SmoothingLoss | LADELoss, Field(discriminator="kind")
+]
+
+
+class CosineHead(Section):
+    """Cosine classifier with the temperature tau_s."""
+
+    kind: Literal["cosine"] = "cosine"
+
+
+class LinearHead(Section):
+    """Linear classifier with bias; tau_s has no effect."""
+
+    kind: Literal["linear"]
+
+
+class CausalHead(Section):
+    """Causal classifier, TDE (Tang et al. 2020); tau_s has no effect.
+
+    heads: parts of the feature that are normalised on their own. alpha: how much of the mean direction is removed after
+    training. momentum: of the running mean of the features.
+    """
+
+    kind: Literal["causal"]
+    heads: PositiveInt = 2
+    alpha: NonNegative = 1.5
+    momentum: BelowOne = 0.9
+
+
+Head = Annotated[CosineHead | LinearHead | CausalHead, Field(discriminator="kind")]
+
+
+def check_loss(loss: Loss, head: Head, adjustment: float, accumulate: int, mix: str) -> None:
+    """Raise ValueError for a loss that does not fit the other keys of its section."""
+    if loss.kind == "ldam" and head.kind != "cosine":
+        raise ValueError(
+            f"loss.kind is ldam, whose margins are cosines, but classifier.kind is {head.kind}; set it to cosine"
+        )
+    if adjustment and (loss.kind == "sigmoid_focal" or weighted(loss)):
+        reason = (
+            "has no logit adjustment" if loss.kind == "sigmoid_focal" else "has class weights, which balance it too"
+        )
+        raise ValueError(f"adjustment is {adjustment:g}, but loss.kind {loss.kind} {reason}; set adjustment: 0.0")
+    if loss.kind == "lade" and accumulate > 1:
+        raise ValueError(
+            f"accumulate is {accumulate}, but loss.kind lade has a term of the whole batch; set accumulate: 1 and lower "
+            "batch_size if the batch does not fit"
+        )
+    if loss.kind == "lade" and mix != "none":
+        raise ValueError(
+            f"augment.mix is {mix}, but loss.kind lade needs one label per image; set it to none, or take another loss"
+        )
+    if isinstance(loss, WeightedLoss) and loss.average == "weights" and accumulate > 1:
+        raise ValueError(
+            f"accumulate is {accumulate}, but loss.average is weights, a sum over the whole batch; set loss.average: batch"
+        )
+
+
+def weighted(loss: Loss) -> bool:
+    """Whether the loss has class weights, so that its logits are balanced as they are."""
+    return isinstance(loss, WeightedLoss) and loss.class_balance is not None
