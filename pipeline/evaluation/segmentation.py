@@ -57,14 +57,14 @@ class SegmentationEvaluation:
         return {"data": lines, "layout": {**axes, "height": 360, "margin": {"l": 56, "r": 12, "t": 12, "b": 52}}}
 
     def write(self, folder: Path) -> None:
-        """Write metrics.json, a metrics file per network and target prior, per_class.csv, strength.csv, areas.parquet."""
+        """Write metrics.json, a metrics file per network and target prior, per_class.csv, strength.csv, predictions.parquet."""
         write_json(folder / "metrics.json", self.metrics)
         for network, by_prior in self.metrics.items():
             for name, values in by_prior.items():
                 write_json(folder / "metrics" / f"{network}_{name}.json", values)
         write_file(folder / "per_class.csv", as_csv(self.classes))
         write_file(folder / "plots" / "strength.csv", as_csv(self.curve))
-        pyarrow.parquet.write_table(self.images, folder / "areas.parquet")
+        pyarrow.parquet.write_table(self.images, folder / "predictions.parquet")
 
 
 def evaluate_networks(

@@ -174,7 +174,7 @@ def test_teacher_and_student_are_trained_evaluated_and_resume_after_an_interrupt
     assert str(result).startswith("mIoU teacher ")
     curve = (EVALUATION / "plots/strength.csv").read_text().splitlines()
     assert len(curve) == 12 and curve[0].startswith("strength,alpha,teacher_miou,")
-    areas = pyarrow.parquet.read_table(EVALUATION / "areas.parquet").to_pylist()
+    areas = pyarrow.parquet.read_table(EVALUATION / "predictions.parquet").to_pylist()
     summed = Areas(
         *(np.sum([row[f"{part}_balanced"] for row in areas], 0) for part in ("intersection", "predicted", "labelled"))
     )
