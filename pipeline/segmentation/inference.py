@@ -20,6 +20,7 @@ from pipeline.params import ImageParams
 from pipeline.segmentation.dataset import LabelMapSplit
 
 BATCH = 8
+MAX_LOGITS = 2**27
 
 
 def image_logits(logits: Tensor, canvas: tuple[int, int], inside: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -48,9 +49,16 @@ def cell_logits(
 def class_maps(
     logits: Tensor, adjustments: Tensor, canvas: tuple[int, int], inside: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """Class maps uint8 [S,h,w] of one image for several adjustments [S,C], which are added to its logits [C,h,w]."""
-    adjusted = adjust_logits(logits[None], adjustments[:, :, None, None].to(logits), 1.0)
-    return image_logits(adjusted, canvas, inside, size).argmax(1).to(torch.uint8).cpu().numpy()
+    """Class maps uint8 [S,h,w] of one image for several adjustments [S,C], which are added to its logits [C,h,w].
+
+    Computed for a few adjustments at a time, so that the logits of all pixels take at most MAX_LOGITS numbers.
+    """
+    pixels = len(logits) * max(canvas[0] * canvas[1], size[0] * size[1])
+    maps = []
+    for part in adjustments.to(logits).split(max(1, MAX_LOGITS // pixels)):
+        adjusted = adjust_logits(logits[None], part[:, :, None, None], 1.0)
+        maps.append(image_logits(adjusted, canvas, inside, size).argmax(1).to(torch.uint8).cpu())
+    return torch.cat(maps).numpy()
 
 
 @torch.inference_mode()

@@ -121,9 +121,10 @@ def segment(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Segment an image: print the share of each class in its pixels, and write the class map.
+    """Segment an image into classes.
 
-    The pixels of the written PNG are the class numbers. The server must serve a release of task segmentation.
+    Print the share of each class in its pixels, and write the class map; the pixels of the PNG are the class numbers.
+    The server must serve a release of task segmentation.
     """
     for option, path in (("--out", out), ("--overlay", overlay)):
         if path is not None and not path.absolute().parent.is_dir():
