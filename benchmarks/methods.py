@@ -31,11 +31,15 @@ def table(content: dict[str, Any]) -> str:
         cost = row["cost"]
         cells += [f"{cost['trained'] / 1000:,.0f}", f"{cost['macs'] / base:.2f}"] if cost and base else ["", ""]
         lines.append(f"| `{row['method']}` | {' | '.join(cells)} | {row['seconds']:,.0f} |")
-    counts = content["classes"]
+    counts, images = (
+        content["classes"],
+        f"{content['training_images']:,} training and {content['test_images']:,} test images",
+    )
     groups = ", ".join(f"{counts[name]} {name}" for name in MEASURES[1:])
     return (
-        f"`{content['command']}`\n\n{content['training_images']:,} training and {content['test_images']:,} test images; classes: "
-        f"{groups}; seeds {', '.join(map(str, content['seeds']))}.\n\n" + "\n".join(lines) + "\n"
+        f"`{content['command']}`\n\n{images}; classes: {groups}; seeds {', '.join(map(str, content['seeds']))}.\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
 
 
