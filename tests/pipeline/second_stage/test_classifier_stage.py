@@ -257,7 +257,8 @@ def test_shifted_batch_norm_changes_its_statistics_to_those_of_class_balanced_ba
         ),
         (
             {"classifier.kind": "ncm", "classifier.start": "linear"},
-            r"classifier: start is linear, which kind ncm does not use \(only lws, disalign, mislas, los, balms, metasaug\); set start: student",
+            r"classifier: start is linear, which kind ncm does not use "
+            r"\(only lws, disalign, mislas, los, balms, metasaug\); set start: student",
         ),
         (
             {"classifier.kind": "lws", "classifier.smoothing": [0.3, 0.0]},
