@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.class_sampler import ClassSampler
+
 NORM = 30.0  # length of the features that the classifier is trained on; pooled features of a ResNet-50 have about this length
 REFERENCE_CLASSES = 1000
 MOMENTUM = 0.9
@@ -149,22 +151,3 @@ def fit(trained: Trained, loss: Loss, data: TrainingFeatures, how: Fit) -> None:
         tensor.requires_grad_(False)
         if not tensor.isfinite().all():
             raise NotFiniteError("a trained value is not finite")
-
-
-class ClassSampler:
-    """Class-balanced sampling: a class uniformly, then one of its images uniformly. Classes without an image are left out."""
-
-    def __init__(self, labels: Tensor, classes: int) -> None:
-        self._counts = torch.bincount(labels, minlength=classes)
-        self._order = labels.argsort(stable=True)
-        self._start = self._counts.cumsum(0) - self._counts
-        self._filled = self._counts.nonzero().flatten()
-
-    def draw(self, number: int, generator: torch.Generator) -> Tensor:
-        """Indices of images, int64 [number]."""
-        return self.draw_from(self._filled[torch.randint(len(self._filled), (number,), generator=generator)], generator)
-
-    def draw_from(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
-        """Indices of images of the classes `chosen` int64 [B], one of each entry, each of its images equally likely."""
-        share = torch.rand(len(chosen), generator=generator, dtype=torch.float64)
-        return self._order[self._start[chosen] + (share * self._counts[chosen]).long()]

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.class_sampler import ClassSampler
 from models.prior import adjust_logits
-from models.second_stage.fitting import ClassSampler, Head, TrainingFeatures
+from models.second_stage.fitting import Head, TrainingFeatures
 
 RATE = 0.01  # learning rate of the sampler, Adam
 TEMPERATURE = 1.0  # of the Gumbel softmax

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.class_sampler import ClassSampler
 from models.prior import effective_number
-from models.second_stage.fitting import ClassSampler, Head, TrainingFeatures, scaled
+from models.second_stage.fitting import Head, TrainingFeatures, scaled
 
 STRENGTH = 0.75  # of the augmentation at the last step; it grows linearly from 0
 BETA = 0.9999  # of the class weights, 1 / effective number

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from models.experts.backbone import expert_backbone
 from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import UnknownBackboneError
 from models.networks.cosine_classifier import (
@@ -49,7 +50,8 @@ class ModelConfig:
     the encoder is part of the network, which takes images. tune_rank: hidden units of the adapters of `adaptformer`.
     interpolation: filter of the images' resize. second_stage: record of the second stage whose linear head replaces the
     trained classifier; tau_s is then 1. None for none. classifier: kind and parameters of the trained classifier, without
-    tau_s, which is 1 for all but the cosine classifier; None: the cosine classifier.
+    tau_s, which is 1 for all but the cosine classifier; None: the cosine classifier. experts: arguments `experts`,
+    `shared` and `narrow` of expert_backbone; None for one network.
     """
 
     backbone: str
@@ -67,6 +69,7 @@ class ModelConfig:
     interpolation: str = "bilinear"
     second_stage: dict[str, Any] | None = None
     classifier: dict[str, Any] | None = None
+    experts: dict[str, Any] | None = None
 
 
 def student_folder(params: Params) -> tuple[Path, str]:
@@ -108,6 +111,9 @@ def _build_network(config: ModelConfig, key: str) -> ImageClassifier:
         cosine = not stored or stored["classifier"] == "both"
         return ImageClassifier(backbone, config.classes, config.tau_s, memory=memory, cosine=cosine, head=head)
     try:
+        if config.experts:
+            experts = expert_backbone(config.backbone, image_size=config.image_size, **config.experts)
+            return ImageClassifier(experts, config.classes, config.tau_s, head=head)
         return ImageClassifier(config.backbone, config.classes, config.tau_s, config.image_size, head=head)
     except UnknownBackboneError as error:
         raise ParamsError(f"{key}: {error}") from None

@@ -137,5 +137,10 @@ def _keys(location: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
 def _sections_at(sections: list[Any], key: str) -> list[Any]:
     """Sections that a key may hold; the annotation of an optional section is a union with None."""
     field = next((section.model_fields[key] for section in sections if key in section.model_fields), None)
-    options = (get_args(field.annotation) or (field.annotation,)) if field else ()
-    return [option for option in options if hasattr(option, "model_fields")]
+    return _sections_in(field.annotation) if field else []
+
+
+def _sections_in(annotation: Any) -> list[Any]:
+    if hasattr(annotation, "model_fields"):
+        return [annotation]
+    return [section for option in get_args(annotation) for section in _sections_in(option)]

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.params.experts import ExpertsParams, check_experts
 from pipeline.params.method import CosineHead, CrossEntropyLoss, Head, Loss, check_loss, weighted
 from pipeline.params.section import Count, NonNegative, Number, Positive, PositiveInt, Section, Share
 
@@ -143,6 +144,8 @@ class StudentParams(TrainingParams):
     adapter (tune_rank hidden units) in each transformer block, `all` the whole encoder; the student then takes images,
     and the teacher stays on the frozen encoder. tune_rate: learning rate of the encoder's last block as a multiple of
     learning_rate. tune_decay: each earlier block has tune_decay times the rate of the block after it.
+
+    experts: a network with several experts and its loss, in place of the terms above; null for one network.
     """
 
     gamma: NonNegative
@@ -159,6 +162,7 @@ class StudentParams(TrainingParams):
     projection_dim: PositiveInt
     projection_hidden: PositiveInt | None = None
     memory: MemoryParams | None = None
+    experts: ExpertsParams | None = None
     tune: Literal["none", "last_blocks", "lora", "adaptformer", "all"] = "none"
     tune_blocks: PositiveInt = 2
     tune_rank: PositiveInt = 8
@@ -187,6 +191,17 @@ class StudentParams(TrainingParams):
                 "contrast_encoder: teacher"
             )
         return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> StudentParams:
+        if self.experts:
+            check_experts(self.experts, self)
+        return self
+
+    @property
+    def assumed_adjustment(self) -> float | None:
+        """As of TrainingParams; None also for experts whose papers use the logits as they are."""
+        return None if self.experts and self.experts.balanced else super().assumed_adjustment
 
 
 class EngineParams(Section):

@@ -79,6 +79,11 @@ class Training:
         loss is not finite, naming step and terms; the batch and the state are then dumped to artifacts/failures/.
         """
         check_batch(self.name, self.params, len(train))
+        if self.objective.companion is not None and train.images is None:
+            raise ParamsError(
+                f"stream.mode: the images are streamed in a fixed order, but {self.name} draws a second batch in each step; "
+                "set stream.mode: off"
+            )
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             self._prepare(train)

@@ -35,7 +35,7 @@ def test_swapping_champion_and_challenger_mirrors_every_difference(seed, one, ot
 @given(st.integers(0, 10**6), st.sampled_from(["beyond_noise", "estimate", "proven"]))
 def test_an_identical_model_is_refused_by_no_rule(seed, rule):
     strict = GateParams.model_validate(
-        {"resamples": 100, **{name: {"rule": rule} for name in ("all", "many", "medium", "few", "ece")}}
+        {"resamples": 100, **{name: {"rule": rule} for name in ("all", "many", "medium", "few", "ece", "nll")}}
     )
     same = answers_of(answering(0.7, seed))
     assert all(measure.passed for measure in compare(same, same, strict, 15).values())
@@ -107,7 +107,7 @@ def on_unequal(predicted):
 
 
 @pytest.mark.parametrize("target", ["balanced", "train"])
-def test_all_weighs_the_classes_by_the_target_prior_as_evaluate_does(target):
+def test_all_weighs_the_classes_by_the_target_prior_as_evaluate_does(target):  # pragma: allowlist secret
     random = np.random.default_rng(4)
     predicted = [np.where(random.random(len(UNEQUAL)) < share, UNEQUAL, 0) for share in (0.5, 0.8)]
     champion, challenger = map(on_unequal, predicted)
