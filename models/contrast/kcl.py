@@ -43,6 +43,8 @@ class KPositiveContrast(ContrastTerm):
     the first step if the queue's total is not a multiple of the batch.
     """
 
+    encoder = "momentum"
+    on_classifier_view = True
     uses = ("key",)
     draws: Tensor
 

@@ -207,7 +207,7 @@ def check_recipe(teacher: TrainingParams, student: StudentParams, prior: Prior) 
             check_backbone(name)
         except UnknownBackboneError as error:
             raise ParamsError(f"{key}: {error}") from None
-    if not student.beta or memory_alone(student):
+    if not student.beta or student.contrast.kind != "gml" or memory_alone(student):
         return
     try:
         queue_lengths(prior.counts, student.queue_total, student.queue_minimum)

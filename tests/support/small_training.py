@@ -9,8 +9,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from models.contrast.kcl import KPositiveContrast
+from models.contrast.memories import FifoQueue
+from models.contrast.proco import ProCo
 from models.losses.class_loss import FocalLoss, Weighting
 from models.networks.cosine_classifier import CausalClassifier, ImageClassifier
+from models.networks.projection_head import ProjectionHead
+from models.objectives.contrast import ContrastObjective
 from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
 from models.objectives.teacher import TeacherObjective
@@ -50,11 +55,17 @@ def training_params(**changes) -> TrainingParams:
 
 def made_objective(stage: str, seed: int = 0) -> TeacherObjective | StudentObjective:
     """Return the objective of a stage, initialised from a seed. `momentum`: a student with a momentum encoder; `deferred`: a
-    teacher with class weights in the second half of the epochs and a causal classifier."""
+    teacher with class weights in the second half of the epochs and a causal classifier; `proco`, `kcl`: contrast terms."""
     log_prior = torch.tensor([0.6, 0.3, 0.1]).log()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ImageClassifier("resnet20", 3, 1 / 30)
+        if stage == "proco":
+            head, weights = ProjectionHead(64, 64, 8), StudentWeights(1.0, 1.0, 0.0, 4.0, 1.0)
+            return ContrastObjective(model, None, log_prior, weights, ProCo(head, log_prior, 8, 0.1))
+        if stage == "kcl":
+            head, weights = ProjectionHead(64, 64, 8), StudentWeights(1.0, 1.0, 0.0, 4.0, 1.0)
+            return ContrastObjective(model, None, log_prior, weights, KPositiveContrast(head, FifoQueue(16, 8)))
         if stage == "deferred":
             loss = FocalLoss(log_prior, 0.0, 1.0, Weighting((6, 3, 1), 0.9, 0.5))
             return TeacherObjective(ImageClassifier("resnet20", 3, 1.0, head=CausalClassifier), log_prior, loss=loss)
