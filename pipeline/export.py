@@ -18,7 +18,16 @@ from pipeline.model_io.checkpoint import attach_encoder, check_image, load_model
 from pipeline.onnx_export.float16 import to_float16
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_float16, check_parity
-from pipeline.onnx_export.release import build_manifest, golden_requests, golden_tolerance, open_session, top_k
+from pipeline.onnx_export.release import (
+    build_manifest,
+    decision_defaults,
+    golden_requests,
+    golden_tolerance,
+    load_calibration,
+    load_sets,
+    open_session,
+    top_k,
+)
 from pipeline.params import Params, ServingParams
 from pipeline.report.mlflow_record import record_after_stage
 from pipeline.report.model_card import model_card, model_facts, network_name
@@ -59,7 +68,8 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     InputError for a key that cannot be used, before the export starts.
     """
     key = signing_key()
-    prior = load_prior()
+    prior, calibration, sets = load_prior(), load_calibration(params), load_sets(params)
+    decision = decision_defaults(params.serving, prior)
     student, stage = student_folder(params)
     model, config = load_model(student, stage)
     check_image(config, params.image, student)
@@ -91,7 +101,9 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
                 f"serving.image_pixels is {serving.image_pixels} and serving.request_pixels {serving.request_pixels}; every "
                 "validation image has more pixels than one of them allows, so no golden request can be made; raise them"
             )
-        golden = golden_requests(session, examples, chosen, top_k(serving, prior), golden_tolerance(half))
+        golden = golden_requests(
+            session, examples, chosen, top_k(serving, prior), golden_tolerance(half, calibration), prior, calibration
+        )
         write_json(folder / GOLDEN_NAME, [answer.model_dump(exclude_defaults=True) for answer in golden])
         metrics = json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))["student"]
         facts = model_facts(
@@ -100,7 +112,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         )  # fmt: skip
         card = model_card(params.data, network_name(params), params.seed, facts, prior, metrics)
         write_file(folder / CARD_NAME, card)
-        manifest = build_manifest(folder, params, prior, model, metrics, half, config)
+        manifest = build_manifest(folder, params, prior, model, metrics, half, config, calibration, sets, decision)
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
         if key:
             write_file(folder / SIGNATURE_NAME, sign_manifest(folder, key).text())

@@ -73,7 +73,7 @@ class ClassDifference:
 
 
 def compare(challenger: Predictions, champion: Predictions, params: GateParams, ece_bins: int) -> dict[str, Measure]:
-    """Compare accuracy on all, many, medium and few, and the calibration error; paired intervals and McNemar's tests.
+    """Compare accuracy on all, many, medium and few, calibration error and NLL; paired intervals and McNemar's tests.
 
     The groups are those of the champion's training prior. many, medium and few are means of class accuracies, as in
     `evaluate`: the weight of a sample is 1 / (test samples of its class). all weighs the classes by the target prior:
@@ -94,7 +94,16 @@ def compare(challenger: Predictions, champion: Predictions, params: GateParams, 
         measures[name] = _compare_accuracy(correct[0][members], correct[1][members], weights, params, name)
         if name in groups:
             sizes[name] = sample_size(counts[groups == name])
-    measures["ece"] = _compare_ece(champion.probabilities, challenger.probabilities, labels, params, ece_bins)
+    pair = champion.probabilities, challenger.probabilities
+    measures["ece"] = _compare_error(
+        *(expected_calibration_error(p, labels, ece_bins) for p in pair),
+        *(resampled_ece(p, labels, ece_bins) for p in pair), len(labels), params, "ece",
+    )  # fmt: skip
+    losses = [-np.log(np.maximum(p[np.arange(len(labels)), labels], 1e-12)) for p in pair]
+    measures["nll"] = _compare_error(
+        *(float(loss.mean()) for loss in losses),
+        *(lambda index, loss=loss: loss[index].mean(axis=-1) for loss in losses), len(labels), params, "nll",
+    )  # fmt: skip
     return {name: _add_sample_size(measure, sizes.get(name)) for name, measure in measures.items()}
 
 
@@ -131,14 +140,19 @@ def _compare_accuracy(
     return Measure(before, after, difference, low, high, p, rule.rule, rule.margin, passed)
 
 
-def _compare_ece(
-    champion: np.ndarray, challenger: np.ndarray, labels: np.ndarray, params: GateParams, bins: int
+def _compare_error(
+    before: float,
+    after: float,
+    champion: Callable[[np.ndarray], np.ndarray],
+    challenger: Callable[[np.ndarray], np.ndarray],
+    samples: int,
+    params: GateParams,
+    name: str,
 ) -> Measure:
-    rule = params.ece
-    pair = [resampled_ece(p, labels, bins) for p in (champion, challenger)]
-    low, high = paired_interval(lambda index: pair[1](index) - pair[0](index), len(labels), params)
-    before, after = (expected_calibration_error(p, labels, bins) for p in (champion, challenger))
-    # The rules are written for values that must not decrease; a calibration error must not increase.
+    """Compare a value that must not increase. before, after: its values; champion, challenger: the same of resampled rows."""
+    rule = getattr(params, name)
+    low, high = paired_interval(lambda index: challenger(index) - champion(index), samples, params)
+    # The rules are written for values that must not decrease.
     passed = _passes(rule, before - after, -high, -low, None, 1 - params.confidence)
     return Measure(before, after, after - before, low, high, None, rule.rule, rule.margin, passed)
 

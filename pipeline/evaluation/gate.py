@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from pipeline.shared.errors import StageError, explain
 class Decision:
     """Content of decision.json. computed is False if the gate could not be computed; reasons then holds the cause.
 
-    undecided: a rule has too few test images, and no other rule refuses; promote is then False.
+    undecided: a rule has too few test images, and no other rule refuses; promote is then False. calibration: by contender,
+    the temperature of its release, and accuracy, NLL and ECE before and after it, per shot group.
     """
 
     promote: bool
@@ -33,6 +34,7 @@ class Decision:
     samples: int | None
     inputs: dict[str, Any]
     params: dict[str, Any]
+    calibration: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.verdict}: {'; '.join(self.reasons)}"
@@ -59,17 +61,19 @@ def decide(
     decision cannot be written.
     """
     inputs = {"challenger": _input_record(challenger), "champion": _input_record(champion)}
-    samples, measures, undecided = None, {}, False
+    samples, measures, undecided, calibration = None, {}, False, {}
     try:
         if copy_error is not None:
             raise copy_error
         predictions = load_predictions(challenger, params.target_prior)
         samples = len(predictions.labels)
+        calibration = {"challenger": predictions.calibration}
         if champion is None:
             promote, undecided, reasons = _decide_first_model(predictions, params)
         else:
             champion_predictions = load_predictions(champion, params.target_prior)
             check_comparable(predictions, champion_predictions)
+            calibration["champion"] = champion_predictions.calibration
             measures = compare(predictions, champion_predictions, params, ece_bins)
             measures["latency_ms"] = _latency(challenger.latency_ms, champion.latency_ms, params)
             reasons = [_refusal_reason(name, measure) for name, measure in measures.items() if measure.passed is False]
@@ -80,7 +84,7 @@ def decide(
     except (StageError, OSError) as error:
         promote, computed, reasons, measures = False, False, [f"cannot be computed: {explain(error)}"], {}
     decision = Decision(
-        promote, undecided, computed, reasons, measures, samples, inputs, params.model_dump(mode="json")
+        promote, undecided, computed, reasons, measures, samples, inputs, params.model_dump(mode="json"), calibration
     )
     if output is not None:
         write_json(output, asdict(decision))

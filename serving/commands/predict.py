@@ -13,8 +13,9 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
+from serving.client.extras import Extras, read_costs
 from serving.client.images import image_files
-from serving.client.predictions import CSV_COLUMNS, Prediction, Status, as_mapping, as_rows, best_classes
+from serving.client.predictions import CSV_COLUMNS, Prediction, Status, as_mapping, as_rows, best_classes, extras_text
 from serving.client.sync_client import Client
 from serving.commands.options import (
     AsJson,
@@ -52,6 +53,21 @@ def predict(
             "per line). The server's default if not given.",
         ),
     ] = None,
+    coverage: Annotated[
+        float | None,
+        typer.Option(help="Also print the set of classes that has the right one with this probability, such as 0.9."),
+    ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also print the class of least expected cost. JSON: {class name: cost of missing it}, a number per class, "
+            "or a list of costs of every answer for each true class.",
+        ),
+    ] = None,
+    ask: Annotated[
+        float | None, typer.Option(help="Price of asking a person, printed where every class costs more.")
+    ] = None,
     top: Annotated[
         int | None,
         typer.Option(help="Number of classes printed, at least 1; all that the server returns if not given."),
@@ -72,10 +88,11 @@ def predict(
         raise InputError("--json and --csv exclude each other; give one of them")
     if top is not None and top < 1:
         raise InputError(f"--top is {top}; expected at least 1")
+    extras = Extras(coverage, None if costs is None else read_costs(costs), ask)
     files = [file for path in images for file in (image_files(path) if path.is_dir() else [path])]
     keep_going = any(path.is_dir() for path in images)
     with Client(server_url(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
-        answers = _with_progress(client.stream(files, prior, keep_going=keep_going), len(files))
+        answers = _with_progress(client.stream(files, prior, extras=extras, keep_going=keep_going), len(files))
         pairs: Iterable[tuple[Path, Prediction | ServingError]] = zip(files, _check_top(answers, top), strict=True)
         if not (as_csv and keep_going):
             pairs = list(pairs)
@@ -155,12 +172,16 @@ def prediction_table(
     table.add_column("image", overflow="fold")
     table.add_column("class", overflow="fold")
     table.add_column("probability", justify="right")
+    extras = [text for _, answer in pairs if isinstance(answer, Prediction) for text in extras_text(answer)]
+    if extras:
+        table.add_column("more", overflow="fold")
     for image, answer in pairs:
         if isinstance(answer, ServingError):
             table.add_row(cell(str(image)), "not classified", "")
         else:
             for rank, (name, _, p) in enumerate(best_classes(answer, top)):
-                table.add_row("" if rank else cell(str(image)), cell(name), f"{p:.4f}")
+                more = [cell("\n".join(extras_text(answer)))] if extras and not rank else []
+                table.add_row("" if rank else cell(str(image)), cell(name), f"{p:.4f}", *more)
         table.add_section()
     return table
 

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.prior import softmax
-from serving.repository.manifest import GOLDEN_NAME
+from serving.repository.manifest import GOLDEN_NAME, served_probabilities
 from serving.repository.release import Release, read_release
 from serving.shared.errors import RepositoryError, ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
@@ -63,7 +62,8 @@ def run_golden(root: Path, release: Release) -> None:
     import onnxruntime
 
     path = root / STUDENT / str(release.version) / "model.onnx"
-    form = release.manifest.image
+    manifest = release.manifest
+    form = manifest.image
     try:
         images = [form.pixels(golden.image_bytes()) for golden in release.golden]
     except ValueError as error:
@@ -81,8 +81,9 @@ def run_golden(root: Path, release: Release) -> None:
         reason = " ".join(str(error).split())[:300]
         raise RepositoryError(f"{path}: ONNX Runtime cannot run it: {reason}; export again") from error
     for golden, logits in zip(release.golden, responses, strict=True):
-        best = np.argsort(-logits, kind="stable")
-        difference = golden.difference(best.tolist(), softmax(logits)[best].tolist())
+        probability = served_probabilities(logits, golden.strength, manifest.log_prior, manifest.calibration)
+        best = np.argsort(-probability, kind="stable")
+        difference = golden.difference(best.tolist(), probability[best].tolist())
         if difference:
             raise RepositoryError(f"{path}: a golden request is answered wrongly: {difference}; export again")
 

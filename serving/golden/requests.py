@@ -6,8 +6,8 @@ from contextlib import closing
 
 import numpy as np
 
-from models.prior import softmax
 from serving.client.sync_client import Client
+from serving.repository.manifest import served_probabilities
 from serving.repository.release import Release
 from serving.shared.errors import ServingError
 from serving.shared.names import STUDENT
@@ -36,13 +36,15 @@ def check_student(url: str, release: Release, timeout: float, pause: bool = True
 
     pause: as in check_golden. Raises ServingError if one fails or is answered wrongly.
     """
-    form = release.manifest.image
+    manifest = release.manifest
+    form = manifest.image
     with closing(Transport(url, timeout)) as transport:
         for golden in throttled(release.golden) if pause else release.golden:
             image = form.pixels(golden.image_bytes())[None]
             logits = _logits(transport, release.version, image, golden.strength)[0]
-            best = np.argsort(-logits, kind="stable")
-            difference = golden.difference(best.tolist(), softmax(logits.astype(np.float64))[best].tolist())
+            probability = served_probabilities(logits, golden.strength, manifest.log_prior, manifest.calibration)
+            best = np.argsort(-probability, kind="stable")
+            difference = golden.difference(best.tolist(), probability[best].tolist())
             if difference:
                 raise WrongResponseError(f"student {release.version} answers a golden request wrongly: {difference}")
 

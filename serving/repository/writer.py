@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from models import preprocess, prior
+from models import decisions, preprocess, prior
 from models.prior import class_names_problem
 from serving.repository.manifest import (
     GOLDEN_NAME,
@@ -38,13 +38,16 @@ from serving.shared.names import CLASSIFIER, LABELS_NAME, LOCAL_CONFIG, STUDENT
 # By model, the files that run inside Triton: name in a version folder -> source file that is copied.
 TRITON = Path(__file__).parents[1] / "triton"
 _BOTH = ("integrity.py", "network.py", "start.py")
-_CLASSIFIER = ("request_parser.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py")
+_CLASSIFIER = ("request_parser.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py", "extras.py")
 RUNTIME_FILES = {
     STUDENT: {"model.py": TRITON / "student_model.py", **{name: TRITON / name for name in _BOTH}},
     CLASSIFIER: {
         "model.py": TRITON / "classifier_model.py",
         **{name: TRITON / name for name in (*_BOTH, *_CLASSIFIER)},
-        **{f"{name}.py": Path(module.__file__) for name, module in {"prior": prior, "preprocess": preprocess}.items()},
+        **{
+            f"{module.__name__.rpartition('.')[2]}.py": Path(module.__file__)
+            for module in (decisions, preprocess, prior)
+        },
     },
 }
 
@@ -198,9 +201,10 @@ def _check_same_signature(manifest: Manifest, export_dir: Path, root: Path) -> N
     for model, config in expected.items():
         path = root / model / CONFIG_NAME
         existing = read_config(path)
-        for tensor, other in zip((*config.input, *config.output), (*existing.input, *existing.output), strict=False):
-            if (tensor.name, list(tensor.dims)) != (other.name, list(other.dims)):
-                new, old = f"{tensor.name} {list(tensor.dims)}", f"{other.name} {list(other.dims)}"
+        dims = {tensor.name: list(tensor.dims) for tensor in (*config.input, *config.output)}
+        for tensor in (*existing.input, *existing.output):
+            if dims.get(tensor.name) != list(tensor.dims):
+                old, new = f"{tensor.name} {list(tensor.dims)}", dims.get(tensor.name, "no such tensor")
                 raise RepositoryError(f"{export_dir}: {model} has {new}, but {path} has {old}; {hint}")
 
 

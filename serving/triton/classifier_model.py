@@ -1,9 +1,9 @@
 """`classifier` for Triton's python backend: encoded images in, the best classes for the requested target prior out.
 
 Runs in an inference process (Triton's stub) with numpy and Pillow and with the files beside it: prior.py and
-preprocess.py (copies of the modules of training), request_parser.py, integrity.py, metrics.py, live_prior.py, start.py
-and the logs. The network runs in `student` of the same version, or in this process if the config's parameter `network` is
-`own`: running a small network takes less time than a request to `student`.
+preprocess.py, decisions.py (copies of the modules of training), request_parser.py, extras.py, integrity.py, metrics.py,
+live_prior.py, start.py and the logs. The network runs in `student` of the same version, or in this process if the config's
+parameter `network` is `own`: running a small network takes less time than a request to `student`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,14 @@ class TritonPythonModel:
         request_parser, live_prior = sibling("request_parser"), sibling("live_prior")
         preprocess, self.prior, self.bad_request = sibling("preprocess"), sibling("prior"), request_parser.BadRequest
         self.version, self.top_k = int(args["model_version"]), manifest["top_k"]
+        self.temperature = (manifest.get("calibration") or {}).get("temperature", 1.0)
         self.names = np.array([name.encode() for name in manifest["classes"]], dtype=np.object_)
         live = live_prior.LivePrior(folder.parents[1], manifest["classes"], self.prior)
-        self.parser = request_parser.RequestParser(manifest, self.prior, preprocess, live, live_prior.NoLivePrior)
+        decisions = sibling("decisions")
+        self.extras = sibling("extras").Extras(manifest, self.names, request_parser, self.prior, decisions)
+        self.parser = request_parser.RequestParser(
+            manifest, self.prior, preprocess, live, live_prior.NoLivePrior, self.extras
+        )
         config = json.loads(args["model_config"])
         self.max_batch_size = config["max_batch_size"]
         self.network = self.own_network(graph, config)
@@ -104,7 +109,11 @@ class TritonPythonModel:
         logits = self.balanced_logits(images)
         if self.logit_log:
             self.logit_log.offer(images, logits)
-        best, probability = self.best_classes(logits, parsed)
+        calibrated = self.prior.calibrate_logits(logits, self.temperature)
+        adjusted = self.adjusted_logits(calibrated, parsed)
+        best = np.argsort(-adjusted, axis=-1, kind="stable")[:, : self.top_k]
+        every = self.prior.softmax(adjusted)
+        probability = np.take_along_axis(every, best, axis=-1)
         outputs = {
             "class": self.names[best],
             "index": best.astype(np.int32),
@@ -113,7 +122,10 @@ class TritonPythonModel:
         responses, priors, start = [], Counter(), 0
         for request in parsed:
             end = start + len(request.images)
-            tensors = [pb_utils.Tensor(name, values[start:end]) for name, values in outputs.items()]
+            arrays = {name: values[start:end] for name, values in outputs.items()}
+            if request.extras is not None:
+                arrays |= self.extras.outputs(request, calibrated[start:end], every[start:end])
+            tensors = [pb_utils.Tensor(name, values) for name, values in arrays.items()]
             responses.append(pb_utils.InferenceResponse(tensors))
             priors.update(request.priors)
             start = end
@@ -160,16 +172,14 @@ class TritonPythonModel:
             raise StudentFailed(f"student {self.version} failed: {response.error().message()}")
         return pb_utils.get_output_tensor_by_name(response, "logits").as_numpy()
 
-    def best_classes(self, logits, parsed):
-        """Index and probability, [n,K] each, of the best K = top_k classes of each row under its requested prior."""
+    def adjusted_logits(self, calibrated, parsed):
+        """The calibrated logits [n,C] of all rows, adjusted for the requested prior of each."""
         log_prior = self.parser.log_prior
         if any(request.log_prior is not log_prior for request in parsed):
-            classes = logits.shape[1]
+            classes = calibrated.shape[1]
             log_prior = np.concatenate([np.broadcast_to(r.log_prior, (len(r.images), classes)) for r in parsed])
         strength = np.concatenate([request.strength for request in parsed])
-        adjusted = self.prior.adjust_logits(logits, log_prior, strength)
-        best = np.argsort(-adjusted, axis=-1, kind="stable")[:, : self.top_k]
-        return best, np.take_along_axis(self.prior.softmax(adjusted), best, axis=-1)
+        return self.prior.adjust_logits(calibrated, log_prior, strength)
 
     def log(self, request, started, parsed, outcome):
         """Write a line of the access log; parsed is None for a rejected request, whose line has no prior."""

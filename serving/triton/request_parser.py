@@ -43,16 +43,19 @@ class ParsedRequest(NamedTuple):
     log_prior: np.ndarray  # [C] or [n,C]
     strength: np.ndarray  # [n,1]
     priors: Counter  # number of rows by kind of prior
+    extras: tuple | None = None  # extras.Wanted
 
 
 class RequestParser:
     """Parses requests to one version.
 
     manifest: of the version, a mapping. prior, preprocess: the modules of these names in `models`, or their copies.
-    live_prior: the LivePrior of the repository. no_live_prior: the exception that it raises if there is none.
+    live_prior: the LivePrior of the repository. no_live_prior: the exception that it raises if there is none. extras: the
+    Extras of the version.
     """
 
-    def __init__(self, manifest, prior, preprocess, live_prior, no_live_prior):
+    def __init__(self, manifest, prior, preprocess, live_prior, no_live_prior, extras):
+        self.extras = extras
         self.prior, self.preprocess = prior, preprocess
         self.live_prior, self.no_live_prior = live_prior, no_live_prior
         self.class_count = len(manifest["classes"])
@@ -71,7 +74,8 @@ class RequestParser:
             raise BadRequest("image_missing", "image is missing; send one encoded image a row")
         # Small inputs first: a request that is rejected because of them needs no decoding.
         log_prior, strength, priors = self.read_adjustment(request, len(encoded))
-        return ParsedRequest(self.read_images(encoded[:, 0]), log_prior, strength, priors)
+        extras = self.extras.parse(request, len(encoded))
+        return ParsedRequest(self.read_images(encoded[:, 0]), log_prior, strength, priors, extras)
 
     def read_adjustment(self, request, rows):
         """Log prior [C] or [n,C], its strength [n,1], and the number of rows by kind of prior. Raises BadRequest."""
