@@ -47,7 +47,7 @@ class ContrastObjective(Objective):
         super().__init__()
         self.model, self.weights, self.term = model, weights, term
         self.teacher_excess = 0.0 if teacher_adjustment is None else teacher_adjustment - weights.adjustment
-        self.register_buffer("log_prior", log_prior)
+        self.register_buffer("log_prior", log_prior, persistent=False)  # a constant, which a term may share
         self.loss = ClassLoss(log_prior, weights.adjustment) if loss is None else loss
         self.first = 0 if term.on_classifier_view else 1
         self.views = self.first + term.views + (term.encoder == "momentum")
