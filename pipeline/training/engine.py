@@ -217,7 +217,8 @@ class Training:
 
     def _fail(self, failure: Failure, steps: int, rate: float) -> None:
         """Dump the failure and raise StageError."""
-        epoch, folder = self._at.epoch + 1, FAILURES / self.name
+        parent = self.run_folder.folder.parent / FAILURES.name if self.run_folder else FAILURES
+        epoch, folder = self._at.epoch + 1, parent / self.name
         if rank() == 0:
             facts = {"stage": self.name, "epoch": epoch, "steps": steps, "learning_rate": rate, "seed": self.seed}
             dump_failure(folder, failure, self._monitor, self.step, self._train, facts)
