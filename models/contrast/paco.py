@@ -50,7 +50,7 @@ class PaCo(ContrastTerm):
 
     head: projection head, features [N,D] → unit vectors [N,P]; its copy for the keys follows it with the momentum
     encoder. log_prior: [C]. The candidates are the queries and keys of all ranks and the queue; the keys of a batch are
-    stored after its step. Raises ValueError at the first step if the queue's total is not a multiple of the batch.
+    stored after its step. Raises ValueError at the first step if the queue's total is below the batch.
     """
 
     encoder: KeyEncoder = "momentum"

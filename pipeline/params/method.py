@@ -130,7 +130,7 @@ class BCLContrast(Section):
 class PaCoContrast(Section):
     """PaCo (Cui et al. 2021): class logits, batch and queue are the candidates. It trains the classifier too.
 
-    alpha: weight of a feature of the own class. queue: number of stored keys, a multiple of batch_size.
+    alpha: weight of a feature of the own class. queue: number of stored keys, at least batch_size.
     """
 
     kind: Literal["paco"]
@@ -150,7 +150,7 @@ class GPaCoContrast(PaCoContrast):
 class KCLContrast(Section):
     """K-positive contrastive loss (Kang et al. 2021).
 
-    positives: keys of the own class that are used. queue: number of stored keys, a multiple of batch_size.
+    positives: keys of the own class that are used. queue: number of stored keys, at least batch_size.
     """
 
     kind: Literal["kcl"]
@@ -246,10 +246,9 @@ def check_contrast(
         raise ValueError(
             f"augment.mix is {mix}, but contrast.kind {kind} compares the classifier view; set augment.mix: none"
         )
-    if isinstance(contrast, PaCoContrast | KCLContrast) and contrast.queue % batch_size:
-        fitting = max(contrast.queue // batch_size, 1) * batch_size
+    if isinstance(contrast, PaCoContrast | KCLContrast) and contrast.queue < batch_size:
         raise ValueError(
-            f"contrast.queue is {contrast.queue}, no multiple of batch_size {batch_size}; set it to {fitting}"
+            f"contrast.queue is {contrast.queue}, below batch_size {batch_size}; set it to {batch_size} or more"
         )
     if kind == "proco" and projection_dim < 3:
         raise ValueError(f"projection_dim is {projection_dim}; contrast.kind proco needs at least 3")

@@ -72,7 +72,9 @@ def contrast_term(
         return ProCo(head(), log_prior, dim, contrast.temperature)
     assert isinstance(contrast, method.CRDContrast)
     if labels is None:
-        labels = torch.arange(len(prior.counts)).repeat_interleave(torch.tensor(prior.counts))
+        # On the CPU also within torch.device("meta"): CRD reads the numbers.
+        counts = torch.tensor(prior.counts, device="cpu")
+        labels = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
     try:
         return CRD(
             student_dim, teacher_dim, labels, dim=dim, negatives=contrast.negatives, temperature=contrast.temperature,

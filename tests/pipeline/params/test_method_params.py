@@ -70,8 +70,8 @@ MOMENTUM = {"student.contrast_encoder": "momentum"}
             "student: augment.mix is mixup, but contrast.kind paco compares the classifier view",
         ),
         (
-            {**MOMENTUM, "student.contrast": {"kind": "kcl", "queue": 100}},
-            "student: contrast.queue is 100, no multiple of batch_size 32; set it to 96",
+            {**MOMENTUM, "student.contrast": {"kind": "kcl", "queue": 10}},
+            "student: contrast.queue is 10, below batch_size 32; set it to 32 or more",
         ),
         (
             {**STUDENT, "student.contrast": {"kind": "proco"}, "student.projection_dim": 2},
