@@ -111,7 +111,7 @@ class GPaCo(PaCo):
     """GPaCo: both views are queries with class logits and gradient; no momentum encoder. The second view is stored."""
 
     views = 2
-    encoder = "student"
+    encoder = "self"
     uses = ("logits",)
 
     def _make_key_head(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.distributed import gather_with_gradient, rank, rank_count
 
 OptionalInput = Literal["key", "logits", "class_weight"]
-KeyEncoder = Literal["student", "momentum", "teacher"]
+KeyEncoder = Literal["self", "momentum", "teacher"]
 DESCRIPTIONS: dict[OptionalInput, str] = {
     "key": "features [B,E] of the contrast encoder",
     "logits": "class logits [V,B,C] of the query views",
@@ -46,7 +46,7 @@ class ContrastTerm(nn.Module):
     forward(ContrastInputs) returns named scalar tensors; the entry `loss` has the gradient, the others are detached
     observations of the step. `views` is the number V of query views, `uses` names the optional inputs that the term
     needs. `encoder`: the contrast encoder. `momentum` gives the key of a view of its own, `teacher` that of the classifier
-    view; with `student` there is no key, and all views carry gradients. `on_classifier_view`: the classifier view is the first
+    view; with `self` there is no key, and all views carry gradients. `on_classifier_view`: the classifier view is the first
     query view. `divisible`: the mean of the losses of micro-batches is the loss of the batch, so that the term supports
     gradient accumulation.
 
@@ -57,7 +57,7 @@ class ContrastTerm(nn.Module):
     """
 
     views: int = 1
-    encoder: KeyEncoder = "student"
+    encoder: KeyEncoder = "self"
     on_classifier_view: bool = False
     uses: tuple[OptionalInput, ...] = ()
     divisible: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ContrastEncoder = Literal["teacher", "momentum", "student"]
+ContrastEncoder = Literal["teacher", "momentum", "self"]
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class GMLContrast(Section):
     """L_GML and L_tau of the paper, with the keys of section student."""
 
     kind: Literal["gml"] = "gml"
-    encoders: ClassVar = ("teacher", "momentum")
+    encoders: ClassVar = ("teacher", "momentum", "self")  # self: of task segmentation
 
 
 class SupConContrast(Section):
@@ -114,7 +114,7 @@ class SupConContrast(Section):
     """
 
     kind: Literal["supcon"]
-    encoders: ClassVar = ("student",)
+    encoders: ClassVar = ("self",)
     temperature: Positive = 0.1
     base_temperature: Positive | None = None
 
@@ -123,7 +123,7 @@ class BCLContrast(Section):
     """Balanced contrastive learning (Zhu et al. 2022) on two query views, with one centre per class from its weights."""
 
     kind: Literal["bcl"]
-    encoders: ClassVar = ("student",)
+    encoders: ClassVar = ("self",)
     temperature: Positive = 0.1
 
 
@@ -144,7 +144,7 @@ class GPaCoContrast(PaCoContrast):
     """GPaCo (Cui et al. 2023): PaCo on two query views, without a momentum encoder."""
 
     kind: Literal["gpaco"]  # type: ignore[assignment]
-    encoders: ClassVar = ("student",)
+    encoders: ClassVar = ("self",)
 
 
 class KCLContrast(Section):
@@ -164,7 +164,7 @@ class ProCoContrast(Section):
     """Probabilistic contrastive learning (Du et al. 2024) on two query views: each class is a von Mises-Fisher distribution."""
 
     kind: Literal["proco"]
-    encoders: ClassVar = ("student",)
+    encoders: ClassVar = ("self",)
     temperature: Positive = 0.1
 
 

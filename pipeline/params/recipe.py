@@ -10,7 +10,14 @@ from pipeline.params import Params, parse_params, read_yaml
 from pipeline.shared.errors import ParamsError
 
 EXTENDS = "extends"
-BY_KIND = ("teacher.loss", "teacher.classifier", "student.loss", "student.classifier", "student.contrast")
+BY_KIND = (
+    "teacher.loss",
+    "teacher.classifier",
+    "student.loss",
+    "student.classifier",
+    "student.contrast",
+    "student.experts",
+)
 RECIPES = Path(__file__).with_name("recipes")  # in the repository a symbolic link to recipes/ at the root
 
 

@@ -111,6 +111,7 @@ def fake_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Views, labels and indices of a batch for `step.descend`, within `fake_step` of the same arguments."""
     batch, size = getattr(params, stage).batch_size, params.image.size
+    batch *= 1 if step.objective.companion is None else 2
     shape, dtype = ((3, size, size), torch.uint8) if encoder is None else ((encoder["width"],), torch.float16)
     views = torch.zeros(step.objective.views, batch, *shape, dtype=dtype)
     return views, torch.zeros(batch, dtype=torch.int64), torch.arange(batch)

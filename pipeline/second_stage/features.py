@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.class_sampler import ClassSampler
 from models.networks.autocast import full_precision
 from models.networks.cosine_classifier import ImageClassifier
-from models.second_stage.fitting import ClassSampler
 from pipeline.augment import apply_views, draw_views
 from pipeline.data.dataset import AnyImages, evaluation_images, normalise, training_images
 from pipeline.features.stored import (

@@ -15,6 +15,7 @@ from models.networks.backbones import Backbone
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.tuning import TunedBackbone, TuneError, Tuning
 from models.objectives.contrast import ContrastObjective
+from models.objectives.objective import Objective
 from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
 from pipeline.data.class_prior import Prior
@@ -24,7 +25,7 @@ from pipeline.model_io.encoder import build_on_meta, describe, load_encoder
 from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import EncoderParams, ImageParams, StudentParams
 from pipeline.shared.errors import ParamsError
-from pipeline.training.method_setup import class_loss, contrast_term
+from pipeline.training.method_setup import class_loss, contrast_term, experts_objective
 
 
 def build_objective(
@@ -35,7 +36,7 @@ def build_objective(
     seed: int,
     teacher: Path,
     encoder: EncoderParams | None = None,
-) -> StudentObjective | ContrastObjective:
+) -> Objective:
     """Build the student's objective from the stage's seed.
 
     The teacher is loaded from its folder if a loss term needs it. A student that tunes the encoder takes images. Its
@@ -98,13 +99,15 @@ def student_objective(
     teacher: ImageClassifier | None,
     teacher_adjustment: float | None = None,
     labels: Tensor | None = None,
-) -> StudentObjective | ContrastObjective:
+) -> Objective:
     """The objective of params.student for a network and its teacher.
 
     teacher_adjustment: of the teacher's L_cls. labels: as in `contrast_term`.
     """
     loss = class_loss(section, prior)
     loss.start(model.classifier)
+    if section.experts:
+        return experts_objective(section.experts, prior, model, loss)
     if section.beta and section.contrast.kind != "gml":
         width = model.feature_dim if teacher is None else teacher.feature_dim
         return ContrastObjective(

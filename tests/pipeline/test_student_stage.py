@@ -131,7 +131,7 @@ def test_the_student_has_a_seed_derived_from_the_teachers():
 
 
 TERMS = {
-    "supcon": "student", "bcl": "student", "proco": "student", "gpaco": "student", "paco": "momentum", "kcl": "momentum",
+    "supcon": "self", "bcl": "self", "proco": "self", "gpaco": "self", "paco": "momentum", "kcl": "momentum",
 }  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def test_crd_compares_with_the_teacher_and_takes_the_classes_of_the_training_ima
 
 def test_an_encoder_trained_alone_gets_its_classifier_in_a_second_stage(made):
     recipe = made(
-        contrast={"kind": "supcon"}, contrast_encoder="student", gamma=0.0, alpha=0.0,
+        contrast={"kind": "supcon"}, contrast_encoder="self", gamma=0.0, alpha=0.0,
         teacher={"classifier.kind": "crt", "classifier.epochs": 1},
     )  # fmt: skip
     pipeline.student.run(recipe)

@@ -49,7 +49,7 @@ def test_a_loss_that_does_not_fit_is_refused_with_what_to_change(changes, messag
     assert str(error.value).partition(": ")[2].startswith(message)
 
 
-STUDENT = {"student.contrast_encoder": "student"}
+OWN = {"student.contrast_encoder": "self"}
 MOMENTUM = {"student.contrast_encoder": "momentum"}
 
 
@@ -58,11 +58,11 @@ MOMENTUM = {"student.contrast_encoder": "momentum"}
     [
         (
             {"student.contrast": {"kind": "bcl"}},
-            "student: contrast_encoder is teacher, but contrast.kind bcl takes student; set contrast_encoder: student",
+            "student: contrast_encoder is teacher, but contrast.kind bcl takes self; set contrast_encoder: self",
         ),
-        (STUDENT, "student: contrast_encoder is student, but contrast.kind gml takes teacher or momentum; set"),
+        (OWN, "student.contrast_encoder is self, but task classification has it for other kinds than gml; set it to"),
         (
-            {**STUDENT, "student.contrast": {"kind": "supcon"}, "student.accumulate": 2},
+            {**OWN, "student.contrast": {"kind": "supcon"}, "student.accumulate": 2},
             "student: accumulate is 2, but contrast.kind supcon compares the whole batch; set accumulate: 1",
         ),
         (
@@ -74,11 +74,11 @@ MOMENTUM = {"student.contrast_encoder": "momentum"}
             "student: contrast.queue is 10, below batch_size 32; set it to 32 or more",
         ),
         (
-            {**STUDENT, "student.contrast": {"kind": "proco"}, "student.projection_dim": 2},
+            {**OWN, "student.contrast": {"kind": "proco"}, "student.projection_dim": 2},
             "student: projection_dim is 2; contrast.kind proco needs at least 3",
         ),
         (
-            {**STUDENT, "student.contrast": {"kind": "bcl"}, "student.augment.crop_padding": 0},
+            {**OWN, "student.contrast": {"kind": "bcl"}, "student.augment.crop_padding": 0},
             "student.contrast.kind is bcl, which compares two views of an image, but student.augment changes no image",
         ),
         (
