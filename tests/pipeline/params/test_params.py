@@ -142,7 +142,7 @@ def test_a_number_that_is_not_finite_is_rejected(tmp_path, key, value):
         ("student.contrast_encoder", "student",
          "student.contrast_encoder is 'student'; input should be 'teacher', 'momentum' or 'self'"),
         ("student", {**content()["student"], "gamma": 0, "alpha": 0.0},
-         "student: gamma and alpha are both 0, so no term trains the classifier"),
+         "student.gamma and student.alpha are both 0, so no term trains the classifier; set one of them above 0, or"),
         ("teacher.schedule", {"kind": "steps", "warmup_epochs": 0, "milestones": [0]}, "teacher.schedule.milestones.0 is 0;"),
         ("teacher.schedule", {"kind": "cosine", "warmup_epochs": 0, "milestones": [10]},
          "teacher.schedule: milestones is set but kind is cosine"),
