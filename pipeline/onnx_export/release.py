@@ -38,6 +38,8 @@ from serving.repository.manifest import (
     Limits,
     Manifest,
     PredictionSets,
+    SegmentationFormat,
+    Unknown,
     served_probabilities,
     sha256_of,
 )
@@ -97,6 +99,16 @@ def load_sets(params: Params) -> PredictionSets | None:
     if fitted is None:
         return None
     return PredictionSets(scores=fitted["scores"], interpolation=fitted["interpolation"], coverage=coverage)
+
+
+def load_unknown(params: Params) -> Unknown | None:
+    """The scores by which the classifier detects unknown images; None if validation had too few images for them."""
+    fitted, rate = _answers()["unknown"], params.serving.false_alarms
+    if fitted is None:
+        if rate is not None:
+            raise StageError(f"serving.false_alarms is {rate:g}; it needs at least {MINIMUM_IMAGES} validation images")
+        return None
+    return Unknown(scores=fitted["scores"], false_alarms=rate)
 
 
 def decision_defaults(serving: ServingParams, prior: Prior) -> DecisionDefaults | None:
@@ -168,9 +180,11 @@ def build_manifest(
     metrics: dict[str, Any],
     half: Parity | None,
     config: ModelConfig,
-    calibration: Calibration | None,
-    sets: PredictionSets | None,
-    decision: DecisionDefaults | None,
+    calibration: Calibration | None = None,
+    sets: PredictionSets | None = None,
+    decision: DecisionDefaults | None = None,
+    unknown: Unknown | None = None,
+    segmentation: SegmentationFormat | None = None,
 ) -> Manifest:
     """Build the manifest of a release; files: sha256 of each file that is in the folder."""
     return Manifest(
@@ -185,7 +199,7 @@ def build_manifest(
         top_k=top_k(params.serving, prior),
         max_batch_size=params.export.max_batch_size,
         files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
-        runtime=runtime_sha256(),
+        runtime=runtime_sha256(segmentation is not None),
         # Without the trusted keys: after a rotation the release is still the same.
         params_sha256=sha256_of_json(params.model_dump(mode="json", exclude={"serving": {"trusted_keys"}})),
         data_sha256=data_sha256(SPLIT),
@@ -198,6 +212,8 @@ def build_manifest(
         calibration=calibration,
         sets=sets,
         decision=decision,
+        unknown=unknown,
         half=HalfPrecision(**asdict(half)) if half else None,
         limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),
+        segmentation=segmentation,
     )

@@ -1,4 +1,4 @@
-"""`tailor predict` and `tailor status`: classify images on a server, and show its state."""
+"""`tailor predict`, `tailor segment`, `tailor status`: classify or segment images on a server, and show its state."""
 
 from __future__ import annotations
 
@@ -13,10 +13,20 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
+from models.preprocess import decode
 from serving.client.extras import Extras, read_costs
 from serving.client.images import image_files
-from serving.client.predictions import CSV_COLUMNS, Prediction, Status, as_mapping, as_rows, best_classes, extras_text
-from serving.client.sync_client import Client
+from serving.client.predictions import (
+    CSV_COLUMNS,
+    EXTRA_COLUMNS,
+    Prediction,
+    Status,
+    as_mapping,
+    as_rows,
+    best_classes,
+    extras_text,
+)
+from serving.client.sync_client import Client, read_image
 from serving.commands.options import (
     AsJson,
     CaFile,
@@ -68,6 +78,13 @@ def predict(
     ask: Annotated[
         float | None, typer.Option(help="Price of asking a person, printed where every class costs more.")
     ] = None,
+    unknown: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help="Also print whether the image resembles no class, at this rate of false alarms, such as 0.05.",
+        ),
+    ] = None,
     top: Annotated[
         int | None,
         typer.Option(help="Number of classes printed, at least 1; all that the server returns if not given."),
@@ -88,7 +105,7 @@ def predict(
         raise InputError("--json and --csv exclude each other; give one of them")
     if top is not None and top < 1:
         raise InputError(f"--top is {top}; expected at least 1")
-    extras = Extras(coverage, None if costs is None else read_costs(costs), ask)
+    extras = Extras(coverage, None if costs is None else read_costs(costs), ask, unknown)
     files = [file for path in images for file in (image_files(path) if path.is_dir() else [path])]
     keep_going = any(path.is_dir() for path in images)
     with Client(server_url(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
@@ -96,9 +113,56 @@ def predict(
         pairs: Iterable[tuple[Path, Prediction | ServingError]] = zip(files, _check_top(answers, top), strict=True)
         if not (as_csv and keep_going):
             pairs = list(pairs)
-        failed = _print_csv(pairs, top) if as_csv else _print_all(pairs, top, prior, as_json)
+        failed = _print_csv(pairs, top, extras != Extras()) if as_csv else _print_all(pairs, top, prior, as_json)
     if failed:
         raise ServingError(f"{failed} of {counted(len(files), 'image')} could not be classified")
+
+
+def segment(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A JPEG, PNG or WebP file.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Where to write the class map, with a palette.")
+    ] = None,
+    overlay: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write the image with the class colours over it.")
+    ] = None,
+    url: Url = None,
+    protocol: ProtocolOption = None,
+    prior: Annotated[
+        str | None, typer.Option(metavar="balanced|train|live|NUMBER|FILE", help="Class prior, as in `tailor predict`.")
+    ] = None,
+    timeout: Timeout = 60.0,
+    header: Headers = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Segment an image into classes.
+
+    Print the share of each class in its pixels, and write the class map; the pixels of the PNG are the class numbers.
+    The server must serve a release of task segmentation.
+    """
+    for option, path in (("--out", out), ("--overlay", overlay)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"{option} is {str(path)!r}, in a folder that does not exist")
+    if out is not None and out.suffix.lower() != ".png":
+        raise InputError(f"--out is {str(out)!r}; a class map is written as PNG: expected a name that ends in .png")
+    data = read_image(image)
+    with Client(server_url(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
+        [found] = client.segment([data], prior)
+    if out is not None:
+        found.save(out)
+    if overlay is not None:
+        found.overlay(decode(data)).convert("RGB").save(overlay)
+    if as_json:
+        print_json({"image": str(image), "version": found.version, "shares": found.shares()})
+        return
+    table = Table(title=f"prior {cell(prior or 'the default of the server')}, version {found.version}")
+    table.add_column("class", overflow="fold")
+    table.add_column("share of the pixels", justify="right")
+    for name, share in found.shares().items():
+        table.add_row(cell(name), f"{share:.2%}")
+    Console().print(table)
 
 
 def status(
@@ -139,15 +203,15 @@ def _check_top(answers: Iterable[Prediction | ServingError], top: int | None) ->
         yield answer
 
 
-def _print_csv(pairs: Iterable[tuple[Path, Prediction | ServingError]], top: int | None) -> int:
+def _print_csv(pairs: Iterable[tuple[Path, Prediction | ServingError]], top: int | None, extras: bool) -> int:
     """Print CSV row by row; return the number of failed images. The header follows the first result, which may raise."""
     writer, failed = None, 0
     for image, answer in pairs:
         if writer is None:
             writer = csv.writer(sys.stdout, lineterminator="\n")
-            writer.writerow(CSV_COLUMNS)
+            writer.writerow([*CSV_COLUMNS, *(EXTRA_COLUMNS if extras else ())])
         failed += isinstance(answer, ServingError)
-        writer.writerows(as_rows(image, answer, top))
+        writer.writerows(as_rows(image, answer, top, extras))
     return failed
 
 

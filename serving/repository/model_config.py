@@ -9,7 +9,7 @@ from typing import Literal
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
-from serving.repository.manifest import Manifest
+from serving.repository.manifest import Manifest, SegmentationFormat
 from serving.shared.errors import InputError
 from serving.shared.names import CLASSIFIER, LABELS_NAME, STUDENT
 
@@ -24,10 +24,14 @@ SMALL_GRAPH_BYTES = 128_000_000
 # 0 means one thread per core in ONNX Runtime. The core count of this machine would be wrong on the machine that serves
 # the repository.
 THREAD_PER_CORE = "0"
-EXTRA_INPUTS = {"coverage": DataType.TYPE_FP32, "costs": DataType.TYPE_STRING, "ask": DataType.TYPE_FP32}
+EXTRA_INPUTS = {
+    "coverage": DataType.TYPE_FP32, "costs": DataType.TYPE_STRING, "ask": DataType.TYPE_FP32,
+    "false_alarms": DataType.TYPE_FP32,
+}  # fmt: skip
 EXTRA_OUTPUTS = {
     "set": DataType.TYPE_STRING, "set_size": DataType.TYPE_INT32, "decision": DataType.TYPE_STRING,
     "decision_index": DataType.TYPE_INT32, "expected_cost": DataType.TYPE_FP32,
+    "unknown": DataType.TYPE_BOOL, "typicality": DataType.TYPE_FP32,
 }  # fmt: skip
 ENGINE_CACHE = "/tmp/tailor-engines"
 
@@ -138,6 +142,11 @@ def classifier_config(manifest: Manifest) -> ModelConfig:
     config.output.add(name="class", data_type=DataType.TYPE_STRING, dims=[manifest.top_k])
     config.output.add(name="index", data_type=DataType.TYPE_INT32, dims=[manifest.top_k])
     config.output.add(name="probability", data_type=DataType.TYPE_FP32, dims=[manifest.top_k])
+    if manifest.segmentation:
+        # The classes above are then the largest ones of the class map, and `probability` is their share of the pixels.
+        _add_class_maps(config, manifest.segmentation)
+        config.output.add(name="size", data_type=DataType.TYPE_INT32, dims=[2])
+        config.output.add(name="names", data_type=DataType.TYPE_STRING, dims=[len(manifest.classes)])
     add_extras(config)
     config.instance_group.add(count=CLASSIFIER_INSTANCES, kind=ModelInstanceGroup.Kind.KIND_CPU)
     set_defaults(config, manifest.strength, default_outputs(manifest))
@@ -147,7 +156,9 @@ def classifier_config(manifest: Manifest) -> ModelConfig:
 def default_outputs(manifest: Manifest) -> list[str]:
     """The outputs of extras that every response of a release has, because the manifest has a default for them."""
     sets = ["set", "set_size"] if manifest.sets and manifest.sets.coverage is not None else []
-    return sets + (["decision", "decision_index", "expected_cost"] if manifest.decision else [])
+    decision = ["decision", "decision_index", "expected_cost"] if manifest.decision else []
+    unknown = ["unknown", "typicality"] if manifest.unknown and manifest.unknown.false_alarms is not None else []
+    return sets + decision + unknown
 
 
 def set_defaults(config: ModelConfig, strength: float, outputs: Sequence[str]) -> None:
@@ -165,6 +176,8 @@ def add_extras(config: ModelConfig) -> None:
     A response has an output only if it is wanted, so requests of older clients get the outputs that they know.
     """
     existing = {tensor.name for tensor in (*config.input, *config.output)}
+    if "class_map" in existing:  # a release of task segmentation has no extras
+        return
     for name, data_type in EXTRA_INPUTS.items():
         if name not in existing:
             config.input.add(name=name, data_type=data_type, dims=[1], optional=True)
@@ -180,16 +193,26 @@ def to_text(config: ModelConfig) -> str:
 
 def _student_signature(manifest: Manifest) -> ModelConfig:
     config = _common(STUDENT, manifest)
+    config.parameters["intra_op_thread_count"].string_value = THREAD_PER_CORE
+    classes = len(manifest.classes)
+    if canvas := manifest.segmentation:
+        config.input.add(name="image", data_type=DataType.TYPE_UINT8, dims=[3, canvas.height, canvas.width])
+        config.input.add(name="adjustment", data_type=DataType.TYPE_FP32, dims=[classes])
+        _add_class_maps(config, canvas)
+        config.output.add(name="logits", data_type=DataType.TYPE_FP32, dims=[classes, *canvas.cells])
+        return config
     size = manifest.image.size
     config.input.add(name="image", data_type=DataType.TYPE_UINT8, dims=[3, size, size])
     config.input.add(name="strength", data_type=DataType.TYPE_FP32, dims=[1])
     # With the labels Triton returns class names to a client that requests a classification of `logits`.
-    config.output.add(
-        name="logits", data_type=DataType.TYPE_FP32, dims=[len(manifest.classes)], label_filename=LABELS_NAME
-    )
+    config.output.add(name="logits", data_type=DataType.TYPE_FP32, dims=[classes], label_filename=LABELS_NAME)
     config.output.add(name="feature", data_type=DataType.TYPE_FP32, dims=[manifest.feature_dim])
-    config.parameters["intra_op_thread_count"].string_value = THREAD_PER_CORE
     return config
+
+
+def _add_class_maps(config: ModelConfig, canvas: SegmentationFormat) -> None:
+    for name in ("class_map", "confidence"):
+        config.output.add(name=name, data_type=DataType.TYPE_UINT8, dims=[canvas.height, canvas.width])
 
 
 def _add_warmup(config: ModelConfig, manifest: Manifest) -> None:
