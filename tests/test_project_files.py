@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from setuptools import Distribution, find_packages
 
+from pipeline.params.release import ServingParams
 from pipeline.shared import fingerprint
 from serving.shared.version import TAILOR_VERSION
 from tests.support.requirements import PROJECT, PYPROJECT, locked
@@ -71,6 +72,11 @@ def test_a_stage_depends_on_all_code_that_can_change_its_result(stage, graph):
         and not path.endswith("/__init__.py")
     )
     assert missing == []
+
+
+def test_a_change_of_the_trusted_keys_alone_does_not_export_again():
+    read = {name for name in STAGES["export"]["params"] if name.startswith("serving")}
+    assert read == {f"serving.{field}" for field in ServingParams.model_fields} - {"serving.trusted_keys"}
 
 
 def test_the_dvc_yaml_of_a_new_project_differs_only_by_code_hashes():

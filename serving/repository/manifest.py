@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from models.decisions import check_costs
 from models.preprocess import preprocess
@@ -181,6 +181,14 @@ class Manifest(BaseModel):
         balanced = self.metrics.get("balanced")
         value = balanced.get(name) if isinstance(balanced, dict) else None
         return value if isinstance(value, float) else None
+
+    @field_validator("files")
+    @classmethod
+    def _needed_files(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in (STUDENT_NAME, GOLDEN_NAME):
+            if name not in files:
+                raise ValueError(f"lacks {name}")
+        return files
 
     @model_validator(mode="after")
     def _one_entry_per_class(self) -> Manifest:

@@ -7,7 +7,6 @@ manifest differs from the signed one in its version number and in nothing else; 
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.repository.manifest import MANIFEST_NAME, Manifest, ManifestError, read_manifest
-from serving.repository.signing_keys import PublicKey, public_key_of
+from serving.repository.signing_keys import PublicKey, public_key_of, trusted_source
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 SIGNATURE_NAME = f"{MANIFEST_NAME}.sig"
 VERSION = re.compile(rb'("version":\s*)\d+')
-TRUSTED = "serving.trusted_keys"
 
 
 class SignatureError(ManifestError):
@@ -40,7 +38,7 @@ class Signature(BaseModel):
     format: Literal[1] = 1
     key: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     version: Annotated[int, Field(ge=1)]
-    signature: str
+    signature: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{85}[AQgw]==$")]
 
     def text(self) -> str:
         """The only accepted form of the file, so that each changed byte is detected."""
@@ -69,7 +67,7 @@ def read_signature(folder: Path) -> Signature:
         data = path.read_bytes()
     except FileNotFoundError:
         raise SignatureError(
-            f"{path}: no such file; the release is not signed, and {TRUSTED} lists keys: `tailor keys sign`"
+            f"{path}: no such file; the release is not signed, and {trusted_source()} lists keys: `tailor keys sign`"
         ) from None
     except OSError as error:
         raise SignatureError(f"{path}: {error.strerror}; copy the release again") from None
@@ -93,18 +91,14 @@ def verify_manifest(folder: Path, trusted: Sequence[PublicKey], published: bool 
     keys = {key.id: key for key in trusted}
     if signature.key not in keys:
         raise SignatureError(
-            f"{folder / SIGNATURE_NAME}: is of key {signature.key}; {TRUSTED} lists {', '.join(keys)}; sign the release "
-            "with one of these, or add its key"
+            f"{folder / SIGNATURE_NAME}: is of key {signature.key}; {trusted_source()} lists {', '.join(keys)}; sign "
+            "the release with one of these, or add its key"
         )
     try:
         text = path.read_bytes()
-        signed, value = renumbered(text, signature.version), base64.b64decode(signature.signature, validate=True)
     except OSError as error:
         raise SignatureError(f"{path}: {error.strerror}; copy the release again") from None
-    except binascii.Error:
-        raise SignatureError(f"{folder / SIGNATURE_NAME}: is damaged; copy the release again") from None
-    if base64.b64encode(value).decode() != signature.signature:
-        raise SignatureError(f"{folder / SIGNATURE_NAME}: is damaged; copy the release again")
+    signed, value = renumbered(text, signature.version), base64.b64decode(signature.signature)
     if not (published or signed == text) or not keys[signature.key].verifies(value, signed):
         raise SignatureError(
             f"{path}: is not what key {signature.key} signed; copy the release again from where it was made"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "TAILOR_SIGNING_KEY"  # file of the private key
 PASSPHRASE_VARIABLE = "TAILOR_SIGNING_PASSPHRASE"
 TRUSTED_VARIABLE = "TAILOR_TRUSTED_KEYS"  # replaces serving.trusted_keys; entries are separated by colons
+TRUSTED_KEY = "serving.trusted_keys"
 PARAMS_FILE = Path("params.yaml")
 RAW_BYTES = 32  # of a public key
 ID_DIGITS = 16
@@ -170,8 +171,13 @@ def trusted_keys() -> tuple[PublicKey, ...]:
     return tuple(map(read_public_key, entries))
 
 
+def trusted_source() -> str:
+    """What trusted_keys reads, for messages: the variable if it is set, else the key of params.yaml."""
+    return TRUSTED_VARIABLE if TRUSTED_VARIABLE in os.environ else TRUSTED_KEY
+
+
 def _entries_of_params() -> list[str]:
-    name = "serving.trusted_keys"
+    name = TRUSTED_KEY
     try:
         data = PARAMS_FILE.read_bytes()
     except OSError as error:

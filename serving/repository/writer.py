@@ -127,9 +127,6 @@ def publish(export_dir: Path, root: Path, evidence: Path | None = None) -> int:
 def load_export(export_dir: Path) -> Manifest:
     """Read the manifest of an export, check all its files. Raises ManifestError or RepositoryError naming the file."""
     manifest = load_manifest(export_dir)
-    for name in (STUDENT_NAME, GOLDEN_NAME):
-        if name not in manifest.files:
-            raise RepositoryError(f"{export_dir / MANIFEST_NAME}: files lacks {name}; export again")
     load_golden(export_dir)
     if problem := class_names_problem(manifest.classes):
         raise RepositoryError(f"{export_dir / MANIFEST_NAME}: {problem}")

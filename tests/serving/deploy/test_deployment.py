@@ -18,6 +18,8 @@ import pytest
 import yaml
 from packaging.utils import canonicalize_name
 
+from serving.repository.signing_keys import TRUSTED_VARIABLE
+from tests.support.documented import check_command
 from tests.support.requirements import locked
 from tests.support.watched import OBSERVABILITY, expressions
 
@@ -149,6 +151,23 @@ def test_manifests_pass_their_schemas() -> None:
     for manifest in manifests():
         if "kustomize" not in manifest["apiVersion"]:
             validator.validate(manifest, "1.34", strict=True)
+
+
+def test_the_overlay_adds_an_init_container_that_verifies_signatures_before_the_server() -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="package kubernetes-validate")
+    overlay = yaml.safe_load((DEPLOY / "kubernetes/signed/kustomization.yaml").read_text())
+    [patch] = [yaml.safe_load(entry["patch"]) for entry in overlay["patches"]]
+    deployment = next(manifest for manifest in manifests() if manifest["kind"] == "Deployment")
+    assert (patch["kind"], patch["metadata"]["name"]) == ("Deployment", deployment["metadata"]["name"])
+    pod = deployment["spec"]["template"]["spec"]
+    pod |= patch["spec"]["template"]["spec"]  # as kustomize merges it: the Deployment has no init containers
+    validator.validate(deployment, "1.34", strict=True)
+    [container] = pod["initContainers"]
+    triton = pod["containers"][0]
+    assert container["securityContext"] == triton["securityContext"]
+    assert {mount["name"]: mount for mount in container["volumeMounts"]}["repository"] in triton["volumeMounts"]
+    check_command(" ".join(container["command"]))
+    assert [entry["name"] for entry in container["env"]] == [TRUSTED_VARIABLE]
 
 
 def test_pods_run_without_privileges_on_a_read_only_file_system() -> None:

@@ -162,6 +162,43 @@ def test_a_release_that_is_published_already_gets_the_signature_of_its_export(
     assert [release.version for release in find_releases(root)] == [1]
 
 
+@pytest.mark.parametrize("value", ["é" * 44, "A" * 87, "A" * 85 + "B==", "not base64", "A" * 84 + "=A=="])
+def test_a_signature_that_is_not_64_bytes_in_base64_is_refused(
+    signed: Path, signer: Signer, tmp_path: Path, value: str
+) -> None:
+    folder = shutil.copytree(signed, tmp_path / "export")
+    content = json.loads((folder / SIGNATURE_NAME).read_text()) | {"signature": value}
+    for ascii_only in (True, False):
+        text = json.dumps(content, indent=2, ensure_ascii=ascii_only) + "\n"
+        (folder / SIGNATURE_NAME).write_text(text, encoding="utf-8")
+        assert_refused(lambda: verify_manifest(folder, [signer.public]), SIGNATURE_NAME, "is damaged")
+
+
+@pytest.mark.parametrize("name", ["student.onnx", "golden.json"])
+def test_a_manifest_that_lacks_a_file_cannot_be_signed(signed: Path, signer: Signer, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(signed, tmp_path / "export")
+    root = write_repository(signed, tmp_path / "repository")
+    paths = [folder / MANIFEST_NAME, *(root / model / "1" / MANIFEST_NAME for model in ("student", "classifier"))]
+    content = json.loads(paths[0].read_text())
+    del content["files"][name]
+    for path in paths:
+        path.write_text(json.dumps(content))
+    key = read_private_key(signer.path)
+    assert_refused(lambda: sign_export(folder, key), str(paths[0]), f"lacks {name}")
+    assert_refused(lambda: sign_version(root, 1, key), str(paths[2]), f"lacks {name}")
+
+
+def test_an_error_names_the_variable_or_the_key_of_the_params_that_lists_keys(
+    signed: Path, signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(signed, tmp_path / "export")
+    for name in ("serving.trusted_keys", TRUSTED_VARIABLE):
+        assert_refused(lambda: verify_manifest(signed, [Signer(tmp_path, f"{name}.pem").public]), f"{name} lists")  # noqa: B023
+        monkeypatch.setenv(TRUSTED_VARIABLE, "set")
+    (folder / SIGNATURE_NAME).unlink()
+    assert_refused(lambda: verify_manifest(folder, [signer.public]), f"{TRUSTED_VARIABLE} lists keys")
+
+
 def test_the_signature_of_another_release_is_refused(root: Path, signed_second: Path, signer: Signer, trust: Trust):
     trust(signer.public)
     shutil.copyfile(signed_second / SIGNATURE_NAME, root / "classifier/1" / SIGNATURE_NAME)
