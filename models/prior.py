@@ -97,6 +97,15 @@ def adjust_logits(logits: Any, log_prior: Any, strength: Any) -> Any:
     return logits + strength * log_prior
 
 
+def calibrate_logits(logits: Any, temperature: Any, bias: Any = 0.0) -> Any:
+    """Calibrated logits: logits / temperature + bias, before a prior is added (Guo et al. 2017; bias: Alexandari 2020).
+
+    logits: balanced, [B,C]; temperature: a number above 0; bias: a number or [C]. Accepts numpy arrays and torch tensors. The
+    order matters: balanced logits are log p(image | class) up to a factor that the temperature corrects, and a prior is exact.
+    """
+    return logits / temperature + bias
+
+
 def parse_number(text: str) -> float:
     """Parse a decimal number, nan or inf.
 

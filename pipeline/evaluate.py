@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import yaml
 
+from models.calibration import fit_served_temperature
+from models.prior import calibrate_logits
 from models.sample_size import from_json, warnings_of
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
 from pipeline.data.split_tables import read_groups
+from pipeline.evaluation.calibration import calibration_record
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import (
     network_logits,
@@ -25,8 +29,10 @@ from pipeline.evaluation.network_metrics import (
     probabilities_by_target_prior,
     student_parts,
 )
-from pipeline.evaluation.predictions import GateError, Predictions, check_comparable, load_predictions
+from pipeline.evaluation.prediction_sets import set_record, set_scores
+from pipeline.evaluation.predictions import CALIBRATION_NOTE, GateError, Predictions, check_comparable, load_predictions
 from pipeline.evaluation.runs import load_run
+from pipeline.evaluation.segmentation import evaluate_networks, legend
 from pipeline.features.stored import evaluation_inputs, stored_encoder
 from pipeline.model_io.checkpoint import BEST, load_config, student_folder
 from pipeline.model_io.devices import choose_device
@@ -35,7 +41,17 @@ from pipeline.report import Evaluation, Provenance, analyse_predictions, render_
 from pipeline.report.analysis import write_plots
 from pipeline.report.data_card import SplitSizes, data_card, data_facts
 from pipeline.report.model_card import model_card, model_facts, network_name
-from pipeline.shared.artifacts import EVALUATION, STUDENT, TEACHER, as_csv, whole_folder, write_file, write_json
+from pipeline.report.page import render_page
+from pipeline.shared.artifacts import (
+    ANSWERS,
+    EVALUATION,
+    STUDENT,
+    TEACHER,
+    as_csv,
+    whole_folder,
+    write_file,
+    write_json,
+)
 from pipeline.shared.errors import DataError
 from pipeline.shared.lineage import code_revision
 from serving.shared.terminal import print
@@ -51,16 +67,18 @@ class Result:
     output: Path
 
     def __str__(self) -> str:
-        scores = [
-            f"{network} {self.metrics[network]['balanced']['balanced_accuracy']:.1%}"
-            for network in ("teacher", "student")
-        ]
+        balanced = {network: self.metrics[network]["balanced"] for network in ("teacher", "student")}
+        name = "balanced accuracy" if "balanced_accuracy" in balanced["student"] else "mIoU"
+        key = name.replace(" ", "_").lower()
+        scores = [f"{network} {values[key]:.1%}" for network, values in balanced.items()]
         page = self.output / "report.html"
-        return f"balanced accuracy {', '.join(scores)} → {page} ({page.stat().st_size / 1e6:.1f} MB)"
+        return f"{name} {', '.join(scores)} → {page} ({page.stat().st_size / 1e6:.1f} MB)"
 
 
 def run(params: Params, output: Path = EVALUATION) -> Result:
     """Evaluate both networks on the test split; no other stage reads it. Raises DataError when it is empty."""
+    if params.segmentation:
+        return _evaluate_segmentation(params, output)
     prior, inputs = load_prior(), evaluation_inputs(params, "test")
     test = inputs["student"]
     if len(test) == 0:
@@ -83,13 +101,19 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         # Listed separately: a score of an epoch that was selected by its score must be labelled as such.
         best = network_logits(STUDENT / BEST, "student", test, image, prior, device)
         metrics["student_best_epoch"] = network_metrics(best, labels, prior, settings)
-    validation, held_out = None, evaluation_inputs(params, "validation")["student"]
-    if len(held_out):  # the temperature is fitted on validation images
-        validation = network_logits(student, stage, held_out, image, prior, device), held_out.labels.numpy()
+    fitted, scores, held_out = None, None, evaluation_inputs(params, "validation")["student"]
+    served = params.serving.calibration == "temperature"
+    if len(held_out):
+        validation, known = network_logits(student, stage, held_out, image, prior, device), held_out.labels.numpy()
+        fitted = fit_served_temperature(validation, known)
+        scores = set_scores(calibrate_logits(validation, fitted.temperature if fitted and served else 1.0), known)
+    calibration = calibration_record(fitted, served, logits["student"], labels, prior, settings.ece_bins)
+    calibrated = calibrate_logits(logits["student"], fitted.temperature if fitted and served else 1.0)
+    sets = set_record(scores, calibrated, labels, prior, params.serving.coverage)
     groups = read_groups("test")
     figures = analyse_predictions(
-        logits, labels, prior, settings.ece_bins, data.seed, validation=validation, champion=champion,
-        groups=groups and (groups, set(read_groups("train") or [])),
+        logits, labels, prior, settings.ece_bins, data.seed, temperature=fitted and fitted.temperature,
+        champion=champion, groups=groups and (groups, set(read_groups("train") or [])),
     )  # fmt: skip
     chosen = choose_samples(probabilities["student"], settings.samples, data.seed)
     sizes = SplitSizes(sum(prior.counts), len(held_out), len(test))
@@ -107,18 +131,37 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         _write_tables(folder, metrics, classes, probabilities["student"]["balanced"], labels, prior)
         write_plots(figures, folder / "plots")
         pyarrow.parquet.write_table(
-            _predictions(test, probabilities["student"], logits["student"]), folder / "predictions.parquet"
+            _predictions(test, probabilities["student"], logits["student"], calibration),
+            folder / "predictions.parquet",
         )
+        write_json(folder / ANSWERS.name, {"calibration": calibration, "sets": sets})
         samples = _write_samples(folder / "samples", test, chosen, probabilities["student"], prior.classes)
         write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes, memory))
         card = model_card(data, network_name(params), params.seed, about_model, prior, metrics["student"])
         write_file(folder / "model_card.md", card)
         evaluation = Evaluation(
             figures, metrics, classes, samples, prior, test.encoded, about_data, about_model,
-            params.model_dump(mode="json"), notes=notes, provenance=_provenance(),
+            params.model_dump(mode="json"), notes=notes, provenance=_provenance(), calibration=calibration, sets=sets,
         )  # fmt: skip
         write_file(folder / "report.html", render_report(evaluation))
     return Result(metrics, output)
+
+
+def _evaluate_segmentation(params: Params, output: Path) -> Result:
+    """Evaluate both networks on the test split at several strengths; write metrics, tables and the report."""
+    prior = load_prior()
+    result = evaluate_networks(params, prior, NETWORKS, choose_device(params.device))
+    recipe = params.model_dump(mode="json")
+    with whole_folder(output) as folder:
+        result.write(folder)
+        write_json(folder / ANSWERS.name, {"calibration": None, "sets": None})  # of classifiers only
+        page = render_page(
+            "segmentation.html.jinja", {"figures": {"strength": result.curve_figure()}}, metrics=result.metrics,
+            curve=result.curve, classes=result.classes, worst=result.worst, legend=legend(prior), prior=prior,
+            params=recipe, recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), provenance=_provenance(),
+        )  # fmt: skip
+        write_file(folder / "report.html", page)
+    return Result(result.metrics, output)
 
 
 def _write_tables(
@@ -206,13 +249,16 @@ def _per_class(networks: dict[str, dict[str, np.ndarray]], labels: np.ndarray, p
     ]
 
 
-def _predictions(test: AnyImages, by_prior: dict[str, np.ndarray], logits: np.ndarray) -> pa.Table:
+def _predictions(
+    test: AnyImages, by_prior: dict[str, np.ndarray], logits: np.ndarray, calibration: dict[str, Any] | None
+) -> pa.Table:
+    """Table of the predictions; the schema has the calibration, so that the gate compares the probabilities as served."""
     columns: dict[str, Any] = {"sample_id": list(test.sample_ids), "label": test.labels.numpy()}
     for name, probabilities in by_prior.items():
         columns[f"predicted_{name}"] = probabilities.argmax(1)
         columns[f"probability_{name}"] = probabilities.max(1)
     columns["logits"] = pa.array(list(logits), type=pa.list_(pa.float32()))
-    return pa.table(columns)
+    return pa.table(columns).replace_schema_metadata({CALIBRATION_NOTE: json.dumps(calibration)})
 
 
 def _write_samples(

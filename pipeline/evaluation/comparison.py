@@ -15,6 +15,7 @@ from pipeline.evaluation.intervals import bootstrap
 from pipeline.evaluation.metrics import expected_calibration_error, resampled_ece
 from pipeline.evaluation.predictions import Predictions
 from pipeline.params import GateParams, GateRule
+from pipeline.segmentation.run_areas import RunAreas
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class ClassDifference:
 
 
 def compare(challenger: Predictions, champion: Predictions, params: GateParams, ece_bins: int) -> dict[str, Measure]:
-    """Compare accuracy on all, many, medium and few, and the calibration error; paired intervals and McNemar's tests.
+    """Compare accuracy on all, many, medium and few, calibration error and NLL; paired intervals and McNemar's tests.
 
     The groups are those of the champion's training prior. many, medium and few are means of class accuracies, as in
     `evaluate`: the weight of a sample is 1 / (test samples of its class). all weighs the classes by the target prior:
@@ -94,8 +95,40 @@ def compare(challenger: Predictions, champion: Predictions, params: GateParams, 
         measures[name] = _compare_accuracy(correct[0][members], correct[1][members], weights, params, name)
         if name in groups:
             sizes[name] = sample_size(counts[groups == name])
-    measures["ece"] = _compare_ece(champion.probabilities, challenger.probabilities, labels, params, ece_bins)
+    pair = champion.probabilities, challenger.probabilities
+    measures["ece"] = _compare_error(
+        *(expected_calibration_error(p, labels, ece_bins) for p in pair),
+        *(resampled_ece(p, labels, ece_bins) for p in pair), len(labels), params, "ece",
+    )  # fmt: skip
+    losses = [-np.log(np.maximum(p[np.arange(len(labels)), labels], 1e-12)) for p in pair]
+    measures["nll"] = _compare_error(
+        *(float(loss.mean()) for loss in losses),
+        *(lambda index, loss=loss: loss[index].mean(axis=-1) for loss in losses), len(labels), params, "nll",
+    )  # fmt: skip
     return {name: _add_sample_size(measure, sizes.get(name)) for name, measure in measures.items()}
+
+
+def compare_areas(challenger: RunAreas, champion: RunAreas, params: GateParams) -> dict[str, Measure]:
+    """Compare mIoU over all classes and over each group, of task segmentation; paired intervals over images.
+
+    The groups are those of the champion's prior. There is no test of McNemar's kind and no rule for calibration.
+    """
+    groups, images = np.array(champion.prior.groups), len(champion.sample_ids)
+    whole, measures = np.arange(images)[None], {}
+    for name in ("all", *GROUPS):
+        classes = groups == name if name != "all" else np.ones(len(groups), dtype=bool)
+        rule = getattr(params, name)
+        if not classes.any():
+            measures[name] = Measure(None, None, None, None, None, None, rule.rule, rule.margin, None)
+            continue
+        before, after = champion.mean_iou(classes), challenger.mean_iou(classes)
+        low, high = paired_interval(lambda index, b=before, a=after: a(index) - b(index), images, params)
+        values = float(before(whole)[0]), float(after(whole)[0])
+        difference = values[1] - values[0]
+        passed = _passes(rule, difference, low, high, None, 1 - params.confidence)
+        measures[name] = Measure(*values, difference, low, high, None, rule.rule, rule.margin, passed)
+        measures[name] = _add_sample_size(measures[name], SampleSize(images, images))
+    return measures
 
 
 def too_few_images(measures: dict[str, Measure]) -> list[str]:
@@ -131,14 +164,19 @@ def _compare_accuracy(
     return Measure(before, after, difference, low, high, p, rule.rule, rule.margin, passed)
 
 
-def _compare_ece(
-    champion: np.ndarray, challenger: np.ndarray, labels: np.ndarray, params: GateParams, bins: int
+def _compare_error(
+    before: float,
+    after: float,
+    champion: Callable[[np.ndarray], np.ndarray],
+    challenger: Callable[[np.ndarray], np.ndarray],
+    samples: int,
+    params: GateParams,
+    name: str,
 ) -> Measure:
-    rule = params.ece
-    pair = [resampled_ece(p, labels, bins) for p in (champion, challenger)]
-    low, high = paired_interval(lambda index: pair[1](index) - pair[0](index), len(labels), params)
-    before, after = (expected_calibration_error(p, labels, bins) for p in (champion, challenger))
-    # The rules are written for values that must not decrease; a calibration error must not increase.
+    """Compare a value that must not increase. before, after: its values; champion, challenger: the same of resampled rows."""
+    rule = getattr(params, name)
+    low, high = paired_interval(lambda index: challenger(index) - champion(index), samples, params)
+    # The rules are written for values that must not decrease.
     passed = _passes(rule, before - after, -high, -low, None, 1 - params.confidence)
     return Measure(before, after, after - before, low, high, None, rule.rule, rule.margin, passed)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from models.prior import class_key
+from models.prior import calibrate_logits, class_key
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.evaluation.metrics import adjusted_probabilities
 from pipeline.shared.errors import StageError, TailorError
-from serving.shared.bounded_parquet import read_predictions
+from serving.shared.bounded_parquet import read_note, read_predictions
+
+CALIBRATION_NOTE = "tailor_calibration"  # key of the schema of predictions.parquet
 
 
 class GateError(StageError):
@@ -33,11 +36,13 @@ class Contender:
 def load_predictions(contender: Contender, target_prior: str = "balanced") -> Predictions:
     """Read the predictions of a contender, adjusted for the target prior, in the order of the sample ids.
 
-    Raises GateError, or StageError for the prior, with the file and the problem.
+    The probabilities are those that a server returns: calibrated if the release has a temperature. Raises GateError, or
+    StageError for the prior, with the file and the problem.
     """
     path, prior = contender.predictions, load_prior(contender.prior)
     try:
         labels, logits, (ids,) = read_predictions(path, "sample_id")
+        calibration = read_note(path, CALIBRATION_NOTE)
     except FileNotFoundError:
         raise GateError(f"{path}: no such file; run `dvc repro evaluate` first") from None
     except TailorError as error:
@@ -53,8 +58,22 @@ def load_predictions(contender: Contender, target_prior: str = "balanced") -> Pr
         raise GateError(f"{path}: has the label {labels.max()}; expected 0 to {classes - 1}")
     order = np.argsort(np.array(ids))
     strength = 1.0 if target_prior == "train" else 0.0
-    probabilities = adjusted_probabilities(logits[order], np.array(prior.log_prior), strength)
-    return Predictions([ids[i] for i in order], labels[order], probabilities, prior)
+    served = calibrate_logits(logits[order], _served_temperature(path, calibration))
+    probabilities = adjusted_probabilities(served, np.array(prior.log_prior), strength)
+    return Predictions([ids[i] for i in order], labels[order], probabilities, prior, calibration)
+
+
+def _served_temperature(path: Path, calibration: Any) -> float:
+    """The temperature of a release's answers; 1 if it has none, or does not apply it."""
+    if calibration is None:
+        return 1.0
+    try:
+        temperature = float(calibration["temperature"]) if calibration["served"] else 1.0
+    except (KeyError, TypeError, ValueError):
+        temperature = 0.0
+    if not 0 < temperature < np.inf:
+        raise GateError(f"{path}: has a damaged note {CALIBRATION_NOTE}; run `dvc repro -f evaluate`")
+    return temperature
 
 
 def check_comparable(challenger: Predictions, champion: Predictions, names: str = "challenger and champion") -> None:
@@ -79,10 +98,11 @@ def check_comparable(challenger: Predictions, champion: Predictions, names: str 
 class Predictions:
     """Predictions of a contender on the test set, in the order of the sample ids.
 
-    labels: int [N]; probabilities: float [N,C], for one target prior.
+    labels: int [N]; probabilities: float [N,C], for one target prior. calibration: of `calibration_record`; None without one.
     """
 
     sample_ids: list[str]
     labels: np.ndarray
     probabilities: np.ndarray
     prior: Prior
+    calibration: dict[str, Any] | None = None

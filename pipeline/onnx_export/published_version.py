@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.prior import class_key, class_prior, shot_group, softmax
+from models.prior import class_key, class_prior, shot_group
 from pipeline.data.class_prior import Prior
 from pipeline.data.split_tables import load_classes
 from pipeline.evaluation.predictions import Predictions
@@ -25,6 +25,7 @@ def predict_with_release(repository: Path, version: int | None, params: Params, 
     from pipeline.data.dataset import evaluation_images
     from pipeline.model_io.inference import NotFiniteError, check_finite
     from pipeline.onnx_export.release import open_session
+    from serving.repository.manifest import served_probabilities
     from serving.repository.release import published_versions, read_champion, read_release
     from serving.shared.errors import InputError
     from serving.shared.names import STUDENT
@@ -49,7 +50,8 @@ def predict_with_release(repository: Path, version: int | None, params: Params, 
     prior = Prior(manifest.classes, manifest.counts, p.tolist(), manifest.log_prior, groups)
     order = np.argsort(np.array(list(test.sample_ids)))
     try:
-        probabilities = softmax(check_finite(np.concatenate(logits)))[order]
+        finite = check_finite(np.concatenate(logits))[order]
     except NotFiniteError as error:
         raise StageError(f"version {version} of {repository}: {error}") from None
+    probabilities = served_probabilities(finite, strength, manifest.log_prior, manifest.calibration)
     return Predictions([test.sample_ids[i] for i in order], test.labels.numpy()[order], probabilities, prior)

@@ -15,6 +15,7 @@ from pipeline.params.operation import IngestParams, RetrainParams, TrackingParam
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, ServingParams
 from pipeline.params.second_stage import ClassifierParams
 from pipeline.params.section import Section
+from pipeline.params.tasks import SegmentationParams, Task, check_task
 from pipeline.params.training import EngineParams, StudentParams, TrainingParams
 from pipeline.shared.artifacts import PARAMS_FILE as PARAMS_FILE
 from pipeline.shared.errors import ParamsError
@@ -23,6 +24,7 @@ from pipeline.shared.errors import ParamsError
 class Params(Section):
     """All sections of params.yaml."""
 
+    task: Task = "classification"
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     engine: EngineParams = EngineParams()
@@ -31,6 +33,7 @@ class Params(Section):
     stream: StreamParams = StreamParams()
     image: ImageParams
     prior: PriorParams
+    segmentation: SegmentationParams | None = None
     encoder: EncoderParams | None = None
     teacher: TrainingParams
     student: StudentParams
@@ -45,6 +48,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _encoder_and_backbones_agree(self) -> Params:
+        check_task(self)
         check_encoder_sections(self.encoder, self.image, {"teacher": self.teacher, "student": self.student})
         if self.student.memory and not self.encoder:
             raise ValueError(

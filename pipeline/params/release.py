@@ -8,6 +8,8 @@ from pydantic import Field
 
 from pipeline.params.section import Number, Positive, PositiveInt, Section, Share
 
+Cost = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+
 
 class EvaluateParams(Section):
     """Evaluation. ece_bins: of the calibration error. top_k: k of top-k accuracy. samples: test images kept as samples.
@@ -50,6 +52,11 @@ class ExportParams(Section):
 class ServingParams(Section):
     """The served classifier. strength: default strength of the logit adjustment. top_k: classes in a response.
 
+    calibration: whether the server divides the balanced logits by a temperature that evaluation fits on validation images.
+    coverage: default coverage of prediction sets; null: only where a request names one. costs: cost of missing each class by
+    its name, 1 for the others, or a matrix with a row for each true class; null: 1 for every wrong class. ask: price of
+    asking a person; null: never. With costs or ask every response has a decision.
+
     image_pixels, request_pixels: limits of decoded pixels for one image and for all images of a request; a large JPEG
     counts less. trusted_keys: public keys that sign releases, each a PEM file or base64; other releases are neither
     promoted nor served. Empty: signatures are not checked. serving/repository/signing_keys.py reads it.
@@ -57,6 +64,10 @@ class ServingParams(Section):
 
     strength: Annotated[Number, Field(allow_inf_nan=False)]
     top_k: PositiveInt
+    calibration: Literal["temperature", "none"] = "temperature"
+    coverage: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    costs: dict[str, Cost] | list[list[Cost]] | None = None
+    ask: Cost | None = None
     image_pixels: PositiveInt = 16_000_000
     request_pixels: PositiveInt = 25_000_000
     trusted_keys: list[Annotated[str, Field(min_length=1)]] = []
@@ -91,4 +102,5 @@ class GateParams(Section):
     medium: GateRule = GateRule(rule="none")
     few: GateRule = GateRule(rule="estimate")
     ece: GateRule = GateRule(rule="none")
+    nll: GateRule = GateRule(rule="none")
     latency_ratio: Positive | None = None

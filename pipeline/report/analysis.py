@@ -90,15 +90,15 @@ def analyse_predictions(
     ece_bins: int,
     seed: int,
     *,
-    validation: tuple[np.ndarray, np.ndarray] | None = None,
+    temperature: float | None = None,
     champion: Predictions | None = None,
     groups: tuple[Sequence[str], set[str]] | None = None,
     draws: int = DRAWS,
 ) -> Analysis:
     """Compute the content of the evaluation page. logits: `teacher` and `student`, balanced, [N,C]; labels: [N].
 
-    seed: of the draws. validation: the student's logits and labels on which the temperature is fitted. champion: its
-    balanced predictions on the same test set. groups: of each test image, and those of the training split.
+    seed: of the draws. temperature: of the student, fitted on validation images; None without one. champion: its balanced
+    predictions on the same test set. groups: of each test image, and those of the training split.
     draws: test subsets of each shifted set; fewer if they would take minutes.
     """
     student = logits["student"]
@@ -106,7 +106,7 @@ def analyse_predictions(
     if champion is not None:
         predicted["champion"] = champion.probabilities.argmax(axis=1), champion.labels
     by_shots = {name: _group_accuracies(*pair, prior, seed) for name, pair in predicted.items()}
-    calibration = reliability(student, labels, validation, ece_bins)
+    calibration = reliability(student, labels, temperature, ece_bins)
     worst, best = extreme_classes(*predicted["student"], prior)
     return Analysis(
         headline=by_shots["student"] | _headline(student, labels, prior, calibration, seed),

@@ -13,7 +13,7 @@ FORMATS = {
     "difference": "points", "low": "points", "high": "points", "p": "p", "q": "p",
 }  # fmt: skip
 SHOWN = 8  # classes named at each end
-NAMES = {"all": "all classes", "ece": "calibration error"}
+NAMES = {"all": "all classes", "ece": "calibration error", "nll": "NLL"}
 
 
 def render_comparison(comparison: Comparison, command: str) -> str:
@@ -23,7 +23,7 @@ def render_comparison(comparison: Comparison, command: str) -> str:
     measures = [{"measure": NAMES.get(name, name)} | values for name, values in content["measures"].items()]
     changed = [row for row in classes if row["won"] or row["lost"]]
     by_change = sorted(changed, key=lambda row: (row["difference"], row["p"]))
-    accuracies = [row for row in measures if row["measure"] != NAMES["ece"]]
+    accuracies = [row for row in measures if row["measure"] not in (NAMES["ece"], NAMES["nll"])]
     data = {
         "figures": {
             "differences": figures.difference_chart(accuracies, comparison.after),

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from models.calibration import MINIMUM_IMAGES
 from models.sample_size import ADVICE, from_json
 from pipeline.data.class_prior import Prior
 from pipeline.evaluation.metrics import GROUPS
@@ -38,7 +39,8 @@ class Evaluation:
 
     metrics: network → target prior → metric; classes: rows of per_class.csv; samples: test samples with their image
     bytes; encoded: row of the test split → bytes of its image; data_facts, model_facts: (term, text) pairs; recipe:
-    params as JSON; notes: missing parts and the reasons.
+    params as JSON; notes: missing parts and the reasons; calibration, sets: of `calibration_record` and
+    `set_record`, None without them.
     """
 
     analysis: Analysis
@@ -52,6 +54,8 @@ class Evaluation:
     recipe: Mapping[str, Any]
     provenance: Provenance
     notes: Sequence[str] = ()
+    calibration: Mapping[str, Any] | None = None
+    sets: Mapping[str, Any] | None = None
 
 
 def render_report(evaluation: Evaluation) -> str:
@@ -89,7 +93,9 @@ def render_report(evaluation: Evaluation) -> str:
         samples=[sample | {"uri": thumbnail(sample["bytes"])} for sample in evaluation.samples],
         image_uri=cache(lambda row: thumbnail(evaluation.encoded(row))), data_facts=evaluation.data_facts,
         model_facts=evaluation.model_facts, notes=evaluation.notes, provenance=evaluation.provenance, few=few,
-        advice=ADVICE, curves=list(curves), test_images=count_test_images(classes), params=recipe,
+        calibration=evaluation.calibration, answer_sets=evaluation.sets, least_validation=MINIMUM_IMAGES, advice=ADVICE,
+        curves=list(curves),
+        test_images=count_test_images(classes), params=recipe,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), command=COMMAND,
     )  # fmt: skip
 

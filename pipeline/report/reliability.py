@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.calibration import fit_temperature
-from models.prior import softmax
+from models.prior import calibrate_logits, softmax
 from pipeline.evaluation.intervals import Estimate, bootstrap
 from pipeline.evaluation.metrics import (
     confidence_bins,
@@ -43,7 +42,7 @@ class ReliabilityCurve:
 class Reliability:
     """Calibration of the balanced logits and of logits / temperature.
 
-    after, temperature: None without validation data, or if no temperature can be fitted.
+    after, temperature: None without a temperature.
     """
 
     before: ReliabilityCurve
@@ -51,19 +50,12 @@ class Reliability:
     temperature: float | None
 
 
-def reliability(
-    logits: np.ndarray, labels: np.ndarray, validation: tuple[np.ndarray, np.ndarray] | None, bins: int
-) -> Reliability:
-    """Calibration on the test split: logits [N,C], labels [N].
-
-    validation: logits [M,C] and labels [M] on which the temperature is fitted (Guo 2017). bins: number of bins.
-    """
+def reliability(logits: np.ndarray, labels: np.ndarray, temperature: float | None, bins: int) -> Reliability:
+    """Calibration on the test split: logits [N,C], labels [N]. temperature: fitted on validation. bins: number of bins."""
     before = _calibration(softmax(logits), labels, bins)
-    try:
-        temperature = fit_temperature(*validation) if validation and len(validation[1]) else None
-    except ValueError:  # no finite temperature minimises the NLL of an untrained network
-        temperature = None
-    after = None if temperature is None else _calibration(softmax(logits / temperature), labels, bins)
+    after = None
+    if temperature is not None:
+        after = _calibration(softmax(calibrate_logits(logits, temperature)), labels, bins)
     return Reliability(before, after, temperature)
 
 

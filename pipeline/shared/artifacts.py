@@ -28,6 +28,7 @@ TEACHER = Path("artifacts/teacher")
 STUDENT = Path("artifacts/student")
 CLASSIFIER = Path("artifacts/classifier")
 EVALUATION = Path("artifacts/evaluation")
+ANSWERS = EVALUATION / "answers.json"  # fitted on validation images: the calibration of the served answers
 DECISION = Path("artifacts/decision.json")
 EXPORT = Path("artifacts/export")
 REPOSITORY = Path("artifacts/repository")

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, TypeVar
 
+from serving.client.class_maps import Segmentation
+from serving.client.extras import Extras
 from serving.client.images import ImageLike, encode_images
 from serving.client.options import BATCH, DEFAULT_URLS, ClientBase, encode_group, groups
 from serving.client.predictions import Prediction, Status
@@ -36,6 +38,7 @@ class AsyncClient(ClientBase):
         images: Sequence[ImageLike],
         prior: Prior = None,
         *,
+        extras: Extras | None = None,
         version: int | None = None,
         timeout: float | None = None,
         check: bool = True,
@@ -44,13 +47,29 @@ class AsyncClient(ClientBase):
         deadline = self._deadline(timeout)
         parse_prior(prior)
         encoded = await asyncio.to_thread(encode_images, images, check)
-        return await self._run(self._sequence.predict(encoded, prior, version), deadline)
+        return await self._run(self._sequence.predict(encoded, prior, version, extras), deadline)
+
+    async def segment(
+        self,
+        images: Sequence[ImageLike],
+        prior: Prior = None,
+        *,
+        version: int | None = None,
+        timeout: float | None = None,
+        check: bool = True,
+    ) -> list[Segmentation]:
+        """Return the class map of each image under one prior, in order. Arguments: see Client.segment."""
+        deadline = self._deadline(timeout)
+        parse_prior(prior)
+        encoded = await asyncio.to_thread(encode_images, images, check)
+        return await self._run(self._sequence.segment(encoded, prior, version), deadline)
 
     async def stream(
         self,
         images: Iterable[ImageLike],
         prior: Prior = None,
         *,
+        extras: Extras | None = None,
         version: int | None = None,
         batch: int = BATCH,
         check: bool = True,
@@ -62,7 +81,8 @@ class AsyncClient(ClientBase):
         async def predict_group(group: Sequence[tuple[int, ImageLike]]) -> list[Prediction | ServingError]:
             deadline = self._deadline()
             encoded = await asyncio.to_thread(encode_group, group, check, keep_going)
-            return await self._run(self._sequence.predict_each(encoded, prior, version, keep_going), deadline)
+            sequence = self._sequence.predict_each(encoded, prior, version, keep_going, extras)
+            return await self._run(sequence, deadline)
 
         waiting: deque[asyncio.Task[list[Prediction | ServingError]]] = deque()
         try:

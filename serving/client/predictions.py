@@ -10,13 +10,28 @@ from serving.shared.terminal import csv_cell
 
 
 @dataclass(frozen=True)
+class Decision:
+    """The class of least expected cost, by name and index, and its cost; both None where asking a person is cheaper."""
+
+    name: str | None
+    index: int | None
+    cost: float
+
+
+@dataclass(frozen=True)
 class Prediction:
-    """The prediction for one image: top classes by name and index, their probabilities, and the model version."""
+    """The prediction for one image: top classes by name and index, their probabilities, and the model version.
+
+    set: class names of the prediction set, most probable first. decision: by costs. Both are None if neither the request
+    nor the release wants them.
+    """
 
     classes: tuple[str, ...]
     indexes: tuple[int, ...]
     probabilities: tuple[float, ...]
     version: int
+    set: tuple[str, ...] | None = None
+    decision: Decision | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,29 @@ def as_mapping(image: Path, answer: Prediction | ServingError, top: int | None) 
     if isinstance(answer, ServingError):
         return {"image": str(image), "error": str(answer)}
     rows = [{"class": name, "index": index, "probability": p} for name, index, p in best_classes(answer, top)]
-    return {"image": str(image), "version": answer.version, "predictions": rows}
+    return {"image": str(image), "version": answer.version, "predictions": rows} | extras_mapping(answer)
+
+
+def extras_mapping(answer: Prediction) -> dict[str, object]:
+    """The extra parts of a prediction as JSON values, only those that it has."""
+    parts: dict[str, object] = {} if answer.set is None else {"set": list(answer.set)}
+    if answer.decision is not None:
+        parts["decision"] = {
+            "class": answer.decision.name,
+            "index": answer.decision.index,
+            "cost": answer.decision.cost,
+        }
+    return parts
+
+
+def extras_text(answer: Prediction) -> list[str]:
+    """The extra parts of a prediction as lines of text, only those that it has."""
+    lines = []
+    if answer.decision is not None:
+        lines.append(f"decision: {answer.decision.name or 'ask a person'}, expected cost {answer.decision.cost:.4g}")
+    if answer.set is not None:
+        lines.append(f"set of {len(answer.set)}: {', '.join(answer.set)}")
+    return lines
 
 
 def as_rows(image: Path, answer: Prediction | ServingError, top: int | None) -> list[list[object]]:

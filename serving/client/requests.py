@@ -6,14 +6,17 @@ Client and AsyncClient run the same generators over their transports.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
 
+from serving.client.class_maps import Segmentation, segmentations, upright_size
+from serving.client.extras import DECISION, Extras, outputs_of
 from serving.client.images import blank_image, header_pixels
-from serving.client.predictions import ModelStatus, Prediction, Status
+from serving.client.predictions import Decision, ModelStatus, Prediction, Status
 from serving.client.priors import Prior, as_text, parse_prior, vector_of
 from serving.repository.manifest import Limits
 from serving.shared.errors import InputError, ServingError
@@ -25,6 +28,7 @@ Result = TypeVar("Result")
 Exchange = Generator[Sequence[Call], Sequence[Any], Result]
 
 OUTPUTS = {"class": 0, "index": 0, "probability": 0}
+CLASS_MAPS = {"class_map": 0, "confidence": 0, "size": 0, "names": 0}  # outputs of a release of task segmentation
 # Bytes of images in one request; recent Triton servers reject HTTP bodies above 64 MB.
 REQUEST_BYTES = 48 * 1024 * 1024
 REQUEST_PIXELS = Limits().request_pixels  # pixels of the images in one request: the default limit of a release
@@ -40,39 +44,82 @@ class RequestSequence:
         self._names: list[str] | None = None
         self._inputs: dict[str, int] | None = None
         self._release: int | None = None
+        self._outputs: tuple[str, ...] = ()  # of extras, which the release has a default for
 
-    def predict(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Exchange[list[Prediction]]:
+    def predict(
+        self, encoded: Sequence[bytes], prior: Prior, version: int | None, extras: Extras | None = None
+    ) -> Exchange[list[Prediction]]:
         """Return one Prediction per encoded image, in order; split into several requests by the server's limits."""
-        parsed = parse_prior(prior)
-        if not encoded:
-            return []
-        answers: Sequence[Answer] = []
-        for _ in range(2):
-            rows, default = yield from self.limits()
-            name, row = yield from self._prior_input(default if parsed is None else parsed)
-            answers = yield [classifier_call(chunk, name, row, version) for chunk in chunks(encoded, rows)]
-            # A new release may change the classes and the default prior: repeat requests built from the old values.
-            changed = version is None and self._release_changed(answers)
-            if not (changed and (parsed is None or isinstance(parsed, dict))):
-                break
+        answers = yield from self._answers(encoded, prior, version, OUTPUTS, extras)
         with self._decoding(CLASSIFIER):
             return [prediction for answer in answers for prediction in _predictions(answer)]
 
+    def segment(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Exchange[list[Segmentation]]:
+        """Return one class map per encoded image, in order. Raises ServingError if the server has no class maps."""
+        sizes = [upright_size(data) for data in encoded]
+        try:
+            answers = yield from self._answers(encoded, prior, version, CLASS_MAPS)
+        except RequestRejected as error:
+            if "class_map" not in str(error):
+                raise
+            raise ServingError(f"{self.url}: serves no class maps; serve a release of task segmentation") from error
+        maps: list[Segmentation] = []
+        with self._decoding(CLASSIFIER):
+            for answer in answers:
+                own = sizes[len(maps) : len(maps) + len(answer.outputs["size"])]
+                maps += segmentations(answer.outputs, own, answer.version)
+        return maps
+
+    def _answers(
+        self,
+        encoded: Sequence[bytes],
+        prior: Prior,
+        version: int | None,
+        outputs: Mapping[str, int],
+        extras: Extras | None = None,
+    ) -> Exchange[Sequence[Answer]]:
+        """Return the answers of `classifier`, in order; split into several requests by the server's limits."""
+        parsed = parse_prior(prior)
+        answers: Sequence[Answer] = []
+        if not encoded:
+            return answers
+        for _ in range(2):
+            rows, default = yield from self.limits()
+            name, row = yield from self._prior_input(default if parsed is None else parsed)
+            wanted = yield from self._extra_inputs(extras)
+            answers = yield [
+                classifier_call(chunk, name, row, version, wanted, self._outputs, outputs)
+                for chunk in chunks(encoded, rows)
+            ]
+            # A new release may change the classes and the default prior: repeat requests built from the old values.
+            changed = version is None and self._release_changed(answers)
+            named = isinstance(parsed, dict) or (extras is not None and extras.names_needed)
+            if not (changed and (parsed is None or named)):
+                break
+        return answers
+
     def predict_each(
-        self, encoded: Sequence[bytes | InputError], prior: Prior, version: int | None, keep_going: bool
+        self,
+        encoded: Sequence[bytes | InputError],
+        prior: Prior,
+        version: int | None,
+        keep_going: bool,
+        extras: Extras | None = None,
     ) -> Exchange[list[Prediction | ServingError]]:
         """Run predict; with keep_going an unreadable or rejected image is replaced by its error."""
         images = [data for data in encoded if isinstance(data, bytes)]
         results: list[Prediction | ServingError] = []
         try:
-            results += yield from self.predict(images, prior, version)
+            results += yield from self.predict(images, prior, version, extras)
         except RequestRejected as error:
             if not keep_going:
                 raise
             # One bad image fails its whole request: send each image in a separate request.
             for data in images:
                 try:
-                    results += [error] if len(images) == 1 else (yield from self.predict([data], prior, version))
+                    results += (
+                        [error] if len(images) == 1 else (yield from self.predict([data], prior, version, extras))
+                    )
                 except RequestRejected as image_error:
                     results.append(image_error)
         remaining = iter(results)
@@ -91,6 +138,8 @@ class RequestSequence:
                     rows = max(1, int(config.get("max_batch_size", 0)))
                     if inputs := config.get("input"):
                         self._inputs = {tensor["name"]: int(tensor["dims"][-1]) for tensor in inputs}
+                    outputs = config.get("parameters", {}).get("default_outputs", {}).get("string_value", "")
+                    self._outputs = tuple(filter(None, outputs.split(",")))
                     self._limits = (rows, None if default is None else float(default))
         return self._limits
 
@@ -99,6 +148,8 @@ class RequestSequence:
         if self._names is None:
             [metadata] = yield [ModelMetadata(STUDENT)]
             with self._decoding(STUDENT):
+                if any(tensor["name"] == "adjustment" for tensor in metadata["inputs"]):
+                    return (yield from self._segmentation_names())
                 [shape] = [tensor["shape"] for tensor in metadata["inputs"] if tensor["name"] == "image"]
                 image = np.full([1, *(int(side) for side in shape[1:])], 128, dtype=np.uint8)
             inputs = {"image": image, "strength": np.zeros((1, 1), dtype=np.float32)}
@@ -109,6 +160,13 @@ class RequestSequence:
             if any(len(parts) != 3 for parts in labels):
                 raise ServingError(f"{self.url}: student has no class labels; give the prior as a list, not by name")
             self._names = [name for _, _, name in sorted(labels, key=lambda parts: int(parts[1]))]
+        return list(self._names)
+
+    def _segmentation_names(self) -> Exchange[list[str]]:
+        """Return the class names of a release of task segmentation, whose logits have no labels."""
+        [answer] = yield [classifier_call([blank_image()], "prior", None, None, outputs={"names": 0})]
+        with self._decoding(CLASSIFIER):
+            self._names = [name.decode() for name in answer.outputs["names"][0]]
         return list(self._names)
 
     def status(self) -> Exchange[Status]:
@@ -168,6 +226,17 @@ class RequestSequence:
             return "strength", np.array([parsed], dtype=np.float32)
         return "target_prior", vector.astype(np.float32)
 
+    def _extra_inputs(self, extras: Extras | None) -> Exchange[dict[str, np.ndarray]]:
+        """Return one row of each input that the extras need. Raises ServingError if an older server has no such input."""
+        if extras is None:
+            return {}
+        names = (yield from self.class_names()) if extras.names_needed else None
+        rows = extras.inputs(names)
+        existing = yield from self._classifier_inputs()
+        if missing := [name for name in rows if name not in existing]:
+            raise ServingError(f"{self.url}: classifier has no input `{missing[0]}`; {SERVE_AGAIN}")
+        return rows
+
     @contextmanager
     def _decoding(self, source: str) -> Iterator[None]:
         """Convert the exceptions of parsing a response that is not Triton's into ServingError."""
@@ -200,12 +269,25 @@ class RequestSequence:
         return self._inputs
 
 
-def classifier_call(encoded: Sequence[bytes], name: str, row: np.ndarray | None, version: int | None) -> Infer:
-    """Build a request to `classifier`: encoded images, and the input `name` with `row` (the prior) for each image."""
+def classifier_call(
+    encoded: Sequence[bytes],
+    name: str,
+    row: np.ndarray | None,
+    version: int | None,
+    extras: Mapping[str, np.ndarray] = MappingProxyType({}),
+    defaults: Sequence[str] = (),
+    outputs: Mapping[str, int] = MappingProxyType(OUTPUTS),
+) -> Infer:
+    """Build a request to `classifier`: encoded images, and the input `name` with `row` (the prior) for each image.
+
+    extras: rows of further inputs; the request names their outputs. defaults: further outputs that the response may have.
+    """
     inputs = {"image": np.array(encoded, dtype=np.object_).reshape(-1, 1)}
-    if row is not None:
-        inputs[name] = np.repeat(row[None], len(encoded), axis=0)
-    return Infer(CLASSIFIER, inputs, OUTPUTS, "" if version is None else str(version))
+    rows = dict(extras) if row is None else {name: row, **extras}
+    inputs |= {each: np.repeat(values[None], len(encoded), axis=0) for each, values in rows.items()}
+    requested = {**outputs, **outputs_of(extras)}
+    optional = tuple(name for name in defaults if name not in outputs_of(extras))
+    return Infer(CLASSIFIER, inputs, requested, "" if version is None else str(version), optional)
 
 
 def chunks(encoded: Sequence[bytes], rows: int) -> Iterator[list[bytes]]:
@@ -224,10 +306,22 @@ def chunks(encoded: Sequence[bytes], rows: int) -> Iterator[list[bytes]]:
 
 def _predictions(answer: Answer) -> Iterator[Prediction]:
     columns = (answer.outputs[name] for name in OUTPUTS)
-    for names, indexes, probabilities in zip(*columns, strict=True):
+    for row, (names, indexes, probabilities) in enumerate(zip(*columns, strict=True)):
         yield Prediction(
             tuple(name.decode() for name in names),
             tuple(int(index) for index in indexes),
             tuple(float(probability) for probability in probabilities),
             answer.version,
+            **_extra_parts(answer, row),
         )
+
+
+def _extra_parts(answer: Answer, row: int) -> dict[str, Any]:
+    """The fields of Prediction for the extras that a response has."""
+    parts: dict[str, Any] = {}
+    if "set" in answer.outputs:
+        parts["set"] = tuple(name.decode() for name in answer.outputs["set"][row] if name)
+    if "decision" in answer.outputs:
+        name, index, cost = (answer.outputs[each][row][0] for each in DECISION)
+        parts["decision"] = Decision(name.decode() or None, None if index < 0 else int(index), float(cost))
+    return parts

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from serving.client.class_maps import Segmentation
+from serving.client.extras import Extras
 from serving.client.images import ImageLike, encode_images, read_image
 from serving.client.options import BATCH, DEFAULT_URLS, ClientBase, encode_group, groups
 from serving.client.predictions import ModelStatus, Prediction, Status
@@ -36,6 +38,7 @@ class Client(ClientBase):
         images: Sequence[ImageLike],
         prior: Prior = None,
         *,
+        extras: Extras | None = None,
         version: int | None = None,
         timeout: float | None = None,
         check: bool = True,
@@ -44,7 +47,8 @@ class Client(ClientBase):
 
         images: files, encoded bytes, Pillow images or numpy arrays (uint8 [H,W,3] or [H,W]), or one array [N,H,W,3].
         prior: `balanced`, `train`, `live` (the estimate of `tailor drift --write`), a strength, or a target prior as
-        vector, mapping or file; None is the server's default. version: the model version; None is the newest.
+        vector, mapping or file; None is the server's default. extras: further parts of the answers. version: the model
+        version; None is the newest.
         timeout: seconds for the whole call including retries; None is the client's timeout. check: decode every image
         before the first request; False skips that, and the server detects damaged images. Images beyond one request's
         limits are split into several requests, `concurrency` in parallel. Raises InputError naming the image or the
@@ -53,13 +57,32 @@ class Client(ClientBase):
         deadline = self._deadline(timeout)
         parse_prior(prior)
         encoded = encode_images(images, check)
-        return self._run(self._sequence.predict(encoded, prior, version), deadline)
+        return self._run(self._sequence.predict(encoded, prior, version, extras), deadline)
+
+    def segment(
+        self,
+        images: Sequence[ImageLike],
+        prior: Prior = None,
+        *,
+        version: int | None = None,
+        timeout: float | None = None,
+        check: bool = True,
+    ) -> list[Segmentation]:
+        """Return the class map of each image under one prior, in order, from a server of task segmentation.
+
+        Arguments and errors: see predict.
+        """
+        deadline = self._deadline(timeout)
+        parse_prior(prior)
+        encoded = encode_images(images, check)
+        return self._run(self._sequence.segment(encoded, prior, version), deadline)
 
     def stream(
         self,
         images: Iterable[ImageLike],
         prior: Prior = None,
         *,
+        extras: Extras | None = None,
         version: int | None = None,
         batch: int = BATCH,
         check: bool = True,
@@ -76,7 +99,8 @@ class Client(ClientBase):
         def predict_group(group: Sequence[tuple[int, ImageLike]]) -> list[Prediction | ServingError]:
             deadline = self._deadline()
             encoded = encode_group(group, check, keep_going)
-            return self._run(self._sequence.predict_each(encoded, prior, version, keep_going), deadline)
+            sequence = self._sequence.predict_each(encoded, prior, version, keep_going, extras)
+            return self._run(sequence, deadline)
 
         waiting: deque[Future[list[Prediction | ServingError]]] = deque()
         pool = ThreadPoolExecutor(self._concurrency, "tailor-client")

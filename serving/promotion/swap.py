@@ -81,7 +81,7 @@ def _apply(
     _load(controls, STUDENT)
     for control in controls:
         check_student(control.server.url, release, control.timeout)
-    serve_versions(repository, CLASSIFIER, final, release.manifest.strength)
+    serve_versions(repository, CLASSIFIER, final, release.manifest)
     _load(controls, CLASSIFIER)
     for control in controls:
         _check_champion(control, release)
@@ -109,7 +109,7 @@ def _end_hanging_loads(version: int, before: _Policies, controls: Sequence[Model
 def _restore(repository: Path, before: _Policies, controls: Sequence[ModelControl]) -> None:
     """Restore policies and loaded versions; a server that fails keeps its champion, which was never unloaded."""
     serve_versions(repository, STUDENT, tuple(sorted({*before.student, *before.classifier})))
-    serve_versions(repository, CLASSIFIER, before.classifier, before.champion.manifest.strength)
+    serve_versions(repository, CLASSIFIER, before.classifier, before.champion.manifest)
     for control in controls:
         with suppress(ServingError):
             control.load(STUDENT)

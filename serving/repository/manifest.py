@@ -6,13 +6,15 @@ import base64
 import binascii
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from models.decisions import check_costs
 from models.preprocess import preprocess
+from models.prior import Floats, adjust_logits, calibrate_logits, softmax
 from serving.shared.atomic import sha256_of as sha256_of
 from serving.shared.errors import ServingError
 from serving.shared.terminal import counted
@@ -72,15 +74,65 @@ class HalfPrecision(BaseModel):
     images: int = Field(ge=1)
 
 
+class Calibration(BaseModel):
+    """Temperature by which the classifier divides balanced logits before it adds the prior.
+
+    images, effective: number and effective number (models.sample_size) of the validation images of the fit.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    temperature: float = Field(gt=0, allow_inf_nan=False)
+    images: int = Field(ge=1)
+    effective: float = Field(gt=0, allow_inf_nan=False)
+
+
+class PredictionSets(BaseModel):
+    """Validation scores from which the classifier computes prediction sets (models.decisions).
+
+    scores: for each class, those of its validation images. interpolation: weight of a class's own quantile. coverage: of
+    requests that name none; None: they get no set.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    scores: list[list[Annotated[float, Field(ge=0, le=1)]]]
+    interpolation: float = Field(ge=0, le=1)
+    coverage: float | None = Field(default=None, gt=0, lt=1)
+
+
+class DecisionDefaults(BaseModel):
+    """Defaults of a decision: costs, one per class or a matrix (models.decisions.check_costs), and the price of a person."""
+
+    model_config = ConfigDict(extra="forbid")
+    costs: list[float] | list[list[float]] | None = None
+    ask: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+
+class SegmentationFormat(BaseModel):
+    """Input and output of a segmentation graph.
+
+    height, width: of the canvas, in pixels. An image is resized to fit, keeping its ratio, and padded at the bottom and
+    at the right with the colour `fill`. cells: height and width of the logits.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+    fill: tuple[int, int, int]
+    cells: tuple[int, int]
+
+
 class Manifest(BaseModel):
     """All data of a release that serving uses.
 
     files: names of files beside the manifest with their sha256. encoder: name, licence, source and sha256 of the
     weights of a pretrained encoder, and how it was tuned; None for a network without one. memory: rows, tau and weight of
     the memory of training features; None without one. half: set for a graph with a float16 backbone; None for float32.
-    code_revision: the git commit of the project. code_sha256: hash of the source files that wrote the release; empty in
-    releases from before this key existed. runtime: sha256 of the files of Tailor that run inside Triton, by model/name;
-    a server that checks signatures accepts only these. Empty in releases from before this key existed.
+    calibration, sets, decision: None in a release without them, such as one from before these keys existed. code_revision: the
+    git commit of the project. code_sha256: hash of the source files that wrote the release; empty in releases from before this
+    key existed. segmentation: set for a release of task segmentation, whose graph returns class maps; its golden requests
+    have the largest classes of the class map and their shares. runtime: sha256 of the files of Tailor that run inside
+    Triton, by model/name; a server that checks signatures accepts only these. Empty in releases from before this key
+    existed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -106,7 +158,11 @@ class Manifest(BaseModel):
     encoder: dict[str, str | int] | None = None
     memory: dict[str, Any] | None = None
     half: HalfPrecision | None = None
+    calibration: Calibration | None = None
+    sets: PredictionSets | None = None
+    decision: DecisionDefaults | None = None
     limits: Limits = Limits()
+    segmentation: SegmentationFormat | None = None
 
     def balanced_metric(self, name: str) -> float | None:
         """A test metric for the balanced prior, such as `all` or `nll`; None if the release has none."""
@@ -118,9 +174,24 @@ class Manifest(BaseModel):
     def _one_entry_per_class(self) -> Manifest:
         if not len(self.classes) == len(self.counts) == len(self.log_prior):
             raise ValueError("classes, counts and log_prior differ in length")
+        if self.sets and len(self.sets.scores) != len(self.classes):
+            raise ValueError("sets.scores and classes differ in length")
+        if self.decision and self.decision.costs is not None:
+            check_costs(self.decision.costs, len(self.classes))
         if self.top_k > len(self.classes):
             raise ValueError(f"top_k is {self.top_k}, above the number of classes {len(self.classes)}")
         return self
+
+
+def served_probabilities(
+    logits: Any, strength: float, log_prior: Sequence[float], calibration: Calibration | None
+) -> Floats:
+    """Probabilities [..., C] that `classifier` returns at a strength, from `student`'s logits [..., C] at that strength."""
+    if calibration is None:
+        return softmax(logits)
+    balanced = adjust_logits(np.asarray(logits, dtype=np.float64), np.asarray(log_prior), -strength)
+    calibrated = calibrate_logits(balanced, calibration.temperature)
+    return softmax(adjust_logits(calibrated, np.asarray(log_prior), strength))
 
 
 class Golden(BaseModel):

@@ -9,7 +9,7 @@ from typing import Literal
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
-from serving.repository.manifest import Manifest
+from serving.repository.manifest import Manifest, SegmentationFormat
 from serving.shared.errors import InputError
 from serving.shared.names import CLASSIFIER, LABELS_NAME, STUDENT
 
@@ -24,6 +24,11 @@ SMALL_GRAPH_BYTES = 128_000_000
 # 0 means one thread per core in ONNX Runtime. The core count of this machine would be wrong on the machine that serves
 # the repository.
 THREAD_PER_CORE = "0"
+EXTRA_INPUTS = {"coverage": DataType.TYPE_FP32, "costs": DataType.TYPE_STRING, "ask": DataType.TYPE_FP32}
+EXTRA_OUTPUTS = {
+    "set": DataType.TYPE_STRING, "set_size": DataType.TYPE_INT32, "decision": DataType.TYPE_STRING,
+    "decision_index": DataType.TYPE_INT32, "expected_cost": DataType.TYPE_FP32,
+}  # fmt: skip
 ENGINE_CACHE = "/tmp/tailor-engines"
 
 
@@ -133,9 +138,46 @@ def classifier_config(manifest: Manifest) -> ModelConfig:
     config.output.add(name="class", data_type=DataType.TYPE_STRING, dims=[manifest.top_k])
     config.output.add(name="index", data_type=DataType.TYPE_INT32, dims=[manifest.top_k])
     config.output.add(name="probability", data_type=DataType.TYPE_FP32, dims=[manifest.top_k])
+    if manifest.segmentation:
+        # The classes above are then the largest ones of the class map, and `probability` is their share of the pixels.
+        _add_class_maps(config, manifest.segmentation)
+        config.output.add(name="size", data_type=DataType.TYPE_INT32, dims=[2])
+        config.output.add(name="names", data_type=DataType.TYPE_STRING, dims=[len(manifest.classes)])
+    add_extras(config)
     config.instance_group.add(count=CLASSIFIER_INSTANCES, kind=ModelInstanceGroup.Kind.KIND_CPU)
-    config.parameters["default_strength"].string_value = repr(manifest.strength)
+    set_defaults(config, manifest.strength, default_outputs(manifest))
     return config
+
+
+def default_outputs(manifest: Manifest) -> list[str]:
+    """The outputs of extras that every response of a release has, because the manifest has a default for them."""
+    sets = ["set", "set_size"] if manifest.sets and manifest.sets.coverage is not None else []
+    return sets + (["decision", "decision_index", "expected_cost"] if manifest.decision else [])
+
+
+def set_defaults(config: ModelConfig, strength: float, outputs: Sequence[str]) -> None:
+    """Set the parameters of `classifier` that a client reads: the default strength, and the outputs that it may request."""
+    config.parameters["default_strength"].string_value = repr(strength)
+    if outputs:
+        config.parameters["default_outputs"].string_value = ",".join(outputs)
+    else:
+        config.parameters.pop("default_outputs", None)
+
+
+def add_extras(config: ModelConfig) -> None:
+    """Add the optional inputs of serving/triton/extras.py and their outputs to a config of `classifier` that lacks them.
+
+    A response has an output only if it is wanted, so requests of older clients get the outputs that they know.
+    """
+    existing = {tensor.name for tensor in (*config.input, *config.output)}
+    if "class_map" in existing:  # a release of task segmentation has no extras
+        return
+    for name, data_type in EXTRA_INPUTS.items():
+        if name not in existing:
+            config.input.add(name=name, data_type=data_type, dims=[1], optional=True)
+    for name, data_type in EXTRA_OUTPUTS.items():
+        if name not in existing:
+            config.output.add(name=name, data_type=data_type, dims=[-1 if name == "set" else 1])
 
 
 def to_text(config: ModelConfig) -> str:
@@ -145,16 +187,26 @@ def to_text(config: ModelConfig) -> str:
 
 def _student_signature(manifest: Manifest) -> ModelConfig:
     config = _common(STUDENT, manifest)
+    config.parameters["intra_op_thread_count"].string_value = THREAD_PER_CORE
+    classes = len(manifest.classes)
+    if canvas := manifest.segmentation:
+        config.input.add(name="image", data_type=DataType.TYPE_UINT8, dims=[3, canvas.height, canvas.width])
+        config.input.add(name="adjustment", data_type=DataType.TYPE_FP32, dims=[classes])
+        _add_class_maps(config, canvas)
+        config.output.add(name="logits", data_type=DataType.TYPE_FP32, dims=[classes, *canvas.cells])
+        return config
     size = manifest.image.size
     config.input.add(name="image", data_type=DataType.TYPE_UINT8, dims=[3, size, size])
     config.input.add(name="strength", data_type=DataType.TYPE_FP32, dims=[1])
     # With the labels Triton returns class names to a client that requests a classification of `logits`.
-    config.output.add(
-        name="logits", data_type=DataType.TYPE_FP32, dims=[len(manifest.classes)], label_filename=LABELS_NAME
-    )
+    config.output.add(name="logits", data_type=DataType.TYPE_FP32, dims=[classes], label_filename=LABELS_NAME)
     config.output.add(name="feature", data_type=DataType.TYPE_FP32, dims=[manifest.feature_dim])
-    config.parameters["intra_op_thread_count"].string_value = THREAD_PER_CORE
     return config
+
+
+def _add_class_maps(config: ModelConfig, canvas: SegmentationFormat) -> None:
+    for name in ("class_map", "confidence"):
+        config.output.add(name=name, data_type=DataType.TYPE_UINT8, dims=[canvas.height, canvas.width])
 
 
 def _add_warmup(config: ModelConfig, manifest: Manifest) -> None:

@@ -24,6 +24,7 @@ from serving.repository.manifest import (
 )
 from serving.repository.model_config import (
     Placement,
+    add_extras,
     classifier_config,
     classifier_local_config,
     student_config,
@@ -45,7 +46,7 @@ CACHE_BLOCKER = "__pycache__"  # an empty file (writer): a folder of this name c
 VERSION_FOLDER = re.compile("[1-9][0-9]*")  # Triton also loads version 0, which Tailor neither writes nor checks
 # What an operator or a promotion may change in a config. None of it names a file that Triton or Python runs.
 FREE_FIELDS = ("version_policy", "instance_group", "dynamic_batching", "max_batch_size", "model_warmup")
-FREE_PARAMETERS = ("default_strength", "execution_provider", "intra_op_thread_count", "network")
+FREE_PARAMETERS = ("default_outputs", "default_strength", "execution_provider", "intra_op_thread_count", "network")
 
 
 def verify_version(root: Path, version: int, trusted: Sequence[PublicKey]) -> PublicKey:
@@ -149,4 +150,6 @@ def _fixed(config: ModelConfig) -> ModelConfig:
         fixed.ClearField(field)
     for name in FREE_PARAMETERS:
         fixed.parameters.pop(name, None)
+    if fixed.name == CLASSIFIER:  # an older Tailor wrote the config
+        add_extras(fixed)
     return fixed

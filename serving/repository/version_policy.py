@@ -14,7 +14,8 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from serving.repository.model_config import to_text
+from serving.repository.manifest import Manifest
+from serving.repository.model_config import add_extras, default_outputs, set_defaults, to_text
 from serving.shared.atomic import write_file
 from serving.shared.errors import RepositoryError
 from serving.shared.names import CLASSIFIER, LOCAL_CONFIG, STUDENT
@@ -69,19 +70,23 @@ def _version_lists(root: Path, model: str) -> list[set[int]]:
     return lists
 
 
-def serve_versions(root: Path, model: str, versions: tuple[int, ...], default_strength: float | None = None) -> None:
-    """Set the version policy in a model's configs, atomically per file, and the default strength of `classifier`.
+def serve_versions(root: Path, model: str, versions: tuple[int, ...], defaults: Manifest | None = None) -> None:
+    """Set the version policy in a model's configs, atomically per file, and the parameters of `classifier`.
 
-    All other fields keep their values, which an operator may have edited. A server reads the configs at the next load
-    call.
+    defaults: manifest of the release with the default strength and the default outputs; None: they stay.
+
+    A `classifier` config of an older Tailor gets the inputs and outputs of this one. All other fields keep their values,
+    which an operator may have edited. A server reads the configs at the next load call.
     """
     for path in config_paths(root, model):
         config = read_config(path)
         before = config.SerializeToString(deterministic=True)
         config.version_policy.specific.SetInParent()
         config.version_policy.specific.versions[:] = versions
-        if default_strength is not None:
-            config.parameters["default_strength"].string_value = repr(default_strength)
+        if model == CLASSIFIER:
+            add_extras(config)
+        if defaults is not None:
+            set_defaults(config, defaults.strength, default_outputs(defaults))
         if config.SerializeToString(deterministic=True) != before:
             write_file(path, to_text(config))
             mark_changed(root, model, path)

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from models import preprocess, prior
+from models import decisions, preprocess, prior
 from models.prior import class_names_problem
 from serving.repository.manifest import (
     GOLDEN_NAME,
@@ -38,22 +38,31 @@ from serving.shared.names import CLASSIFIER, LABELS_NAME, LOCAL_CONFIG, STUDENT
 # By model, the files that run inside Triton: name in a version folder -> source file that is copied.
 TRITON = Path(__file__).parents[1] / "triton"
 _BOTH = ("integrity.py", "network.py", "start.py")
-_CLASSIFIER = ("request_parser.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py")
+_CLASSIFIER = ("request_parser.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py", "extras.py")
 RUNTIME_FILES = {
     STUDENT: {"model.py": TRITON / "student_model.py", **{name: TRITON / name for name in _BOTH}},
     CLASSIFIER: {
         "model.py": TRITON / "classifier_model.py",
         **{name: TRITON / name for name in (*_BOTH, *_CLASSIFIER)},
-        **{f"{name}.py": Path(module.__file__) for name, module in {"prior": prior, "preprocess": preprocess}.items()},
+        **{
+            f"{module.__name__.rpartition('.')[2]}.py": Path(module.__file__)
+            for module in (decisions, preprocess, prior)
+        },
     },
 }
 
 
-def runtime_sha256() -> dict[str, str]:
+def runtime_files(segmentation: bool = False) -> dict[str, dict[str, Path]]:
+    """RUNTIME_FILES of a release; with the file that only a release of task segmentation has."""
+    if not segmentation:
+        return RUNTIME_FILES
+    return {**RUNTIME_FILES, CLASSIFIER: {**RUNTIME_FILES[CLASSIFIER], "segmenter.py": TRITON / "segmenter.py"}}
+
+
+def runtime_sha256(segmentation: bool = False) -> dict[str, str]:
     """The sha256 of each file that runs inside Triton, by model/name, for the key `runtime` of a manifest."""
-    return {
-        f"{model}/{name}": sha256_of(path) for model, files in RUNTIME_FILES.items() for name, path in files.items()
-    }
+    by_model = runtime_files(segmentation)
+    return {f"{model}/{name}": sha256_of(path) for model, files in by_model.items() for name, path in files.items()}
 
 
 def write_repository(
@@ -145,7 +154,7 @@ def _write_runtime(folder: Path, model: str, export_dir: Path, manifest: Manifes
 
     The manifest keeps the text of the export's, except for the version number, so that its signature stays valid.
     """
-    for name, source in RUNTIME_FILES[model].items():
+    for name, source in runtime_files(manifest.segmentation is not None)[model].items():
         shutil.copyfile(source, folder / name)
     path = export_dir / MANIFEST_NAME
     (folder / MANIFEST_NAME).write_bytes(renumbered(path.read_bytes(), manifest.version))
@@ -198,9 +207,10 @@ def _check_same_signature(manifest: Manifest, export_dir: Path, root: Path) -> N
     for model, config in expected.items():
         path = root / model / CONFIG_NAME
         existing = read_config(path)
-        for tensor, other in zip((*config.input, *config.output), (*existing.input, *existing.output), strict=False):
-            if (tensor.name, list(tensor.dims)) != (other.name, list(other.dims)):
-                new, old = f"{tensor.name} {list(tensor.dims)}", f"{other.name} {list(other.dims)}"
+        dims = {tensor.name: list(tensor.dims) for tensor in (*config.input, *config.output)}
+        for tensor in (*existing.input, *existing.output):
+            if dims.get(tensor.name) != list(tensor.dims):
+                old, new = f"{tensor.name} {list(tensor.dims)}", dims.get(tensor.name, "no such tensor")
                 raise RepositoryError(f"{export_dir}: {model} has {new}, but {path} has {old}; {hint}")
 
 

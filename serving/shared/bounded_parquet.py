@@ -8,6 +8,7 @@ detected while reading, batch by batch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,23 @@ def read_predictions(path: Path, *columns: str) -> tuple[np.ndarray, np.ndarray,
         raise ServingError(
             f"{path}: damaged ({str(error).splitlines()[0][:100]}); run `dvc repro -f evaluate`"
         ) from None
+
+
+def read_note(path: Path, key: str) -> Any:
+    """Read the JSON value that evaluation stored in the schema of predictions.parquet under `key`; None without one.
+
+    Raises ServingError with the file if the value is no JSON, and FileNotFoundError.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        content = (pyarrow.parquet.read_schema(path).metadata or {}).get(key.encode())
+        return None if content is None else json.loads(content)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+        raise ServingError(f"{path}: damaged ({str(error)[:100]}); run `dvc repro -f evaluate`") from None
 
 
 def is_part(path: str, column: str) -> bool:

@@ -6,7 +6,7 @@ The encoded forms are bytes, so that the synchronous and the asynchronous transp
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -106,13 +106,14 @@ class Infer:
 
     inputs: arrays by name, batch dimension first; object arrays of bytes for strings. outputs: name to 0 for the plain
     tensor, or to n for Triton's classification extension, n strings "value:index:label" per row. version: "" is the
-    newest.
+    newest. optional: names of further plain outputs, which the response may lack.
     """
 
     model: str
     inputs: Mapping[str, np.ndarray]
     outputs: Mapping[str, int]
     version: str = ""
+    optional: Sequence[str] = ()
     rpc = "ModelInfer"
 
     @cached_property
@@ -124,7 +125,7 @@ class Infer:
         for name, array in self.inputs.items():
             tensor = api.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
             tensors.append(tensor.set_data_from_numpy(array))
-        outputs = [api.InferRequestedOutput(name, class_count=count) for name, count in self.outputs.items()]
+        outputs = [api.InferRequestedOutput(name, class_count=count) for name, count in self._requested.items()]
         body, json_length = api.InferenceServerClient.generate_request_body(tensors, outputs=outputs)
         headers = {"content-type": "application/octet-stream"}
         if json_length is not None:
@@ -139,11 +140,15 @@ class Infer:
             request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
             strings = array.dtype == np.object_
             request.raw_input_contents.append(serialize_byte_tensor(array).item() if strings else array.tobytes())
-        for name, count in self.outputs.items():
+        for name, count in self._requested.items():
             output = request.outputs.add(name=name)
             if count:
                 output.parameters["classification"].int64_param = count
         return request.SerializeToString()
+
+    @property
+    def _requested(self) -> dict[str, int]:
+        return dict(self.outputs) | dict.fromkeys(self.optional, 0)
 
     def read_http(self, headers: Mapping[str, str], body: bytes) -> Answer:
         import tritonclient.http as api
@@ -171,6 +176,8 @@ class Infer:
 
     def _answer(self, result: Any, version: str) -> Answer:
         outputs = {name: result.as_numpy(name) for name in self.outputs}
+        more = {name: result.as_numpy(name) for name in self.optional}
+        outputs |= {name: array for name, array in more.items() if array is not None}
         rows = len(next(iter(self.inputs.values())))
         for name, array in outputs.items():
             if array is None or array.ndim < 2 or len(array) != rows:

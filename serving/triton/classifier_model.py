@@ -1,9 +1,9 @@
 """`classifier` for Triton's python backend: encoded images in, the best classes for the requested target prior out.
 
 Runs in an inference process (Triton's stub) with numpy and Pillow and with the files beside it: prior.py and
-preprocess.py (copies of the modules of training), request_parser.py, integrity.py, metrics.py, live_prior.py, start.py
-and the logs. The network runs in `student` of the same version, or in this process if the config's parameter `network` is
-`own`: running a small network takes less time than a request to `student`.
+preprocess.py, decisions.py (copies of the modules of training), request_parser.py, extras.py, integrity.py, metrics.py,
+live_prior.py, start.py and the logs. The network runs in `student` of the same version, or in this process if the config's
+parameter `network` is `own`: running a small network takes less time than a request to `student`.
 """
 
 from __future__ import annotations
@@ -40,18 +40,28 @@ class TritonPythonModel:
         request_parser, live_prior = sibling("request_parser"), sibling("live_prior")
         preprocess, self.prior, self.bad_request = sibling("preprocess"), sibling("prior"), request_parser.BadRequest
         self.version, self.top_k = int(args["model_version"]), manifest["top_k"]
+        self.temperature = (manifest.get("calibration") or {}).get("temperature", 1.0)
         self.names = np.array([name.encode() for name in manifest["classes"]], dtype=np.object_)
         live = live_prior.LivePrior(folder.parents[1], manifest["classes"], self.prior)
-        self.parser = request_parser.RequestParser(manifest, self.prior, preprocess, live, live_prior.NoLivePrior)
+        decisions = sibling("decisions")
+        self.extras = sibling("extras").Extras(manifest, self.names, request_parser, self.prior, decisions)
+        self.parser = request_parser.RequestParser(
+            manifest, self.prior, preprocess, live, live_prior.NoLivePrior, self.extras
+        )
         config = json.loads(args["model_config"])
         self.max_batch_size = config["max_batch_size"]
+        self.segmenter = None
         self.network = self.own_network(graph, config)
+        if canvas := manifest.get("segmentation"):
+            self.segmenter = sibling("segmenter").Segmenter(self.names, self.top_k, self.outputs, self.max_batch_size)
         groups = [self.prior.shot_group(count) for count in manifest["counts"]]
         ranks = np.argsort(np.argsort(-np.asarray(manifest["counts"]), kind="stable"), kind="stable")
         self.metrics = sibling("metrics").Metrics(self.version, manifest["classes"], groups, ranks)
         count_lost = partial(self.metrics.count, "tailor_access_log_lost_total")
         self.access_log = sibling("access_log").open_access_log(args, count_lost)
-        self.logit_log = sibling("logit_log").open_logit_log(args, manifest, self.parser.read_images, self.metrics)
+        self.logit_log = None
+        if not canvas:
+            self.logit_log = sibling("logit_log").open_logit_log(args, manifest, self.parser.read_images, self.metrics)
         start = sibling("start")
         start.decode_each_format(preprocess, self.parser.size, self.parser.resize_to)
         start.apply_priority()
@@ -61,7 +71,8 @@ class TritonPythonModel:
         if config["parameters"].get("network", {}).get("string_value") != "own":
             return None
         network = sibling("network").Network(graph, config)
-        network.warm_up((3, self.parser.size, self.parser.size))
+        canvas = self.parser.canvas
+        network.warm_up((3, canvas["height"], canvas["width"]) if canvas else (3, self.parser.size, self.parser.size))
         return network
 
     def execute(self, requests):
@@ -78,7 +89,7 @@ class TritonPythonModel:
                 self.metrics.count("tailor_refused_total", reason=error.reason)
         if parsed:
             try:
-                results = self.classify(list(parsed.values()))
+                results = self.segment(parsed, requests) if self.segmenter else self.classify(list(parsed.values()))
             except StudentFailed as error:
                 results = [error_response(str(error), pb_utils.TritonError.INTERNAL) for _ in parsed]
                 self.metrics.count("tailor_failed_total", len(parsed))
@@ -104,7 +115,11 @@ class TritonPythonModel:
         logits = self.balanced_logits(images)
         if self.logit_log:
             self.logit_log.offer(images, logits)
-        best, probability = self.best_classes(logits, parsed)
+        calibrated = self.prior.calibrate_logits(logits, self.temperature)
+        adjusted = self.adjusted_logits(calibrated, parsed)
+        best = np.argsort(-adjusted, axis=-1, kind="stable")[:, : self.top_k]
+        every = self.prior.softmax(adjusted)
+        probability = np.take_along_axis(every, best, axis=-1)
         outputs = {
             "class": self.names[best],
             "index": best.astype(np.int32),
@@ -113,12 +128,35 @@ class TritonPythonModel:
         responses, priors, start = [], Counter(), 0
         for request in parsed:
             end = start + len(request.images)
-            tensors = [pb_utils.Tensor(name, values[start:end]) for name, values in outputs.items()]
+            arrays = {name: values[start:end] for name, values in outputs.items()}
+            if request.extras is not None:
+                arrays |= self.extras.outputs(request, calibrated[start:end], every[start:end])
+            tensors = [pb_utils.Tensor(name, values) for name, values in arrays.items()]
             responses.append(pb_utils.InferenceResponse(tensors))
             priors.update(request.priors)
             start = end
         self.metrics.count_images(priors, best[:, 0], probability[:, 0])
         return responses
+
+    def segment(self, parsed, requests):
+        """The responses to parsed requests of task segmentation, by index, in order. Raises StudentFailed."""
+        wanted = {index: requests[index].requested_output_names() for index in parsed}
+        answers = self.segmenter.answer(list(parsed.values()), set().union(*wanted.values()))
+        responses, priors = [], Counter()
+        for (index, request), values in zip(parsed.items(), answers, strict=True):
+            names = [name for name in values if name in wanted[index]]
+            tensors = [pb_utils.Tensor(name, np.ascontiguousarray(values[name])) for name in names]
+            responses.append(pb_utils.InferenceResponse(tensors))
+            priors.update(request.priors)
+        best, share = (np.concatenate([values[name][:, 0] for values in answers]) for name in ("index", "probability"))
+        self.metrics.count_images(priors, best, share)
+        return responses
+
+    def outputs(self, images, second, names):
+        """Outputs of the graph of `student`, in this process or by a request to it. Raises StudentFailed."""
+        if self.network:
+            return self.run_network(images, second, names)
+        return self.request_student(images, second, names)
 
     def balanced_logits(self, images):
         """The network's logits at strength 0, float64 [n,C], computed in batches of at most max_batch_size.
@@ -137,39 +175,45 @@ class TritonPythonModel:
 
     def network_logits(self, images):
         """The logits of the graph in this process, float32 [n,C]. Raises StudentFailed."""
+        return self.run_network(images, np.zeros((len(images), 1), dtype=np.float32), ("logits",))[0]
+
+    def run_network(self, images, second, names):
+        """Outputs of the graph in this process. Raises StudentFailed."""
         try:
-            return self.network.run(images, np.zeros((len(images), 1), dtype=np.float32), ("logits",))[0]
+            return self.network.run(images, second, names)
         except Exception as error:  # ONNX Runtime's exceptions have no other common base class
             reason = " ".join(str(error).split())[:300]
             raise StudentFailed(f"student {self.version} failed: {reason}") from error
 
     def student_logits(self, images):
         """Send the images to `student` of the same version: logits, float32 [n,C]. Raises StudentFailed."""
+        return self.request_student(images, np.zeros((len(images), 1), dtype=np.float32), ["logits"])[0]
+
+    def request_student(self, images, second, names):
+        """Send the images to `student` of the same version; returns its outputs. Raises StudentFailed."""
         response = pb_utils.InferenceRequest(
             model_name="student",
             model_version=self.version,
-            requested_output_names=["logits"],
+            requested_output_names=list(names),
             inputs=[
                 pb_utils.Tensor("image", images),
-                pb_utils.Tensor("strength", np.zeros((len(images), 1), dtype=np.float32)),
+                pb_utils.Tensor("adjustment" if self.segmenter else "strength", second),
             ],
             # Without it a student on a GPU may return device memory, which has no numpy view.
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         ).exec()
         if response.has_error():
             raise StudentFailed(f"student {self.version} failed: {response.error().message()}")
-        return pb_utils.get_output_tensor_by_name(response, "logits").as_numpy()
+        return [pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names]
 
-    def best_classes(self, logits, parsed):
-        """Index and probability, [n,K] each, of the best K = top_k classes of each row under its requested prior."""
+    def adjusted_logits(self, calibrated, parsed):
+        """The calibrated logits [n,C] of all rows, adjusted for the requested prior of each."""
         log_prior = self.parser.log_prior
         if any(request.log_prior is not log_prior for request in parsed):
-            classes = logits.shape[1]
+            classes = calibrated.shape[1]
             log_prior = np.concatenate([np.broadcast_to(r.log_prior, (len(r.images), classes)) for r in parsed])
         strength = np.concatenate([request.strength for request in parsed])
-        adjusted = self.prior.adjust_logits(logits, log_prior, strength)
-        best = np.argsort(-adjusted, axis=-1, kind="stable")[:, : self.top_k]
-        return best, np.take_along_axis(self.prior.softmax(adjusted), best, axis=-1)
+        return self.prior.adjust_logits(calibrated, log_prior, strength)
 
     def log(self, request, started, parsed, outcome):
         """Write a line of the access log; parsed is None for a rejected request, whose line has no prior."""

@@ -18,6 +18,7 @@ from PIL import Image
 from models.prior import adjust_logits, softmax
 from serving.client.sync_client import Client
 from serving.golden.dry_run import dry_run
+from serving.repository.manifest import read_manifest
 from serving.repository.release import find_releases
 from serving.server.triton_server import TritonServer
 from tests.support.project import ROOT, SHORT, Project
@@ -34,6 +35,7 @@ def serve(project: Project) -> TritonServer:
 
 def assert_served_as_evaluated(project: Project, images: list[bytes], logits: np.ndarray, tolerance: float) -> None:
     """Assert that both protocols and priors return the classes and probabilities of predictions.parquet's logits."""
+    logits = logits / read_manifest(project.root / "artifacts/export").calibration.temperature
     log_prior = np.array(json.loads((project.root / "artifacts/prior.json").read_text())["log_prior"])
     expected = {"balanced": softmax(logits), "train": softmax(adjust_logits(logits, log_prior, 1.0))}
     with serve(project) as server:
@@ -80,7 +82,8 @@ def test_digits_served_in_float16_match_the_evaluation(digits, tmp_path):
     assert 0 < float16.logit <= 0.002 * 30 and float16.agreement >= 0.98 and float16.images == 100
     assert f"{float16.logit:.1e}, in float16 {float16.agreement:.1%} of 100 images keep their class" in done.stdout
     assert graph.stat().st_size < 0.55 * full_size
-    assert release.golden[0].tolerance == pytest.approx(0.002 + float16.logit)
+    temperature = release.manifest.calibration.temperature
+    assert release.golden[0].tolerance == pytest.approx(0.002 + float16.logit / temperature)
     dry_run(project.root / "artifacts/repository", [release], 60)
     assert_served_as_evaluated(project, *some_digits(project), 0.015)
 

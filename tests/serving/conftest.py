@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -124,14 +125,19 @@ def write_graph(path: Path, seed: int) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def write_export(folder: Path, version: int = 1) -> Manifest:
-    """Write an export folder in the form of `pipeline.export`, with golden requests computed by ONNX Runtime."""
+def write_export(folder: Path, version: int = 1, **keys: Any) -> Manifest:
+    """Write an export folder in the form of `pipeline.export`, with golden requests computed by ONNX Runtime.
+
+    keys: of the manifest, in addition. A temperature is in the golden requests too.
+    """
     folder.mkdir(parents=True)
     write_graph(folder / STUDENT_NAME, seed=version)
     golden = []
     for seed, strength in ((1, 0.0), (2, 1.0)):
         image = picture(seed)
-        p = softmax(run_graph(folder / STUDENT_NAME, [preprocess(image, SIZE, SIZE)], strength)[0])[0]
+        adjustment = strength * log_class_prior(COUNTS)
+        balanced = run_graph(folder / STUDENT_NAME, [preprocess(image, SIZE, SIZE)], 0.0)[0]
+        p = softmax(balanced / keys.get("calibration", {}).get("temperature", 1.0) + adjustment)[0]
         best = np.argsort(-p)[:TOP_K]
         golden.append(
             {
@@ -160,6 +166,7 @@ def write_export(folder: Path, version: int = 1) -> Manifest:
         code_revision="none",
         versions={},
         metrics={},
+        **keys,
     )
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json())
     return manifest

@@ -35,7 +35,7 @@ def test_swapping_champion_and_challenger_mirrors_every_difference(seed, one, ot
 @given(st.integers(0, 10**6), st.sampled_from(["beyond_noise", "estimate", "proven"]))
 def test_an_identical_model_is_refused_by_no_rule(seed, rule):
     strict = GateParams.model_validate(
-        {"resamples": 100, **{name: {"rule": rule} for name in ("all", "many", "medium", "few", "ece")}}
+        {"resamples": 100, **{name: {"rule": rule} for name in ("all", "many", "medium", "few", "ece", "nll")}}
     )
     same = answers_of(answering(0.7, seed))
     assert all(measure.passed for measure in compare(same, same, strict, 15).values())

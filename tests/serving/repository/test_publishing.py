@@ -71,11 +71,11 @@ def test_release_with_other_classes_cannot_join_a_repository(repository: Path, t
     assert releases.published_versions(root) == [1]
 
 
-def test_policy_change_keeps_manual_settings(repository: Path, tmp_path: Path) -> None:
+def test_policy_change_keeps_manual_settings(repository: Path, release: Release, tmp_path: Path) -> None:
     root = shutil.copytree(repository, tmp_path / "repository")
     path = root / "classifier" / "config.pbtxt"
     path.write_text(path.read_text().replace("count: 2", "count: 7"))
-    serve_versions(root, "classifier", (1, 2), default_strength=0.25)
+    serve_versions(root, "classifier", (1, 2), release.manifest.model_copy(update={"strength": 0.25}))
     serve_versions(root, "student", (1, 2, 3))
     config = parse(path)
     assert config.instance_group[0].count == 7

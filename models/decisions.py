@@ -1,0 +1,135 @@
+"""Decisions from probabilities: the class of least expected cost, and prediction sets that hold for every prior.
+
+Imports only numpy, because the served classifier imports a copy of this file.
+
+Prediction sets. The score of class y for an image x is its probability under the balanced prior, p(x | y) divided by the sum
+over the classes. It is prevalence-adjusted softmax, p(y | x) / p(y), up to a constant (Ding et al. 2025, arXiv 2507.06867),
+and it does not depend on the prior of a request. A set has the classes whose score reaches their threshold. A threshold is
+`interpolation` times the quantile of the class's own validation scores, plus the rest times a quantile over all classes
+(Interp-Q of the same paper). Under label shift only the frequencies of the classes change, so a class's own quantile is valid
+for every prior; the quantile over all classes weighs the scores of class y by q(y) / n_y for the prior q of the request
+(Podkopaev and Ramdas 2021), so it is valid for q. Each of the two alone gives coverage 1 - a, and their interpolation at least
+1 - 2a for every prior; measured, it stays near 1 - a or above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+ASK = -1  # decision of `cheapest` that asks a person
+ROUNDING = 1e-12  # of a sum of weights
+
+
+def check_costs(costs: Any, classes: int) -> Floats:
+    """Check costs: float64 [C], of missing each class, or [C,C], of answering column k if row y is true.
+
+    Raises ValueError that names the fault: another shape, a negative entry, one that is not finite.
+    """
+    c: Floats = np.asarray(costs, dtype=np.float64)
+    if c.shape not in ((classes,), (classes, classes)):
+        expected = f"{classes} numbers, one per class, or {classes} rows of {classes}"
+        raise ValueError(f"costs has shape {list(c.shape)}; expected {expected}")
+    if not np.all(np.isfinite(c)) or np.any(c < 0):
+        raise ValueError(f"costs has {float(c[~(np.isfinite(c) & (c >= 0))][0]):g}; expected finite numbers >= 0")
+    return c
+
+
+def cheapest(probabilities: Floats, costs: Floats | None, ask: float | None) -> tuple[NDArray[np.int64], Floats]:
+    """The class of least expected cost of each row, int [N], and that cost, float64 [N].
+
+    probabilities: [N,C]. costs: of `check_costs`; None: 1 for every wrong class. ask: the price of asking a person, who knows
+    the class; the decision is ASK where it is below the cost of every class (Chow 1970). None: never ask.
+    """
+    if costs is None:
+        expected = 1 - probabilities
+    elif costs.ndim == 1:
+        missed = probabilities * costs
+        expected = missed.sum(axis=1, keepdims=True) - missed
+    else:
+        expected = probabilities @ costs
+    best = expected.argmin(axis=1)
+    cost: Floats = np.maximum(np.take_along_axis(expected, best[:, None], axis=1)[:, 0], 0)
+    if ask is not None:
+        best, cost = np.where(ask < cost, ASK, best), np.minimum(cost, ask)
+    return best, cost
+
+
+def largest_coverage(images: int) -> float:
+    """The largest coverage that a quantile of n validation images can give, n / (n + 1): 0.9 needs 9 images, 0.99 needs 99."""
+    return images / (images + 1)
+
+
+def images_needed(coverage: float) -> int:
+    """The least number of validation images with which a quantile gives a coverage above 0 and below 1."""
+    return int(np.ceil(coverage / (1 - coverage) - 1e-6))
+
+
+class SetThresholds:
+    """Validation scores of a release, from which thresholds follow for any coverage and prior.
+
+    scores: for each class, the scores of its validation images, in any order. interpolation: weight of a class's own
+    quantile, 0 to 1.
+    """
+
+    def __init__(self, scores: Sequence[Sequence[float]], interpolation: float) -> None:
+        self.by_class = [np.sort(np.asarray(values, dtype=np.float64)) for values in scores]
+        self.counts = np.array([len(values) for values in scores])
+        self.images, self.interpolation = int(self.counts.sum()), interpolation
+        label = np.repeat(np.arange(len(scores)), self.counts)
+        pooled = np.concatenate(self.by_class)
+        order = np.argsort(pooled, kind="stable")
+        self.pooled, self.label = pooled[order], label[order]
+
+    def thresholds(self, coverage: float, prior: Floats) -> Floats:
+        """The least score with which each class is in the set, float64 [C]; infinite for a class of prior 0.
+
+        coverage: above 0, at most `largest_coverage(images)`. prior: q, [C], sums to 1. A class with fewer images than its
+        own quantile needs, 1 / (1 - coverage) - 1, has the own quantile 0, so it is in more sets and not in fewer. A class
+        without images has no guarantee.
+        """
+        own, shared = self._own(1 - coverage), self._shared(1 - coverage, prior)
+        mixed: Floats = self.interpolation * own + (1 - self.interpolation) * shared
+        mixed[prior <= 0] = np.inf
+        return mixed
+
+    def _own(self, miss: float) -> Floats:
+        """Quantile of each class's own scores (split conformal prediction, Vovk's class-conditional form)."""
+        rank = np.floor(miss * (self.counts + 1) + ROUNDING).astype(int)
+        return np.array([values[k - 1] if k else 0.0 for values, k in zip(self.by_class, rank, strict=True)])
+
+    def _shared(self, miss: float, prior: Floats) -> Floats:
+        """Weighted quantile over all scores for each class as that of the new image, [C]."""
+        covered = prior[self.counts > 0].sum()
+        if covered <= 0:
+            return np.zeros(len(prior))
+        # The new image counts as one more of its class; a class without images counts as if it had one.
+        weight = prior / np.maximum(self.counts, 1) / covered
+        below = np.concatenate([[0.0], np.cumsum(weight[self.label])[:-1]])  # weight of the scores below each one
+        budget = miss - (1 - miss) * weight
+        rank = np.searchsorted(below, budget + ROUNDING, side="right") - 1
+        return np.where(budget >= -ROUNDING, self.pooled[np.maximum(rank, 0)], 0.0)
+
+
+def prediction_set(balanced: Floats, probabilities: Floats, thresholds: Floats) -> list[NDArray[np.int64]]:
+    """The classes in the set of each row, most probable first; at least the most probable one.
+
+    balanced: probabilities [N,C] under the balanced prior, the scores. probabilities: [N,C] under the prior of the request.
+    thresholds: [C], or [N,C] for one prior per row.
+    """
+    inside, order = members_of(balanced, probabilities, thresholds)
+    return [row[members[row]] for row, members in zip(order, inside, strict=True)]
+
+
+def members_of(
+    balanced: Floats, probabilities: Floats, thresholds: Floats
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """The sets of `prediction_set` as a mask [N,C], and the order of the classes by probability, [N,C]."""
+    inside = balanced >= thresholds
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    inside[np.arange(len(inside)), order[:, 0]] = True
+    return inside, order

@@ -1,0 +1,151 @@
+"""Extra parts of an answer that a request or the release wants: a prediction set, and a decision by costs.
+
+Runs in the inference process, with numpy. decisions.py, a copy of the module of `models`, has the arithmetic. A request
+without extras costs nothing more, and its response has no further outputs.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+
+COSTS_BYTES = 16 * 1024 * 1024  # of the text of one cost matrix
+CACHED = 256  # thresholds that are kept, one for each coverage and prior
+
+
+class Wanted(NamedTuple):
+    """The extras of a request, a value for each row; None without that part."""
+
+    coverage: list | None
+    costs: list | None  # arrays [C] or [C,C], or None for 1 for every wrong class
+    ask: list | None
+
+
+class Extras:
+    """Parses the inputs `coverage`, `costs` and `ask`, and computes the outputs that belong to them.
+
+    manifest: of the version, a mapping. names: class names as bytes, by index. parser: the module request_parser. prior,
+    decisions: the modules of these names in `models`, or their copies.
+    """
+
+    def __init__(self, manifest, names, parser, prior, decisions):
+        self.parser, self.prior, self.decisions, self.names = parser, prior, decisions, names
+        sets, defaults = manifest.get("sets"), manifest.get("decision") or {}
+        self.thresholds = decisions.SetThresholds(sets["scores"], sets["interpolation"]) if sets else None
+        self.coverage, self.ask = (sets or {}).get("coverage"), defaults.get("ask")
+        costs = defaults.get("costs")
+        self.costs = None if costs is None else decisions.check_costs(costs, len(names))
+        self.cache = {}
+
+    def parse(self, request, rows):
+        """The extras of a request, or None if it has none. Raises BadRequest naming the input."""
+        read, parse_rows = self.parser.read_input, self.parser.parse_rows
+        coverage, costs, ask = (read(request, name, (1,), rows) for name in ("coverage", "costs", "ask"))
+        if coverage is not None:
+            coverage = parse_rows(self.check_coverage, coverage[:, 0])
+        elif self.coverage is not None:
+            coverage = [self.coverage] * rows
+        if costs is not None:
+            parsed = {text: self.read_costs(text) for text in dict.fromkeys(costs[:, 0])}
+            costs = [parsed[text] for text in costs[:, 0]]
+        elif self.costs is not None:
+            costs = [self.costs] * rows
+        if ask is not None:
+            ask = parse_rows(self.check_ask, ask[:, 0])
+        elif self.ask is not None:
+            ask = [self.ask] * rows
+        return None if coverage is costs is ask is None else Wanted(coverage, costs, ask)
+
+    def check_coverage(self, value):
+        """A row of the input `coverage`. Raises BadRequest."""
+        number = float(str(value))  # the shortest decimal of a float32: 0.99 and not 0.990000009...
+        if not 0 < number < 1:
+            raise self.bad("coverage", f"coverage is {value:g}; expected a number above 0 and below 1")
+        if self.thresholds is None:
+            raise self.bad(
+                "coverage", "coverage: this release has no prediction sets; train with at least 30 validation images"
+            )
+        images = self.thresholds.images
+        if number > (largest := self.decisions.largest_coverage(images)) + 1e-9:
+            raise self.bad(
+                "coverage",
+                f"coverage is {number:g}; the {images} validation images of this release support at most {largest:.4g}, "
+                f"{number:g} needs {self.decisions.images_needed(number)}",
+            )
+        return number
+
+    def read_costs(self, text):
+        """Costs [C] or [C,C] from a row of the input `costs`, a JSON list. Raises BadRequest."""
+        classes = len(self.names)
+        limit = min(self.parser.NUMBER_BYTES * (classes * classes + 2), COSTS_BYTES)
+        if len(text) > limit:
+            raise self.bad("costs", f"costs has {len(text)} bytes; expected at most {limit}")
+        try:
+            numbers = self.prior.check_numbers(json.loads(text))
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            expected = f"expected {classes} numbers, one per class, or {classes} lists of {classes}"
+            raise self.bad(
+                "costs", f"costs is {self.parser.shortened(text)}, no lists of numbers; {expected}"
+            ) from None
+        try:
+            return self.decisions.check_costs(numbers, classes)
+        except ValueError as error:
+            raise self.bad("costs", str(error)) from None
+
+    def check_ask(self, value):
+        """A row of the input `ask`. Raises BadRequest."""
+        if not (np.isfinite(value) and value >= 0):
+            raise self.bad("ask", f"ask is {value:g}; expected a finite price of at least 0")
+        return float(str(value))
+
+    def bad(self, reason, message):
+        """A BadRequest to raise."""
+        return self.parser.BadRequest(reason, message)
+
+    def outputs(self, parsed, logits, probability):
+        """The output arrays by name, a row for each image of one parsed request.
+
+        logits: calibrated and balanced, [n,C]. probability: under the prior of the request, [n,C].
+        """
+        wanted, arrays = parsed.extras, {}
+        if wanted.coverage is not None:
+            log_prior = self.prior.adjust_logits(np.zeros(logits.shape), parsed.log_prior, parsed.strength)
+            arrays |= self.sets(wanted.coverage, logits, self.prior.softmax(log_prior), probability)
+        if wanted.costs is not None or wanted.ask is not None:
+            arrays |= self.decision(wanted, probability)
+        return arrays
+
+    def sets(self, coverage, logits, priors, probability):
+        """`set`: class names, most probable first, filled up with empty texts; `set_size`: their number. priors: [n,C]."""
+        thresholds = np.stack([self.threshold(c, prior) for c, prior in zip(coverage, priors, strict=True)])
+        members = self.decisions.prediction_set(self.prior.softmax(logits), probability, thresholds)
+        sizes = [len(row) for row in members]
+        names = np.full((len(members), max(sizes)), b"", dtype=np.object_)
+        for row, indexes in enumerate(members):
+            names[row, : len(indexes)] = self.names[indexes]
+        return {"set": names, "set_size": np.array(sizes, dtype=np.int32)[:, None]}
+
+    def threshold(self, coverage, prior):
+        """The thresholds [C] for a coverage and a prior [C]."""
+        key = coverage, prior.tobytes()
+        if key not in self.cache:
+            if len(self.cache) >= CACHED:
+                self.cache.clear()
+            self.cache[key] = self.thresholds.thresholds(coverage, prior)
+        return self.cache[key]
+
+    def decision(self, wanted, probability):
+        """`decision`: the class name of least expected cost, empty for a person; its index, -1; and the expected cost."""
+        rows = len(probability)
+        chosen = [
+            self.decisions.cheapest(p[None], costs, ask)
+            for p, costs, ask in zip(
+                probability, wanted.costs or [None] * rows, wanted.ask or [None] * rows, strict=True
+            )
+        ]
+        index = np.array([best[0] for best, _ in chosen], dtype=np.int32)
+        names = np.where(index < 0, b"", self.names[index]).astype(np.object_)
+        cost = np.array([cost[0] for _, cost in chosen], dtype=np.float32)
+        return {"decision": names[:, None], "decision_index": index[:, None], "expected_cost": cost[:, None]}
