@@ -47,7 +47,7 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
         seed = stage_seed(params.seed, "student")
         objective = build_objective(section, image, config, prior, seed, teacher, params.encoder)
         inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS_INDEX] if config.encoder else [])]
-        inputs += [teacher / WEIGHTS] if objective.teacher is not None else []
+        inputs += [teacher / WEIGHTS] if getattr(objective, "teacher", None) is not None else []
         return train_network("student", objective, config, params, prior, device, output, inputs)
 
 

@@ -14,12 +14,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from models.experts.backbone import expert_backbone
 from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import UnknownBackboneError
 from models.networks.cosine_classifier import (
     CausalClassifier,
     Classifier,
     CosineClassifier,
+    HeadError,
     ImageClassifier,
     LinearClassifier,
     LinearHead,
@@ -50,8 +52,9 @@ class ModelConfig:
     the encoder is part of the network, which takes images. tune_rank: hidden units of the adapters of `adaptformer`.
     interpolation: filter of the images' resize. second_stage: record of the second stage whose linear head replaces the
     trained classifier; tau_s is then 1. None for none. classifier: kind and parameters of the trained classifier, without
-    tau_s, which is 1 for all but the cosine classifier; None: the cosine classifier. segmentation: `canvas` and
-    `classifier` of a segmentation network, as in params.segmentation; None for classification.
+    tau_s, which is 1 for all but the cosine classifier; None: the cosine classifier. experts: arguments `experts`,
+    `shared` and `narrow` of expert_backbone; None for one network. segmentation: `canvas` and `classifier` of a
+    segmentation network, as in params.segmentation; None for classification.
     """
 
     backbone: str
@@ -69,6 +72,7 @@ class ModelConfig:
     interpolation: str = "bilinear"
     second_stage: dict[str, Any] | None = None
     classifier: dict[str, Any] | None = None
+    experts: dict[str, Any] | None = None
     segmentation: dict[str, Any] | None = None
 
 
@@ -78,8 +82,14 @@ def student_folder(params: Params) -> tuple[Path, str]:
 
 
 def build_model(config: ModelConfig, key: str) -> ImageClassifier | SegmentationModel:
-    """Create a newly initialised network. Raises ParamsError that names the params key for an unknown backbone."""
-    model = _build_network(config, key)
+    """Create a newly initialised network.
+
+    Raises ParamsError that names the params key for an unknown backbone, and for a classifier that does not fit its feature.
+    """
+    try:
+        model = _build_network(config, key)
+    except HeadError as error:
+        raise ParamsError(f"{key.removesuffix('backbone')}classifier.{error}") from None
     if stage := config.second_stage:
         centred, gated = stage["kind"] == "ncm", stage["kind"] == "disalign"
         model.classifier = LinearHead(model.feature_dim, config.classes, centred=centred, gated=gated)
@@ -111,6 +121,9 @@ def _build_network(config: ModelConfig, key: str) -> ImageClassifier | Segmentat
         cosine = not stored or stored["classifier"] == "both"
         return ImageClassifier(backbone, config.classes, config.tau_s, memory=memory, cosine=cosine, head=head)
     try:
+        if config.experts:
+            experts = expert_backbone(config.backbone, image_size=config.image_size, **config.experts)
+            return ImageClassifier(experts, config.classes, config.tau_s, head=head)
         if config.segmentation:
             return SegmentationModel(config.backbone, config.classes, config.tau_s, config.segmentation["classifier"])
         return ImageClassifier(config.backbone, config.classes, config.tau_s, config.image_size, head=head)

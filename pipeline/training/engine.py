@@ -96,6 +96,11 @@ class Training:
         loss is not finite, naming step and terms; the batch and the state are then dumped to artifacts/failures/.
         """
         check_batch(self.name, self.params, len(train))
+        if self.objective.companion is not None and train.images is None:
+            raise ParamsError(
+                f"stream.mode: the images are streamed in a fixed order, but {self.name} draws a second batch in each step; "
+                "set stream.mode: off"
+            )
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             self._prepare(train)
@@ -245,7 +250,8 @@ class Training:
 
     def _fail(self, failure: Failure, steps: int, rate: float) -> None:
         """Dump the failure and raise StageError."""
-        epoch, folder = self._at.epoch + 1, FAILURES / self.name
+        parent = self.run_folder.folder.parent / FAILURES.name if self.run_folder else FAILURES
+        epoch, folder = self._at.epoch + 1, parent / self.name
         if rank() == 0:
             facts = {"stage": self.name, "epoch": epoch, "steps": steps, "learning_rate": rate, "seed": self.seed}
             dump_failure(folder, failure, self._monitor, self.step, self._train, facts)

@@ -50,7 +50,7 @@ from pipeline.shared.artifacts import (
 from pipeline.shared.errors import ParamsError
 from pipeline.training.engine import ACCURACY, Score, Training
 from pipeline.training.history import History, as_jsonl, validation_score, write_scalars
-from pipeline.training.method_setup import class_loss
+from pipeline.training.method_setup import check_experts, class_loss
 from pipeline.training.resume import RunFolder
 from pipeline.training.student_memory import StudentMemory
 from serving.shared.terminal import counted, print
@@ -86,11 +86,18 @@ def model_config(
 ) -> ModelConfig:
     """Return the config of the network that a params section trains. encoder: record of the encoder of its features."""
     tune, tune_rank = (section.tune, section.tune_rank) if isinstance(section, StudentParams) else ("none", 0)
-    cosine = section.classifier.kind == "cosine"
+    cosine, experts = (
+        section.classifier.kind == "cosine",
+        section.experts if isinstance(section, StudentParams) else None,
+    )
+    tau_s = section.tau_s if cosine else 1.0
+    split = experts and {"experts": experts.count, "shared": experts.shared, "narrow": experts.narrow}
+    if experts and experts.shared == "map":
+        tau_s /= experts.count  # the logits of the branches are added, and their mean is what the network computes
     return ModelConfig(
-        section.backbone, classes, section.tau_s if cosine else 1.0, image.size, image.mean, image.std,
+        section.backbone, classes, tau_s, image.size, image.mean, image.std,
         section.assumed_adjustment, encoder, section.adapter, tune=tune, tune_rank=tune_rank,
-        interpolation=image.interpolation, classifier=None if cosine else section.classifier.model_dump(),
+        interpolation=image.interpolation, classifier=None if cosine else section.classifier.model_dump(), experts=split,
         segmentation=segmentation and segmentation.model_dump(include={"canvas", "classifier"}),
     )  # fmt: skip
 
@@ -228,7 +235,8 @@ def check_recipe(teacher: TrainingParams, student: StudentParams, prior: Prior) 
             check_backbone(name)
         except UnknownBackboneError as error:
             raise ParamsError(f"{key}: {error}") from None
-    if not student.beta or memory_alone(student):
+    check_experts(student, prior)
+    if not student.beta or student.contrast.kind != "gml" or memory_alone(student):
         return
     try:
         queue_lengths(prior.counts, student.queue_total, student.queue_minimum)

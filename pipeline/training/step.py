@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.class_sampler import ClassSampler
 from models.distributed import average_gradients, gather_batch, rank, rank_count
 from models.losses.class_loss import Mixed
 from models.networks.activation_checkpointing import recompute_blocks
@@ -102,10 +104,12 @@ class Step:
         self.normalise = Normalisation(image, device)
 
     def draw(self, chosen: Tensor, generator: torch.Generator) -> StepInputs:
-        """Draw the inputs of a step for the images `chosen` int64 [B], on the CPU.
+        """Draw the inputs of a step for the images `chosen` int64 [B], on the CPU; 2B images if the objective has a companion.
 
         Pixels of a stream are added by the caller.
         """
+        if self.objective.companion is not None:
+            chosen = torch.stack([chosen, self._companions.draw(len(chosen), generator)], 1).flatten()
         if self._stored:
             return StepInputs(chosen, draw_stored(len(chosen), self.objective.views, self._stored, generator), None)
         if self._crops:
@@ -113,6 +117,12 @@ class Step:
         size = self._size
         draws = draw_views(len(chosen), size, size, self.objective.views, self._augment, generator)
         return StepInputs(chosen, draws, draw_mix(len(chosen), size, size, self._augment, generator))
+
+    @functools.cached_property
+    def _companions(self) -> ClassSampler:
+        power = self.objective.companion
+        assert power is not None
+        return ClassSampler(self.labels.cpu(), self.objective.model.classes, power)
 
     def labelled_crops(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """This rank's crops uint8 [1,b,3,h,w] and their label maps uint8 [b,h,w], of task segmentation."""
