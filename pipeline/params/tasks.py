@@ -77,6 +77,7 @@ def _check_segmentation(params: Params) -> None:
         "teacher.adapter": (params.teacher.adapter, (0,)),
         "student.adapter": (student.adapter, (0,)),
         "student.memory": (student.memory, (None,)),
+        "student.experts": (student.experts, (None,)),
         "student.alpha": (student.alpha, (0,)),
         "student.train_tau_g": (student.train_tau_g, (False,)),
         "student.contrast.kind": (student.contrast.kind, ("gml",)),

@@ -19,7 +19,7 @@ from pipeline.data.dataset import SHARE, Images
 from pipeline.data.split_tables import read_split
 from pipeline.params import Params, SegmentationAugmentParams, SegmentationParams
 from pipeline.shared.artifacts import SPLIT
-from pipeline.shared.errors import DataError, ParamsError
+from pipeline.shared.errors import DataError
 from pipeline.shared.host_memory import free_bytes
 from pipeline.sources import UNLABELLED, LabelMapSource, decode_label_map, in_parts, open_label_maps, reading_order
 
@@ -109,23 +109,27 @@ def read_pair(source: LabelMapSource, reference: str) -> tuple:
         raise DataError(f"{reference}: it or its label map {error}; replace it and run `dvc repro` again") from None
 
 
-def load_labelled_images(params: Params, folder: Path = SPLIT) -> LabelledImages:
-    """Decode the training split into memory. Raises ParamsError when it does not fit into half of the free memory."""
+def label_map_sizes(source: LabelMapSource, references: list[str]) -> np.ndarray:
+    """Height and width of each label map, int64 [N,2], from the header of its PNG."""
+    sizes = np.empty((len(references), 2), dtype=np.int64)
+    for index in reading_order(references):
+        header = source.read_label_map(references[index])[16:24]
+        sizes[index] = int.from_bytes(header[4:], "big"), int.from_bytes(header[:4], "big")
+    return sizes
+
+
+def load_labelled_images(params: Params, folder: Path = SPLIT) -> LabelledImages | None:
+    """Decode the training split into memory.
+
+    With stream.mode auto, None if it would take more than half of the free memory; with `off` it is decoded anyway.
+    """
     table = read_split("train", ["sample_id", "reference"], folder)
     references: list[str] = table.column("reference").to_pylist()
     source, augment = open_label_maps(params.data), segmentation_of(params).augment
-    order = reading_order(references)
-    sizes = np.empty((len(references), 2), dtype=np.int64)
-    for index in order:  # from the header of each PNG
-        header = source.read_label_map(references[index])[16:24]
-        sizes[index] = int.from_bytes(header[4:], "big"), int.from_bytes(header[:4], "big")
+    sizes = label_map_sizes(source, references)
     height, width = map(int, sizes.max(0))
-    needed = len(references) * 4 * height * width
-    if needed > SHARE * (free := free_bytes()):
-        raise ParamsError(
-            f"the {len(references):,} training images of up to {height}x{width} pixels take {needed / 1e9:.1f} GB in memory, "
-            f"above half of the {free / 1e9:.1f} GB free; scale the images down, or use a machine with more memory"
-        )
+    if params.stream.mode == "auto" and len(references) * 4 * height * width > SHARE * free_bytes():
+        return None
     stacked = np.zeros((len(references), 4, height, width), dtype=np.uint8)
     stacked[:, 3] = UNLABELLED
 
@@ -136,7 +140,7 @@ def load_labelled_images(params: Params, folder: Path = SPLIT) -> LabelledImages
         stacked[index, 3, :tall, :wide] = labels
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(load, order))
+        list(pool.map(load, reading_order(references)))
     return LabelledImages(
         torch.from_numpy(stacked), torch.zeros(len(references), dtype=torch.int64), table.column("sample_id").to_pylist(),
         references, source, torch.from_numpy(sizes), augment,

@@ -35,8 +35,9 @@ from pipeline.params import (
     StudentParams,
     TrainingParams,
 )
-from pipeline.segmentation.dataset import LabelMapSplit, load_labelled_images
+from pipeline.segmentation.dataset import LabelMapSplit
 from pipeline.segmentation.inference import mean_iou, probe_finite
+from pipeline.segmentation.stream import labelled_training_images
 from pipeline.shared.artifacts import (
     TENSORBOARD,
     as_csv,
@@ -147,7 +148,8 @@ def train_network(
         score=MEAN_IOU if params.segmentation else ACCURACY,
     )  # fmt: skip
     if params.segmentation:
-        train, validation, notice = load_labelled_images(params), LabelMapSplit(params, "validation"), None
+        train, notice = labelled_training_images(params, device)
+        validation = LabelMapSplit(params, "validation")
     else:
         train, validation, notice = training_inputs(
             params, name, device, augment=section.augment, views=objective.views

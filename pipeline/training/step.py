@@ -33,6 +33,7 @@ from pipeline.data.dataset import AnyImages, Normalisation
 from pipeline.features.stored import FeatureImages
 from pipeline.params import EngineParams, ImageParams, TrainingParams
 from pipeline.segmentation.dataset import LabelledImages
+from pipeline.segmentation.stream import LabelledStream
 from pipeline.shared.host_memory import copy_to_device
 from pipeline.training.optimiser import Optimiser
 
@@ -98,7 +99,7 @@ class Step:
         self._images = None if train.images is None else train.images.to(device)
         # Number of stored views of each image, for features. 0 for images: their views are drawn and cropped in this class.
         self._stored = train.images.shape[1] if isinstance(train, FeatureImages) else 0
-        self._crops = train.augment if isinstance(train, LabelledImages) else None
+        self._crops = train.augment if isinstance(train, LabelledImages | LabelledStream) else None
         self._sizes = train.sizes.to(device) if isinstance(train, LabelledImages) else None
         self.labels, self._size, self._mean = train.labels.to(device), image.size, image.mean
         self.normalise = Normalisation(image, device)
@@ -127,6 +128,8 @@ class Step:
     def labelled_crops(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """This rank's crops uint8 [1,b,3,h,w] and their label maps uint8 [b,h,w], of task segmentation."""
         own = own_rows(inputs)
+        if own.pixels is not None:  # of a stream, which has cropped them
+            return own.pixels[None, :, :3], own.pixels[:, 3]
         pairs = self._images[own.chosen]
         return apply_crops(
             pairs[:, :3], pairs[:, 3], own.draws, self._crops, self._sizes[own.chosen], mean=tuple(self._mean)

@@ -125,6 +125,8 @@ def flat(model: dict, prefix: str = "") -> dict[str, object]:
 
 def test_the_tables_hold_every_recipe_of_the_folder():
     own = {
+        "ade20k-fcn-r50",
+        "camvid-cpu",
         "cifar10-1000-if100",
         "cifar10-parquet-if100",
         "cifar10-parquet-if100-one-epoch",

@@ -19,11 +19,13 @@ import pipeline.teacher
 from models.preprocess import letterbox
 from models.segmentation.metrics import Areas
 from models.segmentation.network import SegmentationModel
+from pipeline.augment import apply_crops, draw_crops
 from pipeline.data.class_prior import load_prior
 from pipeline.model_io.checkpoint import load_model
 from pipeline.segmentation import objectives
 from pipeline.segmentation.dataset import LabelMapSplit, load_labelled_images
 from pipeline.segmentation.inference import areas_by_adjustment, cell_logits, class_maps, image_logits
+from pipeline.segmentation.stream import LabelledStream, labelled_training_images
 from pipeline.shared.artifacts import EVALUATION, REPOSITORY, STUDENT, TEACHER
 from pipeline.shared.errors import ParamsError
 from pipeline.training import engine
@@ -208,10 +210,32 @@ def test_queues_that_cannot_hold_every_class_are_refused_before_training(made):
         pipeline.teacher.run(wrong)
 
 
-def test_a_training_split_that_does_not_fit_into_memory_is_refused(made, monkeypatch):
+def test_a_training_split_that_does_not_fit_into_memory_is_streamed_with_the_same_crops(made, monkeypatch):
+    images = load_labelled_images(made)
     monkeypatch.setattr("pipeline.segmentation.dataset.free_bytes", lambda: 1000)
-    with pytest.raises(ParamsError, match="training images of up to 24x32 pixels take"):
-        load_labelled_images(made)
+    stream, notice = labelled_training_images(made, CPU)
+    assert isinstance(stream, LabelledStream) and "reads images as it needs them" in notice
+    generator = torch.Generator().manual_seed(3)
+    assert torch.equal(stream.order(generator), images.order(torch.Generator().manual_seed(3)))
+    chosen, draws = torch.tensor([5, 0, 3]), draw_crops(3, stream.augment, generator)
+    read = stream.pixels(chosen, draws)
+    mean = tuple(made.image.mean)
+    views, cut = apply_crops(
+        images.images[chosen, :3], images.images[chosen, 3], draws, images.augment, images.sizes[chosen], mean=mean
+    )
+    assert torch.equal(read[:, :3], views[0]) and torch.equal(read[:, 3], cut)
+
+
+@pytest.mark.slow
+def test_a_streamed_run_ends_as_one_in_memory(made):
+    def trained(mode):
+        section = made.teacher.model_copy(update={"epochs": 1})
+        changes = {"teacher": section, "stream": made.stream.model_copy(update={"mode": mode})}
+        result = pipeline.teacher.run(made.model_copy(update=changes))
+        return result.last, load_file(TEACHER / "model.safetensors")
+
+    (_, in_memory), (record, streamed) = trained("off"), trained("on")
+    assert "data_wait" in record and all(torch.equal(streamed[name], tensor) for name, tensor in in_memory.items())
 
 
 def test_a_label_map_that_changes_after_the_split_is_named(made, tmp_path):
