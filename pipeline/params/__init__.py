@@ -14,8 +14,7 @@ from pipeline.params.file import PARAMS_FILE, Params, load_params, parse_params,
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, GateRule, ServingParams
 from pipeline.params.second_stage import ClassifierParams
-from pipeline.params.segmentation import SegmentationAugmentParams
-from pipeline.params.tasks import SegmentationParams
+from pipeline.params.tasks import SegmentationAugmentParams, SegmentationParams
 from pipeline.params.training import (
     AugmentParams,
     EngineParams,

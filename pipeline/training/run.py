@@ -87,10 +87,8 @@ def model_config(
 ) -> ModelConfig:
     """Return the config of the network that a params section trains. encoder: record of the encoder of its features."""
     tune, tune_rank = (section.tune, section.tune_rank) if isinstance(section, StudentParams) else ("none", 0)
-    cosine, experts = (
-        section.classifier.kind == "cosine",
-        section.experts if isinstance(section, StudentParams) else None,
-    )
+    experts = section.experts if isinstance(section, StudentParams) else None
+    cosine = section.classifier.kind == "cosine"
     tau_s = section.tau_s if cosine else 1.0
     split = experts and {"experts": experts.count, "shared": experts.shared, "narrow": experts.narrow}
     if experts and experts.shared == "map":

@@ -47,7 +47,8 @@ def test_parts_of_a_batch_give_the_losses_gradient_and_queues_of_the_whole(stage
         if stage in ("student", "momentum"):
             assert expected["queries_without_keys"] == 2
     for (name, value), other in zip(whole.state().items(), parts.state().values(), strict=True):
-        assert torch.allclose(value, other, rtol=0, atol=1e-10), name
+        # The mean length of a feature is a running statistic, which each part updates.
+        assert name.endswith("classifier.length") or torch.allclose(value, other, rtol=0, atol=1e-10), name
     for one, other in zip(whole.optimiser.parameters, parts.optimiser.parameters, strict=True):
         assert torch.allclose(one.grad, other.grad, rtol=1e-8, atol=1e-12)
 
