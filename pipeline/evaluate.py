@@ -19,8 +19,9 @@ from models.sample_size import from_json, warnings_of
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
-from pipeline.data.split_tables import read_groups
+from pipeline.data.split_tables import load_taxonomy, read_groups
 from pipeline.evaluation.calibration import calibration_record
+from pipeline.evaluation.hierarchy import taxonomy_record
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import (
     network_logits,
@@ -105,6 +106,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     calibration = calibration_record(fitted, served, logits["student"], labels, prior, settings.ece_bins)
     calibrated = calibrate_logits(logits["student"], fitted.temperature if fitted and served else 1.0)
     sets = set_record(scores, calibrated, labels, prior, params.serving.coverage)
+    hierarchy = taxonomy_record(load_taxonomy(), calibrated, labels, prior)
     groups = read_groups("test")
     figures = analyse_predictions(
         logits, labels, prior, settings.ece_bins, data.seed, temperature=fitted and fitted.temperature,
@@ -129,7 +131,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
             _predictions(test, probabilities["student"], logits["student"], calibration),
             folder / "predictions.parquet",
         )
-        write_json(folder / ANSWERS.name, {"calibration": calibration, "sets": sets})
+        write_json(folder / ANSWERS.name, {"calibration": calibration, "sets": sets, "taxonomy": hierarchy})
         samples = _write_samples(folder / "samples", test, chosen, probabilities["student"], prior.classes)
         write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes, memory))
         card = model_card(data, network_name(params), params.seed, about_model, prior, metrics["student"])
@@ -137,6 +139,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         evaluation = Evaluation(
             figures, metrics, classes, samples, prior, test.encoded, about_data, about_model,
             params.model_dump(mode="json"), notes=notes, provenance=_provenance(), calibration=calibration, sets=sets,
+            taxonomy=hierarchy,
         )  # fmt: skip
         write_file(folder / "report.html", render_report(evaluation))
     return Result(metrics, output)

@@ -26,6 +26,7 @@ from pipeline.onnx_export.release import (
     load_calibration,
     load_sets,
     open_session,
+    taxonomy_tree,
     top_k,
 )
 from pipeline.params import Params, ServingParams
@@ -69,7 +70,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     """
     key = signing_key()
     prior, calibration, sets = load_prior(), load_calibration(params), load_sets(params)
-    decision = decision_defaults(params.serving, prior)
+    decision, taxonomy = decision_defaults(params.serving, prior), taxonomy_tree(params.serving)
     student, stage = student_folder(params)
     model, config = load_model(student, stage)
     check_image(config, params.image, student)
@@ -112,7 +113,9 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         )  # fmt: skip
         card = model_card(params.data, network_name(params), params.seed, facts, prior, metrics)
         write_file(folder / CARD_NAME, card)
-        manifest = build_manifest(folder, params, prior, model, metrics, half, config, calibration, sets, decision)
+        manifest = build_manifest(
+            folder, params, prior, model, metrics, half, config, calibration, sets, decision, taxonomy
+        )
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
         if key:
             write_file(folder / SIGNATURE_NAME, sign_manifest(folder, key).text())

@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from models.prior import class_names_problem
+from models.taxonomy import Taxonomy
 from pipeline.command_line import stage_main
 from pipeline.data.assignment import SPLITS, assign, without
 from pipeline.data.duplicates import check_labels, conflicting_labels, find_duplicates
 from pipeline.data.groups import ImageGroups, group_remarks, hash_function, image_groups, ingested_groups
 from pipeline.data.inspection import check_missing, check_usable, inspect_images
 from pipeline.data.published import PUBLISHED
-from pipeline.data.split_tables import GROUP
+from pipeline.data.split_tables import GROUP, TAXONOMY, read_taxonomy_file
 from pipeline.params import Params
 from pipeline.shared.artifacts import INGESTED, SPLIT, as_csv, whole_folder, write_file, write_json
 from pipeline.shared.errors import DataError, StageError
@@ -63,6 +64,7 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     everything.shards.check()
     if problem := class_names_problem(everything.classes):
         raise DataError(f"{params.data.location}: {problem}")
+    taxonomy = read_taxonomy_file(params.data.taxonomy, everything.classes)
     source = everything.base
     skip = params.data.on_bad_image == "skip"
     if not skip:
@@ -87,7 +89,7 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     duplicates = len({entry[0] for entry in shared})
     if _ingested_shards() != shards:  # DVC hashes the folder only after the stage, and would not run the stage again
         raise StageError(f"{INGESTED} changed while split ran; run `dvc repro` again")
-    _write(output, assigned, hashes, everything.classes, shared, excluded, groups)
+    _write(output, assigned, hashes, everything.classes, shared, excluded, groups, taxonomy)
     if duplicates:
         remarks.append(f"{counted(duplicates, 'image', 'are')} in more than one split; see {output}/duplicates.csv")
     if skipped:
@@ -148,6 +150,7 @@ def _write(
     shared: list[tuple[str, str, str, str]],
     excluded: list[tuple[Row, str]],
     groups: ImageGroups,
+    taxonomy: Taxonomy | None,
 ) -> None:
     """Write the split's folder; with groups, the tables have a column `group`."""
     schema = SCHEMA.append(pa.field(GROUP, pa.string())) if groups else SCHEMA
@@ -159,6 +162,8 @@ def _write(
             table = pa.table(columns, schema=schema)
             pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
         write_json(folder / "classes.json", classes)
+        if taxonomy is not None:
+            write_json(folder / TAXONOMY, {"names": taxonomy.names, "parents": taxonomy.parents})
         write_file(folder / "duplicates.csv", as_csv(shared, ["sha256", "split", "sample_id", "class"]))
         reasons = [(row.split, row.sample_id, classes[row.label], problem) for row, problem in excluded]
         write_file(folder / "skipped.csv", as_csv(reasons, ["split", "sample_id", "class", "problem"]))

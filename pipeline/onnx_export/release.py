@@ -20,7 +20,7 @@ from models.networks.cosine_classifier import ImageClassifier
 from models.preprocess import ROOM
 from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import AnyImages
-from pipeline.data.split_tables import data_sha256
+from pipeline.data.split_tables import data_sha256, load_taxonomy
 from pipeline.model_io.checkpoint import ModelConfig
 from pipeline.onnx_export.parity import Parity
 from pipeline.params import Params, ServingParams
@@ -38,6 +38,7 @@ from serving.repository.manifest import (
     Limits,
     Manifest,
     PredictionSets,
+    TaxonomyTree,
     served_probabilities,
     sha256_of,
 )
@@ -116,6 +117,16 @@ def decision_defaults(serving: ServingParams, prior: Prior) -> DecisionDefaults 
     return DecisionDefaults(costs=costs, ask=serving.ask)
 
 
+def taxonomy_tree(serving: ServingParams) -> TaxonomyTree | None:
+    """The taxonomy of the split with serving.level; None without one. Raises ParamsError for a level without a taxonomy."""
+    taxonomy = load_taxonomy()
+    if taxonomy is None:
+        if serving.level is not None:
+            raise ParamsError(f"serving.level is {serving.level:g}, but data.taxonomy is null; name a CSV file in it")
+        return None
+    return TaxonomyTree(names=taxonomy.names, parents=taxonomy.parents, level=serving.level)
+
+
 def golden_tolerance(half: Parity | None, calibration: Calibration | None = None) -> float:
     """Largest allowed difference from a golden probability; larger for float16, which a GPU rounds differently.
 
@@ -171,6 +182,7 @@ def build_manifest(
     calibration: Calibration | None,
     sets: PredictionSets | None,
     decision: DecisionDefaults | None,
+    taxonomy: TaxonomyTree | None = None,
 ) -> Manifest:
     """Build the manifest of a release; files: sha256 of each file that is in the folder."""
     return Manifest(
@@ -198,6 +210,7 @@ def build_manifest(
         calibration=calibration,
         sets=sets,
         decision=decision,
+        taxonomy=taxonomy,
         half=HalfPrecision(**asdict(half)) if half else None,
         limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),
     )

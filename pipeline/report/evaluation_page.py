@@ -56,6 +56,7 @@ class Evaluation:
     notes: Sequence[str] = ()
     calibration: Mapping[str, Any] | None = None
     sets: Mapping[str, Any] | None = None
+    taxonomy: Mapping[str, Any] | None = None
 
 
 def render_report(evaluation: Evaluation) -> str:
@@ -93,8 +94,8 @@ def render_report(evaluation: Evaluation) -> str:
         samples=[sample | {"uri": thumbnail(sample["bytes"])} for sample in evaluation.samples],
         image_uri=cache(lambda row: thumbnail(evaluation.encoded(row))), data_facts=evaluation.data_facts,
         model_facts=evaluation.model_facts, notes=evaluation.notes, provenance=evaluation.provenance, few=few,
-        calibration=evaluation.calibration, answer_sets=evaluation.sets, least_validation=MINIMUM_IMAGES, advice=ADVICE,
-        curves=list(curves),
+        calibration=evaluation.calibration, answer_sets=evaluation.sets, taxonomy=evaluation.taxonomy,
+        least_validation=MINIMUM_IMAGES, advice=ADVICE, curves=list(curves),
         test_images=count_test_images(classes), params=recipe,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), command=COMMAND,
     )  # fmt: skip

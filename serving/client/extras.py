@@ -1,4 +1,4 @@
-"""Extra parts of an answer that a request wants: prediction set, decision by costs; and their form as inputs."""
+"""Extra parts of an answer that a request wants: prediction set, decision, node of a taxonomy; and their form as inputs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from serving.shared.errors import InputError
 Costs = Mapping[str, float] | Sequence[float] | Sequence[Sequence[float]] | NDArray[Any]
 MAX_FILE_BYTES = 16 * 1024 * 1024
 DECISION = ("decision", "decision_index", "expected_cost")
+NODE = ("node", "node_probability")
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,22 @@ class Extras:
     costs: the answer has the class of least expected cost. A mapping from class name, or a sequence with one number per
     class, is the cost of missing that class; a class left out of a mapping costs 1. A matrix [C,C] has a row for each true
     class and a column for each answer. ask: price of asking a person, in the unit of costs; the decision is to ask where
-    every class costs more. Without costs every wrong class costs 1. Raises InputError.
+    every class costs more. Without costs every wrong class costs 1. level: above 0, at most 1; the answer has the deepest
+    node of the taxonomy whose classes together have this probability. Raises InputError.
     """
 
     coverage: float | None = None
     costs: Costs | None = None
     ask: float | None = None
+    level: float | None = None
 
     def __post_init__(self) -> None:
         if self.coverage is not None and not 0 < _number(self.coverage, "coverage") < 1:
             raise InputError(f"coverage is {self.coverage:g}; expected a number above 0 and below 1")
         if self.ask is not None and not 0 <= _number(self.ask, "ask") < math.inf:
             raise InputError(f"ask is {self.ask:g}; expected a finite price of at least 0")
+        if self.level is not None and not 0 < _number(self.level, "level") <= 1:
+            raise InputError(f"level is {self.level:g}; expected a number above 0 and at most 1")
 
     @property
     def names_needed(self) -> bool:
@@ -56,6 +61,8 @@ class Extras:
             rows["costs"] = np.array([json.dumps(self._costs(names)).encode()], dtype=np.object_)
         if self.ask is not None:
             rows["ask"] = np.array([self.ask], dtype=np.float32)
+        if self.level is not None:
+            rows["level"] = np.array([self.level], dtype=np.float32)
         return rows
 
     def _costs(self, names: Sequence[str] | None) -> Any:
@@ -83,6 +90,8 @@ def outputs_of(inputs: Mapping[str, Any]) -> dict[str, int]:
     names = ["set", "set_size"] if "coverage" in inputs else []
     if "costs" in inputs or "ask" in inputs:
         names += DECISION
+    if "level" in inputs:
+        names += NODE
     return dict.fromkeys(names, 0)
 
 

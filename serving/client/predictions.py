@@ -19,11 +19,19 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class TaxonomyNode:
+    """The deepest node of the taxonomy that reaches the wanted probability, a class or a group; None for every class."""
+
+    name: str | None
+    probability: float
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The prediction for one image: top classes by name and index, their probabilities, and the model version.
 
-    set: class names of the prediction set, most probable first. decision: by costs. Both are None if neither the request
-    nor the release wants them.
+    set: class names of the prediction set, most probable first. decision: by costs. node: of the taxonomy. Each is None if
+    neither the request nor the release wants it.
     """
 
     classes: tuple[str, ...]
@@ -32,6 +40,7 @@ class Prediction:
     version: int
     set: tuple[str, ...] | None = None
     decision: Decision | None = None
+    node: TaxonomyNode | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,8 @@ def extras_mapping(answer: Prediction) -> dict[str, object]:
             "index": answer.decision.index,
             "cost": answer.decision.cost,
         }
+    if answer.node is not None:
+        parts["node"] = {"name": answer.node.name, "probability": answer.node.probability}
     return parts
 
 
@@ -82,6 +93,8 @@ def extras_text(answer: Prediction) -> list[str]:
     lines = []
     if answer.decision is not None:
         lines.append(f"decision: {answer.decision.name or 'ask a person'}, expected cost {answer.decision.cost:.4g}")
+    if answer.node is not None:
+        lines.append(f"node: {answer.node.name or 'any class'}, {answer.node.probability:.4f}")
     if answer.set is not None:
         lines.append(f"set of {len(answer.set)}: {', '.join(answer.set)}")
     return lines

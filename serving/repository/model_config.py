@@ -24,10 +24,13 @@ SMALL_GRAPH_BYTES = 128_000_000
 # 0 means one thread per core in ONNX Runtime. The core count of this machine would be wrong on the machine that serves
 # the repository.
 THREAD_PER_CORE = "0"
-EXTRA_INPUTS = {"coverage": DataType.TYPE_FP32, "costs": DataType.TYPE_STRING, "ask": DataType.TYPE_FP32}
+EXTRA_INPUTS = {
+    "coverage": DataType.TYPE_FP32, "costs": DataType.TYPE_STRING, "ask": DataType.TYPE_FP32, "level": DataType.TYPE_FP32,
+}  # fmt: skip
 EXTRA_OUTPUTS = {
     "set": DataType.TYPE_STRING, "set_size": DataType.TYPE_INT32, "decision": DataType.TYPE_STRING,
     "decision_index": DataType.TYPE_INT32, "expected_cost": DataType.TYPE_FP32,
+    "node": DataType.TYPE_STRING, "node_probability": DataType.TYPE_FP32,
 }  # fmt: skip
 ENGINE_CACHE = "/tmp/tailor-engines"
 
@@ -147,7 +150,8 @@ def classifier_config(manifest: Manifest) -> ModelConfig:
 def default_outputs(manifest: Manifest) -> list[str]:
     """The outputs of extras that every response of a release has, because the manifest has a default for them."""
     sets = ["set", "set_size"] if manifest.sets and manifest.sets.coverage is not None else []
-    return sets + (["decision", "decision_index", "expected_cost"] if manifest.decision else [])
+    nodes = ["node", "node_probability"] if manifest.taxonomy and manifest.taxonomy.level is not None else []
+    return sets + (["decision", "decision_index", "expected_cost"] if manifest.decision else []) + nodes
 
 
 def set_defaults(config: ModelConfig, strength: float, outputs: Sequence[str]) -> None:
