@@ -21,7 +21,7 @@ ROUNDING = 1e-9  # of a sum of probabilities
 class Node(NamedTuple):  # not a dataclass, which the inference process could not define: its module has no entry in sys
     """An answer: index of the node, -1 where no node is probable enough, and its summed probability."""
 
-    index: int
+    node: int
     probability: float
 
 

@@ -38,7 +38,7 @@ def taxonomy_record(
         "levels": [],
     }
     for level in LEVELS:
-        nodes = np.array([answer.index for answer in taxonomy.answers(probabilities, level)])
+        nodes = np.array([answer.node for answer in taxonomy.answers(probabilities, level)])
         right = np.array([node == -1 or node in paths[label] for node, label in zip(nodes, labels, strict=True)])
         at_class = (nodes >= 0) & (nodes < taxonomy.classes)
         record["levels"].append(

@@ -140,7 +140,7 @@ class Extras:
     def nodes(self, level, probability):
         """`node`: name of the deepest node that reaches the level, empty for none; and its `node_probability`."""
         answers = self.taxonomy.answers(probability, np.array(level))
-        names = [self.taxonomy.names[answer.index].encode() if answer.index >= 0 else b"" for answer in answers]
+        names = [self.taxonomy.names[answer.node].encode() if answer.node >= 0 else b"" for answer in answers]
         sums = np.array([answer.probability for answer in answers], dtype=np.float32)
         return {"node": np.array(names, dtype=np.object_)[:, None], "node_probability": sums[:, None]}
 

@@ -44,7 +44,7 @@ def test_the_node_is_the_deepest_that_reaches_the_level_under_the_prior_of_each_
     log_prior = np.log(np.array(COUNTS) / sum(COUNTS))
     p = softmax(made[0].logits(images).astype(np.float64) + strength * log_prior)
     expected = Taxonomy(TREE["names"], TREE["parents"], len(CLASSES)).answers(p, levels[:, 0])
-    assert [name.decode() for name in response["node"][:, 0]] == [TREE["names"][node.index] for node in expected]
+    assert [name.decode() for name in response["node"][:, 0]] == [TREE["names"][node.node] for node in expected]
     np.testing.assert_allclose(response["node_probability"][:, 0], [node.probability for node in expected], rtol=1e-5)
     assert response["node"][-1][0] == b"root" and response["node"].dtype == np.object_
     answer = Answer({name: response[name] for name in ("node", "node_probability")}, 1)
