@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.class_sampler import ClassSampler
+
 NORM = 30.0  # length of the features that the classifier is trained on; pooled features of a ResNet-50 have about this length
 REFERENCE_CLASSES = 1000
 MOMENTUM = 0.9
@@ -82,19 +84,3 @@ def fit(trained: Trained, loss: Loss, data: TrainingFeatures, recipe: Recipe, se
         tensor.requires_grad_(False)
         if not tensor.isfinite().all():
             raise NotFiniteError("a trained value is not finite")
-
-
-class ClassSampler:
-    """Class-balanced sampling: a class uniformly, then one of its images uniformly. Classes without an image are left out."""
-
-    def __init__(self, labels: Tensor, classes: int) -> None:
-        self._counts = torch.bincount(labels, minlength=classes)
-        self._order = labels.argsort(stable=True)
-        self._start = self._counts.cumsum(0) - self._counts
-        self._filled = self._counts.nonzero().flatten()
-
-    def draw(self, number: int, generator: torch.Generator) -> Tensor:
-        """Indices of images, int64 [number]."""
-        chosen = self._filled[torch.randint(len(self._filled), (number,), generator=generator)]
-        share = torch.rand(number, generator=generator, dtype=torch.float64)
-        return self._order[self._start[chosen] + (share * self._counts[chosen]).long()]

@@ -12,6 +12,7 @@ from pipeline.commands.encoders import encoders
 from pipeline.commands.evaluation import compare, gate, shifted_priors
 from pipeline.commands.experiments import experiments
 from pipeline.commands.init import init, new, recipe
+from pipeline.commands.methods import app as methods
 from pipeline.commands.retrain import add_class, history, ingest, retrain, schedule
 from pipeline.commands.training import memory, ray_train
 from serving.commands.app import OPERATE, PREPARE, TRAIN, add, app
@@ -52,6 +53,7 @@ add(ingest, PREPARE, "Example: tailor ingest --drop data/drop --json | jq .quara
 add(encoders, PREPARE, "Example: tailor encoders efficientnet_lite0 --measure")
 add(memory, TRAIN, MEMORY)
 add(ray_train, TRAIN, RAY_TRAIN)
+app.add_typer(methods, name="methods", rich_help_panel=TRAIN)
 add(
     compare,
     TRAIN,

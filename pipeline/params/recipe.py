@@ -6,11 +6,18 @@ import io
 from pathlib import Path
 from typing import Any
 
-from pipeline.params import parse_params, read_yaml
+from pipeline.params import Params, parse_params, read_yaml
 from pipeline.shared.errors import ParamsError
 
 EXTENDS = "extends"
-BY_KIND = ("teacher.loss", "teacher.classifier", "student.loss", "student.classifier", "student.contrast")
+BY_KIND = (
+    "teacher.loss",
+    "teacher.classifier",
+    "student.loss",
+    "student.classifier",
+    "student.contrast",
+    "student.experts",
+)
 RECIPES = Path(__file__).with_name("recipes")  # in the repository a symbolic link to recipes/ at the root
 
 
@@ -30,6 +37,14 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
     if params.encoder is not None:
         _complete(document, "encoder", params.encoder.model_dump(mode="json"))
     return dump_document(document), lines
+
+
+def with_overlay(params: Params, overlay: Path) -> Params:
+    """Params with the values of an overlay and of the files that it extends; writes no file. Raises as `apply_recipe`."""
+    content = params.model_dump(mode="json")
+    path = find_recipe(overlay)
+    _merge(content, resolve(path, set()), "")
+    return parse_params(content, overlay)
 
 
 def _complete(document: Any, name: str, values: dict[str, Any]) -> None:

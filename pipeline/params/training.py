@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.params.experts import ExpertsParams, check_experts
 from pipeline.params.method import CosineHead, CrossEntropyLoss, Head, Loss, check_loss, weighted
 from pipeline.params.section import Count, NonNegative, Number, Positive, PositiveInt, Section, Share
 
@@ -13,22 +14,26 @@ from pipeline.params.section import Count, NonNegative, Number, Positive, Positi
 class LearningRateParams(Section):
     """Learning rate schedule: `cosine` to nearly zero, or `steps`, times `factor` at each milestone; linear warm-up.
 
+    `poly`, of task segmentation, changes with every step: (rate - minimum) * (1 - step/steps)^power + minimum.
+
     rule: `official` is that of the authors' code: warm-up and steps end an epoch later, and a cosine starts after
     warm-up.
     """
 
-    kind: Literal["cosine", "steps"]
+    kind: Literal["cosine", "steps", "poly"]
     rule: Literal["paper", "official"] = "paper"
     warmup_epochs: Count
     milestones: list[PositiveInt] = []
     factor: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    minimum: NonNegative = 1e-4
+    power: Positive = 0.9
 
     @model_validator(mode="after")
     def _milestones_belong_to_steps(self) -> LearningRateParams:
         if self.kind == "steps" and self.milestones != sorted(set(self.milestones)):
             raise ValueError(f"milestones is {self.milestones}; expected epochs in rising order")
-        if self.kind == "cosine" and self.milestones:
-            raise ValueError("milestones is set but kind is cosine; expected kind: steps, or no milestones")
+        if self.kind != "steps" and self.milestones:
+            raise ValueError(f"milestones is set but kind is {self.kind}; expected kind: steps, or no milestones")
         return self
 
 
@@ -135,14 +140,17 @@ class StudentParams(TrainingParams):
 
     A term of weight 0 is not computed. contrast_encoder: the encoder that fills the queues, the frozen `teacher` or a
     `momentum` copy of the student, updated with encoder_momentum in each step; with `momentum` and alpha 0 no teacher
-    is used. projection_hidden: hidden units of the projection heads, which embed all queue_total rows in each step; null:
-    the feature width. memory: null for no memory.
+    is used. Task segmentation also has `self`, the student's own features of the step. projection_hidden: hidden units of
+    the projection heads, which embed all queue_total rows in each step; null: the feature width. memory: null for no
+    memory.
 
     tune: `none` trains on the stored features of section encoder. `last_blocks` trains the last tune_blocks blocks of
     the encoder, `lora` a low-rank update (rank tune_rank) of its linear layers and convolutions, `adaptformer` an
     adapter (tune_rank hidden units) in each transformer block, `all` the whole encoder; the student then takes images,
     and the teacher stays on the frozen encoder. tune_rate: learning rate of the encoder's last block as a multiple of
     learning_rate. tune_decay: each earlier block has tune_decay times the rate of the block after it.
+
+    experts: a network with several experts and its loss, in place of the terms above; null for one network.
     """
 
     gamma: NonNegative
@@ -150,7 +158,7 @@ class StudentParams(TrainingParams):
     alpha: NonNegative
     distillation_temperature: Positive
     prior_strength: NonNegative
-    contrast_encoder: Literal["teacher", "momentum"] = "teacher"
+    contrast_encoder: Literal["teacher", "momentum", "self"] = "teacher"
     encoder_momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     tau_g: Positive
     train_tau_g: bool
@@ -159,6 +167,7 @@ class StudentParams(TrainingParams):
     projection_dim: PositiveInt
     projection_hidden: PositiveInt | None = None
     memory: MemoryParams | None = None
+    experts: ExpertsParams | None = None
     tune: Literal["none", "last_blocks", "lora", "adaptformer", "all"] = "none"
     tune_blocks: PositiveInt = 2
     tune_rank: PositiveInt = 8
@@ -187,6 +196,17 @@ class StudentParams(TrainingParams):
                 "contrast_encoder: teacher"
             )
         return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> StudentParams:
+        if self.experts:
+            check_experts(self.experts, self)
+        return self
+
+    @property
+    def assumed_adjustment(self) -> float | None:
+        """As of TrainingParams; None also for experts whose papers use the logits as they are."""
+        return None if self.experts and self.experts.balanced else super().assumed_adjustment
 
 
 class EngineParams(Section):

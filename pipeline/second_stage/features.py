@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.class_sampler import ClassSampler
 from models.networks.autocast import full_precision
 from models.networks.cosine_classifier import ImageClassifier
-from models.second_stage.fitting import ClassSampler
 from pipeline.augment import apply_views, draw_views
 from pipeline.data.dataset import AnyImages, evaluation_images, normalise, training_images
 from pipeline.features.stored import (
@@ -34,14 +34,12 @@ SHIFT_BATCH = 128
 LEAST_SHIFT_STEPS = 20
 
 
-def training_features(
-    model: ImageClassifier, params: Params, student: Path, output: Path, seed: int
-) -> tuple[Tensor, Tensor]:
+def training_features(model: ImageClassifier, params: Params, student: Path, seed: int) -> tuple[Tensor, Tensor]:
     """Features float16 [N,V,D] and labels int64 [N] of the training images under `model`, on the CPU.
 
     student: folder that `model` was loaded from. With a frozen encoder, the V views are the image and its stored views.
     Otherwise each image goes through the network in classifier.views views of student.augment; these features are stored
-    beside `output`, and used again for the same student, images and views. With classifier.shift_batch_norm the model's
+    beside `student`, and used again for the same student, images and views. With classifier.shift_batch_norm the model's
     statistics of batch norm are estimated first. Raises ParamsError if it has no batch norm.
     """
     if takes_features(params, "student"):
@@ -52,7 +50,7 @@ def training_features(
     if section.shift_batch_norm:
         shift_batch_norm(model, views, seed)
         return views.features(model, section.views), views.labels
-    path, hashes = output.with_name(f".{output.name}.features") / "train.safetensors", split_hashes("train")
+    path, hashes = student.with_name(f".{student.name}.features") / "train.safetensors", split_hashes("train")
     key = sha256_of_json(
         {
             "student": sha256_of(student / WEIGHTS), "image": params.image.model_dump(mode="json"), "seed": seed,

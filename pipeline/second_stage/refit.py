@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models.networks.cosine_classifier import ImageClassifier, LinearClassifier, LinearHead, linear_head
 from models.networks.memory_fit import DEFAULT_TAU, MINIMUM_IMAGES
@@ -44,12 +45,18 @@ def refit_student(params: Params, student: Path, output: Path) -> dict[str, Any]
     check_image(config, params.image, student)
     validation = evaluation_inputs(params, "validation")["student"]
     check_inputs(config, getattr(validation, "encoder", None), student)
-    _check_classes(section, prior, validation)
+    check_classes(section, prior, validation.labels)
+    if section.kind in SCALE_IS_FITTED and len(validation) < MINIMUM_IMAGES:
+        print(
+            f"classifier  warning: the scale of the logits is not fitted ({counted(len(validation), 'validation image')}, "
+            f"fewer than {MINIMUM_IMAGES}); raise data.validation_per_class or data.validation_share",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
     device = choose_device(params.device)
     model.to(device, memory_format=torch.channels_last)
     start, held = _student_head(model), _held_out(model, validation, params.image, device)
     before = held.balanced_accuracy(start, prior.balanced_shift(config.adjustment))
-    features, labels = training_features(model, params, student, output, seed)
+    features, labels = training_features(model, params, student, seed)
     if not features.isfinite().all():
         raise StageError(
             f"{student}: features of training images are not finite in float16; run `dvc repro -f student`"
@@ -146,22 +153,19 @@ def _held_out(model: ImageClassifier, validation: AnyImages, image: ImageParams,
     return HeldOut(outputs(model, batches, image, device)[0], validation.labels)
 
 
-def _check_classes(section: ClassifierParams, prior: Prior, validation: AnyImages) -> None:
-    """Raise ParamsError for classes without the images that the method needs; print a warning if the scale cannot be fitted."""
+def check_classes(section: ClassifierParams, prior: Prior, validation: Tensor) -> None:
+    """Raise ParamsError for a class without the images that the method needs.
+
+    validation: labels of the validation images, int64 [N].
+    """
     if 0 in prior.counts:
         name = prior.classes[prior.counts.index(0)]
         raise ParamsError(
             f"classifier.kind is {section.kind}, but class {name!r} has no training images; add some or set kind: none"
         )
-    held = torch.bincount(validation.labels, minlength=len(prior.classes)).tolist()
+    held = torch.bincount(validation, minlength=len(prior.classes)).tolist()
     if section.kind == "tau_norm" and section.tau is None and 0 in held:
         raise ParamsError(
             f"classifier.tau is null, but class {prior.classes[held.index(0)]!r} has no validation images to choose it on "
             f"(such classes: {held.count(0)}); raise data.validation_per_class or data.validation_share, or set classifier.tau"
         )
-    if section.kind in SCALE_IS_FITTED and len(validation) < MINIMUM_IMAGES:
-        print(
-            f"classifier  warning: the scale of the logits is not fitted ({counted(len(validation), 'validation image')}, "
-            f"fewer than {MINIMUM_IMAGES}); raise data.validation_per_class or data.validation_share",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip

@@ -12,6 +12,7 @@ from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import Backbone
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.tuning import TunedBackbone, TuneError, Tuning
+from models.objectives.objective import Objective
 from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
 from pipeline.data.class_prior import Prior
@@ -20,7 +21,7 @@ from pipeline.model_io.encoder import build_on_meta, describe, load_encoder
 from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import EncoderParams, ImageParams, StudentParams
 from pipeline.shared.errors import ParamsError
-from pipeline.training.method_setup import class_loss
+from pipeline.training.method_setup import class_loss, experts_objective
 
 
 def build_objective(
@@ -31,7 +32,7 @@ def build_objective(
     seed: int,
     teacher: Path,
     encoder: EncoderParams | None = None,
-) -> StudentObjective:
+) -> Objective:
     """Build the student's objective from the stage's seed.
 
     The teacher is loaded from its folder if a loss term needs it. A student that tunes the encoder takes images. Its
@@ -87,10 +88,12 @@ def student_objective(
     model: ImageClassifier,
     teacher: ImageClassifier | None,
     teacher_adjustment: float | None = None,
-) -> StudentObjective:
+) -> Objective:
     """The objective of params.student for a network and its teacher; teacher_adjustment: of the teacher's L_cls."""
     loss = class_loss(section, prior)
     loss.start(model.classifier)
+    if section.experts:
+        return experts_objective(section.experts, prior, model, loss)
     return StudentObjective(
         model,
         teacher,

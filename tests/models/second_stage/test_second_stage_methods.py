@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid
 
+from models.class_sampler import ClassSampler
 from models.losses.per_sample import smoothed_losses, smoothing_of_classes
 from models.networks.cosine_classifier import LinearHead, gated_logits, linear_head
 from models.second_stage import methods
 from models.second_stage.disalign import class_weights, weighted_cross_entropy
-from models.second_stage.fitting import NORM, ClassSampler, NotFiniteError, Recipe, TrainingFeatures
+from models.second_stage.fitting import NORM, NotFiniteError, Recipe, TrainingFeatures
 from models.second_stage.nearest_mean import nearest_mean
 from models.second_stage.tau_norm import TAUS, tau_normalised
 

@@ -171,10 +171,7 @@ def test_without_an_encoder_the_features_are_those_of_the_student(tmp_path, monk
     made = data_params(tmp_path / "images")
     pipeline.split.run(made)
     assert command(tmp_path, made, name="suspects") == 2
-    assert (
-        "artifacts/student/config.json: no such file; run `dvc repro student` first"
-        in capsys.readouterr().err
-    )
+    assert "artifacts/student/config.json: no such file; run `dvc repro student` first" in capsys.readouterr().err
     torch.manual_seed(0)
     model, image = ImageClassifier("resnet20", 2, 1 / 30, 16), made.image
     config = ModelConfig("resnet20", 2, 1 / 30, image.size, image.mean, image.std)

@@ -205,7 +205,7 @@ def test_features_of_image_views_are_stored_and_used_again_for_another_kind(imag
     monkeypatch.setattr(features, "_features", lambda *given: passes.append(1) or whole(*given))
     classifier.run(image_params(tmp_path, {"classifier.kind": "crt", "classifier.views": 3}))
     assert record()["views"] == len(passes) == 3
-    stored = safetensors.torch.load_file("artifacts/.classifier.features/train.safetensors")["features"]
+    stored = safetensors.torch.load_file("artifacts/.student.features/train.safetensors")["features"]
     assert stored.shape[1] == 3 and not torch.equal(stored[:, 0], stored[:, 1])
     classifier.run(image_params(tmp_path, {"classifier.kind": "mislas", "classifier.views": 3}))
     assert len(passes) == 3
