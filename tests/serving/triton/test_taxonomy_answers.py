@@ -53,7 +53,7 @@ def test_the_node_is_the_deepest_that_reaches_the_level_under_the_prior_of_each_
 
 def test_a_request_without_a_level_gets_the_outputs_of_today(classifier: Any) -> None:
     [response] = classifier.execute([request([picture(1)], strength=[[0.0]])])
-    assert {tensor.name() for tensor in response.output_tensors()} == {"class", "index", "probability"}
+    assert [tensor.name for tensor in response.tensors] == ["class", "index", "probability"]
 
 
 @pytest.mark.parametrize("made", [{"taxonomy": TREE | {"level": 0.9}}], indirect=True)
