@@ -27,6 +27,7 @@ from pipeline.onnx_export.release import (
     golden_tolerance,
     load_calibration,
     load_sets,
+    load_unknown,
     open_session,
     taxonomy_tree,
     top_k,
@@ -79,7 +80,8 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     if params.segmentation:
         return _export_segmentation(params, output, repository, key)
     prior, calibration, sets = load_prior(), load_calibration(params), load_sets(params)
-    decision, taxonomy = decision_defaults(params.serving, prior), taxonomy_tree(params.serving)
+    decision, unknown = decision_defaults(params.serving, prior), load_unknown(params)
+    taxonomy = taxonomy_tree(params.serving)
     student, stage = student_folder(params)
     model, config = load_model(student, stage)
     check_image(config, params.image, student)
@@ -123,17 +125,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         card = model_card(params.data, network_name(params), params.seed, facts, prior, metrics)
         write_file(folder / CARD_NAME, card)
         manifest = build_manifest(
-            folder,
-            params,
-            prior,
-            model,
-            metrics,
-            half,
-            config,
-            calibration,
-            sets,
-            decision,
-            taxonomy=taxonomy,
+            folder, params, prior, model, metrics, half, config, calibration, sets, decision, unknown, taxonomy=taxonomy
         )
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
         if key:

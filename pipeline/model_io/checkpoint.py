@@ -21,6 +21,7 @@ from models.networks.cosine_classifier import (
     CausalClassifier,
     Classifier,
     CosineClassifier,
+    HeadError,
     ImageClassifier,
     LinearClassifier,
     LinearHead,
@@ -81,8 +82,14 @@ def student_folder(params: Params) -> tuple[Path, str]:
 
 
 def build_model(config: ModelConfig, key: str) -> ImageClassifier | SegmentationModel:
-    """Create a newly initialised network. Raises ParamsError that names the params key for an unknown backbone."""
-    model = _build_network(config, key)
+    """Create a newly initialised network.
+
+    Raises ParamsError that names the params key for an unknown backbone, and for a classifier that does not fit its feature.
+    """
+    try:
+        model = _build_network(config, key)
+    except HeadError as error:
+        raise ParamsError(f"{key.removesuffix('backbone')}classifier.{error}") from None
     if stage := config.second_stage:
         centred, gated = stage["kind"] == "ncm", stage["kind"] == "disalign"
         model.classifier = LinearHead(model.feature_dim, config.classes, centred=centred, gated=gated)

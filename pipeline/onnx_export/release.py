@@ -40,6 +40,7 @@ from serving.repository.manifest import (
     PredictionSets,
     SegmentationFormat,
     TaxonomyTree,
+    Unknown,
     served_probabilities,
     sha256_of,
 )
@@ -99,6 +100,16 @@ def load_sets(params: Params) -> PredictionSets | None:
     if fitted is None:
         return None
     return PredictionSets(scores=fitted["scores"], interpolation=fitted["interpolation"], coverage=coverage)
+
+
+def load_unknown(params: Params) -> Unknown | None:
+    """The scores by which the classifier detects unknown images; None if validation had too few images for them."""
+    fitted, rate = _answers()["unknown"], params.serving.false_alarms
+    if fitted is None:
+        if rate is not None:
+            raise StageError(f"serving.false_alarms is {rate:g}; it needs at least {MINIMUM_IMAGES} validation images")
+        return None
+    return Unknown(scores=fitted["scores"], false_alarms=rate)
 
 
 def decision_defaults(serving: ServingParams, prior: Prior) -> DecisionDefaults | None:
@@ -183,6 +194,7 @@ def build_manifest(
     calibration: Calibration | None = None,
     sets: PredictionSets | None = None,
     decision: DecisionDefaults | None = None,
+    unknown: Unknown | None = None,
     segmentation: SegmentationFormat | None = None,
     taxonomy: TaxonomyTree | None = None,
 ) -> Manifest:
@@ -212,6 +224,7 @@ def build_manifest(
         calibration=calibration,
         sets=sets,
         decision=decision,
+        unknown=unknown,
         taxonomy=taxonomy,
         half=HalfPrecision(**asdict(half)) if half else None,
         limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),

@@ -51,8 +51,11 @@ def check_task(params: Params) -> None:
                 raise ValueError(
                     f"{name}.schedule.kind is poly, which is for task segmentation; expected cosine or steps"
                 )
-        if params.student.contrast_encoder == "self":
-            raise ValueError("student.contrast_encoder is self, which is for task segmentation")
+        if params.student.contrast_encoder == "self" and params.student.contrast.kind == "gml":
+            raise ValueError(
+                "student.contrast_encoder is self, but task classification has it for other kinds than gml; set it to teacher "
+                "or momentum, or student.contrast.kind to another term"
+            )
         return
     for key, missing in (("segmentation", params.segmentation), ("data.label_map", params.data.label_map)):
         if missing is None:
@@ -76,6 +79,7 @@ def _check_segmentation(params: Params) -> None:
         "student.memory": (student.memory, (None,)),
         "student.alpha": (student.alpha, (0,)),
         "student.train_tau_g": (student.train_tau_g, (False,)),
+        "student.contrast.kind": (student.contrast.kind, ("gml",)),
         "student.contrast_encoder": (student.contrast_encoder, ("teacher", "self")),
         "classifier.kind": (params.classifier.kind, ("none",)),
         "export.precision": (params.export.precision, ("float32",)),

@@ -236,7 +236,7 @@ def check_recipe(teacher: TrainingParams, student: StudentParams, prior: Prior) 
         except UnknownBackboneError as error:
             raise ParamsError(f"{key}: {error}") from None
     check_experts(student, prior)
-    if not student.beta or memory_alone(student):
+    if not student.beta or student.contrast.kind != "gml" or memory_alone(student):
         return
     try:
         queue_lengths(prior.counts, student.queue_total, student.queue_minimum)
