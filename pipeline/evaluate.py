@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import yaml
 
+from models.prior import calibrate_logits
 from models.sample_size import from_json, warnings_of
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior

@@ -1,4 +1,4 @@
-"""Extra parts of an answer that a request or the release wants: prediction set, decision by costs, unknown image, taxonomy node.
+"""Extra parts of an answer that a request or the release wants: set, decision by costs, unknown image, node of a taxonomy.
 
 Runs in the inference process, with numpy. decisions.py, a copy of the module of `models`, has the arithmetic. A request
 without extras costs nothing more, and its response has no further outputs.
