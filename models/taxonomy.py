@@ -8,8 +8,7 @@ from __future__ import annotations
 import csv
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +18,10 @@ MAX_NODES = 100_000
 ROUNDING = 1e-9  # of a sum of probabilities
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):  # not a dataclass, which the inference process could not define: its module has no entry in sys
     """An answer: index of the node, -1 where no node is probable enough, and its summed probability."""
 
-    index: int
+    node: int
     probability: float
 
 

@@ -14,12 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet
 import yaml
 
+from models.prior import calibrate_logits
 from models.sample_size import from_json, warnings_of
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
-from pipeline.data.split_tables import read_groups
+from pipeline.data.split_tables import load_taxonomy, read_groups
 from pipeline.evaluation.answers import fit_answers
+from pipeline.evaluation.hierarchy import taxonomy_record
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import (
     network_logits,
@@ -102,6 +104,8 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     if len(held_out):
         validation = network_logits(student, stage, held_out, image, prior, device), held_out.labels.numpy()
     answers = fit_answers(validation, (logits["student"], labels), prior, settings, params.serving)
+    served = answers.temperature if params.serving.calibration == "temperature" else None
+    hierarchy = taxonomy_record(load_taxonomy(), calibrate_logits(logits["student"], served or 1.0), labels, prior)
     groups = read_groups("test")
     figures = analyse_predictions(
         logits, labels, prior, settings.ece_bins, data.seed, temperature=answers.temperature,
@@ -126,14 +130,14 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
             _predictions(test, probabilities["student"], logits["student"], answers.calibration),
             folder / "predictions.parquet",
         )
-        write_json(folder / ANSWERS.name, answers.as_json())
+        write_json(folder / ANSWERS.name, answers.as_json() | {"taxonomy": hierarchy})
         samples = _write_samples(folder / "samples", test, chosen, probabilities["student"], prior.classes)
         write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes, memory))
         card = model_card(data, network_name(params), params.seed, about_model, prior, metrics["student"])
         write_file(folder / "model_card.md", card)
         evaluation = Evaluation(
             figures, metrics, classes, samples, prior, test.encoded, about_data, about_model,
-            params.model_dump(mode="json"), notes=notes, provenance=_provenance(), answers=answers,
+            params.model_dump(mode="json"), notes=notes, provenance=_provenance(), answers=answers, taxonomy=hierarchy,
         )  # fmt: skip
         write_file(folder / "report.html", render_report(evaluation))
     return Result(metrics, output)

@@ -29,6 +29,7 @@ from pipeline.onnx_export.release import (
     load_sets,
     load_unknown,
     open_session,
+    taxonomy_tree,
     top_k,
 )
 from pipeline.onnx_export.segmentation import ServedSegmenter
@@ -80,6 +81,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         return _export_segmentation(params, output, repository, key)
     prior, calibration, sets = load_prior(), load_calibration(params), load_sets(params)
     decision, unknown = decision_defaults(params.serving, prior), load_unknown(params)
+    taxonomy = taxonomy_tree(params.serving)
     student, stage = student_folder(params)
     model, config = load_model(student, stage)
     check_image(config, params.image, student)
@@ -123,7 +125,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         card = model_card(params.data, network_name(params), params.seed, facts, prior, metrics)
         write_file(folder / CARD_NAME, card)
         manifest = build_manifest(
-            folder, params, prior, model, metrics, half, config, calibration, sets, decision, unknown
+            folder, params, prior, model, metrics, half, config, calibration, sets, decision, unknown, taxonomy=taxonomy
         )
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
         if key:

@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from models.prior import class_names_problem
+from models.taxonomy import Taxonomy
 from pipeline.command_line import stage_main
 from pipeline.data.assignment import SPLITS, assign, without
 from pipeline.data.duplicates import check_labels, conflicting_labels, find_duplicates
 from pipeline.data.groups import ImageGroups, group_remarks, hash_function, image_groups, ingested_groups
 from pipeline.data.inspection import InspectionResult, check_missing, check_usable, inspect_images
 from pipeline.data.published import PUBLISHED
-from pipeline.data.split_tables import GROUP
+from pipeline.data.split_tables import GROUP, TAXONOMY, read_taxonomy_file
 from pipeline.params import Params
 from pipeline.shared.artifacts import INGESTED, SPLIT, as_csv, whole_folder, write_file, write_json
 from pipeline.shared.errors import DataError, StageError
@@ -66,6 +67,7 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     everything.shards.check()
     if problem := class_names_problem(everything.classes):
         raise DataError(f"{params.data.location}: {problem}")
+    taxonomy = read_taxonomy_file(params.data.taxonomy, everything.classes)
     source = everything.base
     label_maps = params.data.label_map
     if label_maps and shards:
@@ -97,7 +99,8 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     if _ingested_shards() != shards:  # DVC hashes the folder only after the stage, and would not run the stage again
         raise StageError(f"{INGESTED} changed while split ran; run `dvc repro` again")
     reasons = [(row.split, row.sample_id, image_classes[row.label], problem) for row, problem in excluded]
-    _write(output, assigned, hashes, everything.classes, shared, reasons, groups, inspected if label_maps else None)
+    label_map_fields = inspected if label_maps else None
+    _write(output, assigned, hashes, everything.classes, shared, reasons, groups, taxonomy, label_map_fields)
     if duplicates:
         remarks.append(f"{counted(duplicates, 'image', 'are')} in more than one split; see {output}/duplicates.csv")
     if skipped:
@@ -158,6 +161,7 @@ def _write(
     shared: list[tuple[str, str, str, str]],
     reasons: list[tuple[str, str, str, str]],
     groups: ImageGroups,
+    taxonomy: Taxonomy | None,
     label_maps: dict[str, InspectionResult] | None,
 ) -> None:
     """Write the split's folder; with groups, the tables have a column `group`."""
@@ -173,6 +177,8 @@ def _write(
                 table = table.append_column(field, pa.array(values, field.type))
             pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
         write_json(folder / "classes.json", classes)
+        if taxonomy is not None:
+            write_json(folder / TAXONOMY, {"names": taxonomy.names, "parents": taxonomy.parents})
         write_file(folder / "duplicates.csv", as_csv(shared, ["sha256", "split", "sample_id", "class"]))
         write_file(folder / "skipped.csv", as_csv(reasons, ["split", "sample_id", "class", "problem"]))
 

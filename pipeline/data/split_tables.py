@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from models.prior import class_key
+from models.taxonomy import Taxonomy, read_taxonomy
 from pipeline.shared.artifacts import SPLIT
-from pipeline.shared.errors import ParamsError, StageError
+from pipeline.shared.errors import DataError, ParamsError, StageError
 
 GROUP = "group"  # column of the group of each image; only with data.group
+TAXONOMY, MAX_TAXONOMY_BYTES = "taxonomy.json", 16 * 2**20
 Filter = list[tuple[str, str, Any]]
 
 
@@ -87,6 +90,32 @@ def load_classes(folder: Path = SPLIT) -> list[str]:
     except OSError as error:
         raise ParamsError(f"{path}: {error.strerror}; run `dvc repro split` first") from None
     except ValueError as error:
+        raise StageError(f"{path}: damaged ({error}); run `dvc repro -f split`") from None
+
+
+def read_taxonomy_file(path: str | None, classes: Sequence[str]) -> Taxonomy | None:
+    """Read the taxonomy that data.taxonomy names; None without one. Raises DataError with the file and what is wrong in it."""
+    if path is None:
+        return None
+    try:
+        if (size := Path(path).stat().st_size) > MAX_TAXONOMY_BYTES:
+            raise DataError(f"data.taxonomy: {path}: has {size} bytes, above the limit of {MAX_TAXONOMY_BYTES}")
+        return read_taxonomy(Path(path).read_text(encoding="utf-8-sig"), classes)
+    except OSError as error:
+        raise ParamsError(f"data.taxonomy is {path!r}: {error.strerror}; expected a CSV file") from None
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"data.taxonomy: {path}: {error}") from None
+
+
+def load_taxonomy(folder: Path = SPLIT) -> Taxonomy | None:
+    """The taxonomy of a split; None if it was made without one. Raises StageError when its file is damaged."""
+    path = folder / TAXONOMY
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Taxonomy(content["names"], content["parents"], len(load_classes(folder)))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise StageError(f"{path}: damaged ({error}); run `dvc repro -f split`") from None
 
 

@@ -24,7 +24,7 @@ from pipeline.model_io.encoder import load_encoder
 from pipeline.model_io.inference import EVALUATION_BATCH, outputs
 from pipeline.params import Params
 from pipeline.shared.artifacts import STUDENT
-from pipeline.shared.errors import DataError
+from pipeline.shared.errors import DataError, ParamsError
 from pipeline.shared.progress import progress_bar
 from pipeline.sources.source import in_parts, read_image_file
 
@@ -57,6 +57,8 @@ class FeatureNetwork:
     """Computes features: stored ones of the encoder for images of a split, else those of the network."""
 
     def __init__(self, params: Params) -> None:
+        if params.segmentation:
+            raise ParamsError("params.yaml has section segmentation; its images have label maps and no labels")
         self._params, self._device = params, choose_device(params.device)
         self._stored = takes_features(params, "student")
         self._network: Callable[[Tensor], Tensor] | None = None

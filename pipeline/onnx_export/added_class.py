@@ -20,7 +20,7 @@ from models.prior import class_key, class_names_problem, shot_group
 from pipeline.data.assignment import SPLITS
 from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import evaluation_images
-from pipeline.data.split_tables import load_classes, read_split
+from pipeline.data.split_tables import load_classes, read_split, read_taxonomy_file
 from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.metrics import mean_of, per_class_accuracy
 from pipeline.evaluation.network_metrics import network_metrics
@@ -108,7 +108,9 @@ def add_class(
     pixels = np.stack([image.pixels for image in images])
     prototype = _unit(run_graph(session, "feature", pixels[order[len(held) :]], manifest).mean(0))
     position = _position(name, classes)
-    extended = extended_manifest(manifest, params.prior.smoothing, name, position, len(order) - len(held))
+    classes.insert(position, name)
+    taxonomy = read_taxonomy_file(params.data.taxonomy, classes)
+    extended = extended_manifest(manifest, params.prior.smoothing, name, position, len(order) - len(held), taxonomy)
     graph = append_class(export / STUDENT_NAME, prototype / manifest.tau_s, position, extended.log_prior)
     larger = open_session(graph)
     test = evaluation_images(params, "test")

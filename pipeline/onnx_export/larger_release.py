@@ -12,6 +12,7 @@ import onnx
 from onnx import numpy_helper
 
 from models.prior import log_class_prior
+from models.taxonomy import Taxonomy
 from pipeline.onnx_export.release import open_session
 from pipeline.shared.artifacts import write_file, write_json
 from pipeline.shared.errors import StageError
@@ -23,6 +24,7 @@ from serving.repository.manifest import (
     STUDENT_NAME,
     Golden,
     Manifest,
+    TaxonomyTree,
     load_golden,
     served_probabilities,
     sha256_of,
@@ -64,10 +66,13 @@ def append_class(graph: Path, row: np.ndarray, position: int, log_prior: Sequenc
     return model.SerializeToString()
 
 
-def extended_manifest(manifest: Manifest, smoothing: float, name: str, position: int, count: int) -> Manifest:
+def extended_manifest(
+    manifest: Manifest, smoothing: float, name: str, position: int, count: int, taxonomy: Taxonomy | None
+) -> Manifest:
     """The manifest with the class at `position`, its number of images, and the class prior with it.
 
-    Raises StageError for a default cost matrix, which has no costs of the class; a cost per class is 1.
+    taxonomy: of all classes with the new one, or None. Raises StageError for a default cost matrix, which has no costs of
+    the class; a cost per class is 1.
     """
     classes, counts = list(manifest.classes), list(manifest.counts)
     classes.insert(position, name)
@@ -86,6 +91,9 @@ def extended_manifest(manifest: Manifest, smoothing: float, name: str, position:
             )
         costs.insert(position, 1.0)
         changes["decision"] = manifest.decision.model_copy(update={"costs": costs})
+    if taxonomy:
+        level = manifest.taxonomy.level if manifest.taxonomy else None
+        changes["taxonomy"] = TaxonomyTree(names=taxonomy.names, parents=taxonomy.parents, level=level)
     return manifest.model_copy(update=changes)
 
 

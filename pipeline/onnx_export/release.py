@@ -20,7 +20,7 @@ from models.networks.cosine_classifier import ImageClassifier
 from models.preprocess import ROOM
 from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import AnyImages
-from pipeline.data.split_tables import data_sha256
+from pipeline.data.split_tables import data_sha256, load_taxonomy
 from pipeline.model_io.checkpoint import ModelConfig
 from pipeline.onnx_export.parity import Parity
 from pipeline.params import Params, ServingParams
@@ -39,6 +39,7 @@ from serving.repository.manifest import (
     Manifest,
     PredictionSets,
     SegmentationFormat,
+    TaxonomyTree,
     Unknown,
     served_probabilities,
     sha256_of,
@@ -128,6 +129,16 @@ def decision_defaults(serving: ServingParams, prior: Prior) -> DecisionDefaults 
     return DecisionDefaults(costs=costs, ask=serving.ask)
 
 
+def taxonomy_tree(serving: ServingParams) -> TaxonomyTree | None:
+    """The taxonomy of the split with serving.level; None without one. Raises ParamsError for a level without a taxonomy."""
+    taxonomy = load_taxonomy()
+    if taxonomy is None:
+        if serving.level is not None:
+            raise ParamsError(f"serving.level is {serving.level:g}, but data.taxonomy is null; name a CSV file in it")
+        return None
+    return TaxonomyTree(names=taxonomy.names, parents=taxonomy.parents, level=serving.level)
+
+
 def golden_tolerance(half: Parity | None, calibration: Calibration | None = None) -> float:
     """Largest allowed difference from a golden probability; larger for float16, which a GPU rounds differently.
 
@@ -185,6 +196,7 @@ def build_manifest(
     decision: DecisionDefaults | None = None,
     unknown: Unknown | None = None,
     segmentation: SegmentationFormat | None = None,
+    taxonomy: TaxonomyTree | None = None,
 ) -> Manifest:
     """Build the manifest of a release; files: sha256 of each file that is in the folder."""
     return Manifest(
@@ -213,6 +225,7 @@ def build_manifest(
         sets=sets,
         decision=decision,
         unknown=unknown,
+        taxonomy=taxonomy,
         half=HalfPrecision(**asdict(half)) if half else None,
         limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),
         segmentation=segmentation,

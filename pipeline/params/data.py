@@ -90,6 +90,7 @@ class DataParams(Section):
     max_per_class: largest number of training images per class, chosen by `seed` before the profile; null is all.
     test_share: test images as a share of each class, at least one and at most test_per_class; null is test_per_class
     for every class. group: images of one group are held out together: near, column:NAME of a table, or path:REGEX.
+    taxonomy: a CSV file with the columns name and parent (models/taxonomy.py); null for none.
     label_map: of task segmentation, where all images together count as one class of max_per_class, test_per_class,
     test_share, validation_per_class and validation_share.
     """
@@ -112,6 +113,7 @@ class DataParams(Section):
     validation_per_class: Count
     validation_share: Share
     group: Annotated[str, AfterValidator(_group)] | None = None
+    taxonomy: Annotated[str, Field(min_length=1)] | None = None
 
 
 def _on_or_off(value: Any) -> Any:

@@ -17,6 +17,7 @@ from pipeline.data.groups import MIN_HASHED_SIDE, NEAR, group_remarks, image_gro
 from pipeline.data.inspection import InspectionResult, Journal, inspect_images
 from pipeline.data.profiles import choose_images, class_sizes
 from pipeline.data.published import PUBLISHED, hash_of_ranks, published_choice
+from pipeline.data.split_tables import read_taxonomy_file
 from pipeline.params import Params
 from pipeline.segmentation import figures
 from pipeline.shared.artifacts import sha256_of_json
@@ -130,6 +131,10 @@ def check(
         if missing and (cause := source.why_missing(missing)):
             verdict.append(cause)
     remarks = [*source.remarks] if isinstance(source, FolderSource) else []
+    try:
+        read_taxonomy_file(data.taxonomy, source.classes)
+    except StageError as error:
+        verdict.append(str(error))
     try:
         rows = without(source, bad, classes) if data.on_bad_image == "skip" else source.rows
         groups, alone = image_groups(source, rows, data, inspected)

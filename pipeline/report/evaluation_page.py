@@ -56,6 +56,7 @@ class Evaluation:
     provenance: Provenance
     notes: Sequence[str] = ()
     answers: Answers | None = None
+    taxonomy: Mapping[str, Any] | None = None
 
 
 def render_report(evaluation: Evaluation) -> str:
@@ -93,7 +94,7 @@ def render_report(evaluation: Evaluation) -> str:
         samples=[sample | {"uri": thumbnail(sample["bytes"])} for sample in evaluation.samples],
         image_uri=cache(lambda row: thumbnail(evaluation.encoded(row))), data_facts=evaluation.data_facts,
         model_facts=evaluation.model_facts, notes=evaluation.notes, provenance=evaluation.provenance, few=few,
-        answers=evaluation.answers, least_validation=MINIMUM_IMAGES, advice=ADVICE,
+        answers=evaluation.answers, taxonomy=evaluation.taxonomy, least_validation=MINIMUM_IMAGES, advice=ADVICE,
         curves=list(curves),
         test_images=count_test_images(classes), params=recipe,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), command=COMMAND,

@@ -34,7 +34,7 @@ def render_page(template: str, data: Mapping[str, Any], **context: Any) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"percent": percent, "points": points, "number": "{:,}".format}
-    charts, script = plotly_js() if data["figures"] else "", (FOLDER / "page.js").read_text(encoding="utf-8")
+    charts, script = plotly_js() if data.get("figures") else "", (FOLDER / "page.js").read_text(encoding="utf-8")
     return environment.get_template(template).render(
         **context,
         data=as_script(data),

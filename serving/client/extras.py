@@ -1,4 +1,4 @@
-"""Extra parts of an answer that a request wants: prediction set, decision by costs; and their form as inputs."""
+"""Extra parts of an answer that a request wants: prediction set, decision, node of a taxonomy; and their form as inputs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from serving.shared.errors import InputError
 Costs = Mapping[str, float] | Sequence[float] | Sequence[Sequence[float]] | NDArray[Any]
 MAX_FILE_BYTES = 16 * 1024 * 1024
 DECISION = ("decision", "decision_index", "expected_cost")
+NODE = ("node", "node_probability")
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,15 @@ class Extras:
     class, is the cost of missing that class; a class left out of a mapping costs 1. A matrix [C,C] has a row for each true
     class and a column for each answer. ask: price of asking a person, in the unit of costs; the decision is to ask where
     every class costs more. Without costs every wrong class costs 1. false_alarms: above 0 and below 1; the answer has whether
-    the image is unknown, which it wrongly is for this share of images of the known classes. Raises InputError.
+    the image is unknown, which it wrongly is for this share of images of the known classes. level: above 0, at most 1; the
+    answer has the deepest node of the taxonomy whose classes together have this probability. Raises InputError.
     """
 
     coverage: float | None = None
     costs: Costs | None = None
     ask: float | None = None
     false_alarms: float | None = None
+    level: float | None = None
 
     def __post_init__(self) -> None:
         if self.coverage is not None and not 0 < _number(self.coverage, "coverage") < 1:
@@ -45,6 +48,8 @@ class Extras:
             raise InputError(f"false_alarms is {self.false_alarms:g}; expected a number above 0 and below 1")
         if self.ask is not None and not 0 <= _number(self.ask, "ask") < math.inf:
             raise InputError(f"ask is {self.ask:g}; expected a finite price of at least 0")
+        if self.level is not None and not 0 < _number(self.level, "level") <= 1:
+            raise InputError(f"level is {self.level:g}; expected a number above 0 and at most 1")
 
     @property
     def names_needed(self) -> bool:
@@ -62,6 +67,8 @@ class Extras:
             rows["ask"] = np.array([self.ask], dtype=np.float32)
         if self.false_alarms is not None:
             rows["false_alarms"] = np.array([self.false_alarms], dtype=np.float32)
+        if self.level is not None:
+            rows["level"] = np.array([self.level], dtype=np.float32)
         return rows
 
     def _costs(self, names: Sequence[str] | None) -> Any:
@@ -91,6 +98,8 @@ def outputs_of(inputs: Mapping[str, Any]) -> dict[str, int]:
         names += DECISION
     if "false_alarms" in inputs:
         names += ["unknown", "typicality"]
+    if "level" in inputs:
+        names += NODE
     return dict.fromkeys(names, 0)
 
 

@@ -19,12 +19,20 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class TaxonomyNode:
+    """The deepest node of the taxonomy that reaches the wanted probability, a class or a group; None for every class."""
+
+    name: str | None
+    probability: float
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The prediction for one image: top classes by name and index, their probabilities, and the model version.
 
     set: class names of the prediction set, most probable first. decision: by costs. unknown: whether the image resembles no
-    class. typicality: share of known validation images that look at most as familiar. They are None if neither the request nor
-    the release wants them.
+    class. typicality: share of known validation images that look at most as familiar. node: of the taxonomy. They are None if
+    neither the request nor the release wants them.
     """
 
     classes: tuple[str, ...]
@@ -35,6 +43,7 @@ class Prediction:
     decision: Decision | None = None
     unknown: bool | None = None
     typicality: float | None = None
+    node: TaxonomyNode | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,8 @@ def extras_mapping(answer: Prediction) -> dict[str, object]:
         }
     if answer.unknown is not None:
         parts |= {"unknown": answer.unknown, "typicality": answer.typicality}
+    if answer.node is not None:
+        parts["node"] = {"name": answer.node.name, "probability": answer.node.probability}
     return parts
 
 
@@ -91,6 +102,8 @@ def extras_text(answer: Prediction) -> list[str]:
         lines.append(f"{'unknown' if answer.unknown else 'known'}, typicality {answer.typicality:.3f}")
     if answer.decision is not None:
         lines.append(f"decision: {answer.decision.name or ASK}, expected cost {answer.decision.cost:.4g}")
+    if answer.node is not None:
+        lines.append(f"node: {answer.node.name or 'any class'}, {answer.node.probability:.4f}")
     if answer.set is not None:
         lines.append(f"set of {len(answer.set)}: {', '.join(answer.set)}")
     return lines

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from serving.client.class_maps import Segmentation, segmentations, upright_size
-from serving.client.extras import DECISION, Extras, outputs_of
+from serving.client.extras import DECISION, NODE, Extras, outputs_of
 from serving.client.images import blank_image, header_pixels
-from serving.client.predictions import Decision, ModelStatus, Prediction, Status
+from serving.client.predictions import Decision, ModelStatus, Prediction, Status, TaxonomyNode
 from serving.client.priors import Prior, as_text, parse_prior, vector_of
 from serving.repository.manifest import Limits
 from serving.shared.errors import InputError, ServingError
@@ -327,4 +327,7 @@ def _extra_parts(answer: Answer, row: int) -> dict[str, Any]:
     if "unknown" in answer.outputs:
         parts["unknown"] = bool(answer.outputs["unknown"][row][0])
         parts["typicality"] = float(answer.outputs["typicality"][row][0])
+    if "node" in answer.outputs:
+        name, probability = (answer.outputs[each][row][0] for each in NODE)
+        parts["node"] = TaxonomyNode(name.decode() or None, float(probability))
     return parts

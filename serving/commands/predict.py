@@ -85,6 +85,10 @@ def predict(
             help="Also print whether the image resembles no class, at this rate of false alarms, such as 0.05.",
         ),
     ] = None,
+    level: Annotated[
+        float | None,
+        typer.Option(help="Also print the deepest node of the taxonomy whose classes together have this probability."),
+    ] = None,
     top: Annotated[
         int | None,
         typer.Option(help="Number of classes printed, at least 1; all that the server returns if not given."),
@@ -105,7 +109,7 @@ def predict(
         raise InputError("--json and --csv exclude each other; give one of them")
     if top is not None and top < 1:
         raise InputError(f"--top is {top}; expected at least 1")
-    extras = Extras(coverage, None if costs is None else read_costs(costs), ask, unknown)
+    extras = Extras(coverage, None if costs is None else read_costs(costs), ask, unknown, level)
     files = [file for path in images for file in (image_files(path) if path.is_dir() else [path])]
     keep_going = any(path.is_dir() for path in images)
     with Client(server_url(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:

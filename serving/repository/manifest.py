@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from models.decisions import check_costs
 from models.preprocess import preprocess
 from models.prior import Floats, adjust_logits, calibrate_logits, softmax
+from models.taxonomy import Taxonomy
 from serving.shared.atomic import sha256_of as sha256_of
 from serving.shared.errors import ServingError
 from serving.shared.terminal import counted
@@ -118,6 +119,18 @@ class DecisionDefaults(BaseModel):
     ask: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
 
+class TaxonomyTree(BaseModel):
+    """Taxonomy of the classes (models.taxonomy): names of the classes and then of the inner nodes, and their parents.
+
+    level: probability that the node of an answer must reach in requests that name none; None: they get no node.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    names: list[str]
+    parents: list[int]
+    level: float | None = Field(default=None, gt=0, le=1)
+
+
 class SegmentationFormat(BaseModel):
     """Input and output of a segmentation graph.
 
@@ -138,7 +151,7 @@ class Manifest(BaseModel):
     files: names of files beside the manifest with their sha256. encoder: name, licence, source and sha256 of the
     weights of a pretrained encoder, and how it was tuned; None for a network without one. memory: rows, tau and weight of
     the memory of training features; None without one. half: set for a graph with a float16 backbone; None for float32.
-    calibration, sets, decision, unknown: None in a release without them, such as one from before these keys existed.
+    calibration, sets, decision, unknown, taxonomy: None in a release without them, such as one from before these keys existed.
     code_revision: the git commit of the project. code_sha256: hash of the source files that wrote the release; empty in
     releases from before this key existed. segmentation: set for a release of task segmentation, whose graph returns class
     maps; its golden requests have the largest classes of the class map and their shares. runtime: sha256 of the files of
@@ -173,6 +186,7 @@ class Manifest(BaseModel):
     sets: PredictionSets | None = None
     decision: DecisionDefaults | None = None
     unknown: Unknown | None = None
+    taxonomy: TaxonomyTree | None = None
     limits: Limits = Limits()
     segmentation: SegmentationFormat | None = None
 
@@ -198,6 +212,10 @@ class Manifest(BaseModel):
             raise ValueError("sets.scores and classes differ in length")
         if self.decision and self.decision.costs is not None:
             check_costs(self.decision.costs, len(self.classes))
+        if self.taxonomy:
+            Taxonomy(self.taxonomy.names, self.taxonomy.parents, len(self.classes))
+            if self.taxonomy.names[: len(self.classes)] != self.classes:
+                raise ValueError("taxonomy.names do not begin with the classes")
         if self.top_k > len(self.classes):
             raise ValueError(f"top_k is {self.top_k}, above the number of classes {len(self.classes)}")
         return self

@@ -26,12 +26,13 @@ SMALL_GRAPH_BYTES = 128_000_000
 THREAD_PER_CORE = "0"
 EXTRA_INPUTS = {
     "coverage": DataType.TYPE_FP32, "costs": DataType.TYPE_STRING, "ask": DataType.TYPE_FP32,
-    "false_alarms": DataType.TYPE_FP32,
+    "false_alarms": DataType.TYPE_FP32, "level": DataType.TYPE_FP32,
 }  # fmt: skip
 EXTRA_OUTPUTS = {
     "set": DataType.TYPE_STRING, "set_size": DataType.TYPE_INT32, "decision": DataType.TYPE_STRING,
     "decision_index": DataType.TYPE_INT32, "expected_cost": DataType.TYPE_FP32,
     "unknown": DataType.TYPE_BOOL, "typicality": DataType.TYPE_FP32,
+    "node": DataType.TYPE_STRING, "node_probability": DataType.TYPE_FP32,
 }  # fmt: skip
 ENGINE_CACHE = "/tmp/tailor-engines"
 
@@ -158,7 +159,8 @@ def default_outputs(manifest: Manifest) -> list[str]:
     sets = ["set", "set_size"] if manifest.sets and manifest.sets.coverage is not None else []
     decision = ["decision", "decision_index", "expected_cost"] if manifest.decision else []
     unknown = ["unknown", "typicality"] if manifest.unknown and manifest.unknown.false_alarms is not None else []
-    return sets + decision + unknown
+    nodes = ["node", "node_probability"] if manifest.taxonomy and manifest.taxonomy.level is not None else []
+    return sets + decision + unknown + nodes
 
 
 def set_defaults(config: ModelConfig, strength: float, outputs: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from models import decisions, preprocess, prior
+from models import decisions, preprocess, prior, taxonomy
 from models.prior import class_names_problem
 from serving.repository.manifest import (
     GOLDEN_NAME,
@@ -46,7 +46,7 @@ RUNTIME_FILES = {
         **{name: TRITON / name for name in (*_BOTH, *_CLASSIFIER)},
         **{
             f"{module.__name__.rpartition('.')[2]}.py": Path(module.__file__)
-            for module in (decisions, preprocess, prior)
+            for module in (decisions, preprocess, prior, taxonomy)
         },
     },
 }

@@ -1,9 +1,9 @@
 """`classifier` for Triton's python backend: encoded images in, the best classes for the requested target prior out.
 
-Runs in an inference process (Triton's stub) with numpy and Pillow and with the files beside it: prior.py and
-preprocess.py, decisions.py (copies of the modules of training), request_parser.py, extras.py, integrity.py, metrics.py,
-live_prior.py, start.py and the logs. The network runs in `student` of the same version, or in this process if the config's
-parameter `network` is `own`: running a small network takes less time than a request to `student`.
+Runs in an inference process (Triton's stub) with numpy and Pillow and with the files beside it: prior.py,
+preprocess.py, decisions.py and taxonomy.py (copies of the modules of training), request_parser.py, extras.py,
+integrity.py, metrics.py, live_prior.py, start.py and the logs. The network runs in `student` of the same version, or in
+this process if the config's parameter `network` is `own`: running a small network takes less time than a request to `student`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class TritonPythonModel:
         self.temperature = (manifest.get("calibration") or {}).get("temperature", 1.0)
         self.names = np.array([name.encode() for name in manifest["classes"]], dtype=np.object_)
         live = live_prior.LivePrior(folder.parents[1], manifest["classes"], self.prior)
-        decisions = sibling("decisions")
-        self.extras = sibling("extras").Extras(manifest, self.names, request_parser, self.prior, decisions)
+        siblings = sibling("decisions"), sibling("taxonomy")
+        self.extras = sibling("extras").Extras(manifest, self.names, request_parser, self.prior, *siblings)
         self.parser = request_parser.RequestParser(
             manifest, self.prior, preprocess, live, live_prior.NoLivePrior, self.extras
         )

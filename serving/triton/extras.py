@@ -1,4 +1,4 @@
-"""Extra parts of an answer that a request or the release wants: prediction set, decision by costs, unknown image.
+"""Extra parts of an answer that a request or the release wants: set, decision by costs, unknown image, node of a taxonomy.
 
 Runs in the inference process, with numpy. decisions.py, a copy of the module of `models`, has the arithmetic. A request
 without extras costs nothing more, and its response has no further outputs.
@@ -22,16 +22,17 @@ class Wanted(NamedTuple):
     costs: list | None  # arrays [C] or [C,C], or None for 1 for every wrong class
     ask: list | None
     false_alarms: list | None
+    level: list | None
 
 
 class Extras:
-    """Parses the inputs `coverage`, `costs`, `ask` and `false_alarms`, and computes the outputs that belong to them.
+    """Parses the inputs `coverage`, `costs`, `ask`, `false_alarms` and `level`, and computes their outputs.
 
     manifest: of the version, a mapping. names: class names as bytes, by index. parser: the module request_parser. prior,
-    decisions: the modules of these names in `models`, or their copies.
+    decisions, taxonomy: the modules of these names in `models`, or their copies.
     """
 
-    def __init__(self, manifest, names, parser, prior, decisions):
+    def __init__(self, manifest, names, parser, prior, decisions, taxonomy):
         self.log_prior = np.asarray(manifest["log_prior"], dtype=np.float64)
         groups, unknown = [prior.shot_group(count) for count in manifest["counts"]], manifest.get("unknown")
         self.typicality = decisions.Typicality(unknown["scores"], groups) if unknown else None
@@ -43,11 +44,15 @@ class Extras:
         costs = defaults.get("costs")
         self.costs = None if costs is None else decisions.check_costs(costs, len(names))
         self.cache = {}
+        tree = manifest.get("taxonomy")
+        self.taxonomy = taxonomy.Taxonomy(tree["names"], tree["parents"], len(names)) if tree else None
+        self.level = (tree or {}).get("level")
 
     def parse(self, request, rows):
         """The extras of a request, or None if it has none. Raises BadRequest naming the input."""
         read, parse_rows = self.parser.read_input, self.parser.parse_rows
-        coverage, costs, ask = (read(request, name, (1,), rows) for name in ("coverage", "costs", "ask"))
+        names = ("coverage", "costs", "ask", "level")
+        coverage, costs, ask, level = (read(request, name, (1,), rows) for name in names)
         if coverage is not None:
             coverage = parse_rows(self.check_coverage, coverage[:, 0])
         elif self.coverage is not None:
@@ -61,12 +66,16 @@ class Extras:
             ask = parse_rows(self.check_ask, ask[:, 0])
         elif self.ask is not None:
             ask = [self.ask] * rows
+        if level is not None:
+            level = parse_rows(self.check_level, level[:, 0])
+        elif self.level is not None:
+            level = [self.level] * rows
         rate = read(request, "false_alarms", (1,), rows)
         if rate is not None:
             rate = parse_rows(self.check_false_alarms, rate[:, 0])
         elif self.false_alarms is not None:
             rate = [self.false_alarms] * rows
-        wanted = Wanted(coverage, costs, ask, rate)
+        wanted = Wanted(coverage, costs, ask, rate, level)
         return None if all(part is None for part in wanted) else wanted
 
     def check_coverage(self, value):
@@ -123,6 +132,15 @@ class Extras:
             )
         return number
 
+    def check_level(self, value):
+        """A row of the input `level`. Raises BadRequest."""
+        number = float(str(value))
+        if not 0 < number <= 1:
+            raise self.bad("level", f"level is {value:g}; expected a number above 0 and at most 1")
+        if self.taxonomy is None:
+            raise self.bad("level", "level: this release has no taxonomy; set data.taxonomy and export again")
+        return number
+
     def bad(self, reason, message):
         """A BadRequest to raise."""
         return self.parser.BadRequest(reason, message)
@@ -140,7 +158,16 @@ class Extras:
             arrays |= self.decision(wanted, probability)
         if wanted.false_alarms is not None:
             arrays |= self.unknown(wanted.false_alarms, logits)
+        if wanted.level is not None:
+            arrays |= self.nodes(wanted.level, probability)
         return arrays
+
+    def nodes(self, level, probability):
+        """`node`: name of the deepest node that reaches the level, empty for none; and its `node_probability`."""
+        answers = self.taxonomy.answers(probability, np.array(level))
+        names = [self.taxonomy.names[answer.node].encode() if answer.node >= 0 else b"" for answer in answers]
+        sums = np.array([answer.probability for answer in answers], dtype=np.float32)
+        return {"node": np.array(names, dtype=np.object_)[:, None], "node_probability": sums[:, None]}
 
     def sets(self, coverage, logits, priors, probability):
         """`set`: class names, most probable first, filled up with empty texts; `set_size`: their number. priors: [n,C]."""

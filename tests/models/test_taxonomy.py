@@ -27,7 +27,7 @@ def test_the_answer_is_the_deepest_node_that_reaches_the_level():
         (0.4, "cat", 0.5), (0.6, "cats", 0.92), (0.92, "cats", 0.92), (0.95, "carnivores", 0.98), (0.99, None, 1.0),
     ):  # fmt: skip
         [answer] = taxonomy.answers(p, level)
-        assert (taxonomy.names[answer.index] if answer.index >= 0 else None) == name
+        assert (taxonomy.names[answer.node] if answer.node >= 0 else None) == name
         assert answer.probability == pytest.approx(probability)
     assert taxonomy.answers(np.repeat(p, 2, axis=0), np.array([0.4, 0.6])) == [
         taxonomy.answers(p, 0.4)[0], taxonomy.answers(p, 0.6)[0],
@@ -58,7 +58,7 @@ def test_answers_equal_a_search_over_all_nodes(taxonomy, seed, level):
             continue
         deepest = max(len(taxonomy.path(node)) for node in reached)
         best = max(sums[node] for node in reached if len(taxonomy.path(node)) == deepest)
-        assert len(taxonomy.path(answer.index)) == deepest and answer.probability == pytest.approx(min(best, 1))
+        assert len(taxonomy.path(answer.node)) == deepest and answer.probability == pytest.approx(min(best, 1))
     np.testing.assert_allclose(taxonomy.sums(p)[:, : taxonomy.classes], p)
 
 

@@ -14,13 +14,15 @@ from PIL import Image
 
 import pipeline.embed
 import pipeline.split
+from models.networks.cosine_classifier import ImageClassifier
 from models.networks.memory import choose_rows, leave_one_out
 from models.prior import shot_group
 from pipeline.labels.pages import write_suspects
 from pipeline.labels.suspects import find_suspects
+from pipeline.model_io.checkpoint import ModelConfig, save_model
 from tests.support.clusters import clusters, labelled
 from tests.support.data_commands import command
-from tests.support.making import encode, write
+from tests.support.making import data_params, encode, write
 from tests.support.small_encoder import tiny_encoder, tiny_params
 
 
@@ -158,3 +160,26 @@ def test_a_wrong_group_or_folder_names_what_is_allowed(tmp_path, project, capsys
     assert "--for is 'rare'; expected many, medium, few, all, or the name of a class" in capsys.readouterr().err
     assert command(tmp_path, project, "nowhere", name="next") == 2
     assert "nowhere: is not a folder" in capsys.readouterr().err
+
+
+def test_without_an_encoder_the_features_are_those_of_the_student(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for offset, (name, count) in enumerate({"red": 14, "green": 12}.items()):
+        for number in range(count):
+            write(tmp_path / f"images/{name}/{number}.png", coloured(name, 1000 * offset + number))
+    write(tmp_path / "images/red/wrong.png", coloured("green", 77))
+    made = data_params(tmp_path / "images")
+    pipeline.split.run(made)
+    assert command(tmp_path, made, name="suspects") == 2
+    assert "artifacts/student/config.json: no such file; run `dvc repro student` first" in capsys.readouterr().err
+    torch.manual_seed(0)
+    model, image = ImageClassifier("resnet20", 2, 1 / 30, 16), made.image
+    config = ModelConfig("resnet20", 2, 1 / 30, image.size, image.mean, image.std)
+    Path("artifacts/student").mkdir(parents=True)
+    save_model(model.state_dict(), config, Path("artifacts/student"))
+    assert command(tmp_path, made, "--json", name="suspects") == 0
+    assert json.loads(capsys.readouterr().out)["features"] == "the student"
+    assert rows_of_csv("artifacts/suspects/suspects.csv")[0]["sample_id"] == "red/wrong.png"
+    write(tmp_path / "pool/1.png", coloured("green", 5000))
+    assert command(tmp_path, made, "pool", "--for", "green", name="next") == 0
+    assert "data next: 1 of 1 image, about 1 of green" in capsys.readouterr().out

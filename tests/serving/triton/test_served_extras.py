@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import CLASSES, Release, picture, write_export
 from test_extras import KEYS
+from test_taxonomy_answers import TREE
 
 from serving.client import Client, Extras
 from serving.repository.writer import write_repository
@@ -23,7 +24,10 @@ pytestmark = pytest.mark.end_to_end
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     """A server of a release whose manifest has a default coverage."""
     folder = tmp_path_factory.mktemp("extras")
-    Release(folder / "export", write_export(folder / "export", **KEYS | {"sets": KEYS["sets"] | {"coverage": 0.5}}))
+    Release(
+        folder / "export",
+        write_export(folder / "export", **KEYS | {"sets": KEYS["sets"] | {"coverage": 0.5}, "taxonomy": TREE}),
+    )
     with TritonServer(
         write_repository(folder / "export", folder / "repository"), http_port=0, grpc_port=0, metrics_port=0
     ) as server:
@@ -31,11 +35,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
 
 
 def test_both_protocols_and_json_return_the_same_extras(served: TritonServer) -> None:
-    images, extras = [picture(seed) for seed in range(5)], Extras(0.9, {"emu": 20}, 0.4, 0.2)
+    images, extras = [picture(seed) for seed in range(5)], Extras(0.9, {"emu": 20}, 0.4, 0.2, 0.8)
     with Client(served.http_url) as http, Client(served.grpc_url) as grpc:
         answers = http.predict(images, "train", extras=extras)
         assert answers == grpc.predict(images, "train", extras=extras)
     assert all(answer.set and answer.decision and answer.unknown is not None for answer in answers)
+    assert all(answer.node and answer.node.name for answer in answers)
     tensors = [
         ("image", "BYTES", "data:image/png;base64," + base64.b64encode(images[0]).decode()),
         ("prior", "BYTES", "train"),
