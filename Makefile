@@ -100,15 +100,24 @@ lint: install ## style, types of the public parts, import contracts
 
 .PHONY: docs
 docs: install ## the documentation as a site in build/site/
-	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@python docs/reference/generated.py && zensical build --strict --clean
 	@echo "build/site/index.html"
 
 .PHONY: pages
 pages: install ## write docs/architecture.md and what else is generated from the source
 	@python docs/reference/pages.py
 
+.PHONY: audit
+audit: install ## licences and public advisories of the locked packages, secrets in the repository
+	@python .ci/audit.py
+	@pre-commit run secrets --all-files
+
+.PHONY: sbom
+sbom: install ## the Python packages of each image as CycloneDX, in build/sbom/
+	@PYTHONPATH=. python .ci/sbom.py
+
 .PHONY: hooks
-hooks: install ## check style and types before every commit
+hooks: install ## check style, types and secrets before every commit
 	@pre-commit install
 
 .PHONY: serve

@@ -3,6 +3,8 @@
 from models.contrast.gml import contrast_losses
 from models.contrast.gml_reference import gml_loss, other_sample_mask
 from models.contrast.queues import ClassQueues
+from models.experts.backbone import expert_backbone
+from models.experts.losses import ncl_loss, reslt_groups, reslt_loss, ride_diversity, sade_loss
 from models.losses.adjusted_cross_entropy import adjusted_cross_entropy, mixed_cross_entropy
 from models.losses.class_loss import (
     ClassLoss,
@@ -17,6 +19,7 @@ from models.losses.class_loss import (
 from models.losses.distillation import distillation_loss
 from models.networks.cosine_classifier import CausalClassifier, CosineClassifier, ImageClassifier, LinearClassifier
 from models.networks.projection_head import ProjectionHead
+from models.objectives.experts import expert_logits
 from models.prior import balanced_shift, log_class_prior
 
 __all__ = [
@@ -38,8 +41,15 @@ __all__ = [
     "balanced_shift",
     "contrast_losses",
     "distillation_loss",
+    "expert_backbone",
+    "expert_logits",
     "gml_loss",
     "log_class_prior",
     "mixed_cross_entropy",
+    "ncl_loss",
     "other_sample_mask",
+    "reslt_groups",
+    "reslt_loss",
+    "ride_diversity",
+    "sade_loss",
 ]

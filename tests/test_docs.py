@@ -53,8 +53,9 @@ def test_every_block_of_commands_is_a_console_block(page: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_examples_of_the_losses_run(tmp_path: Path) -> None:
-    example = "\n".join(blocks(ROOT / "docs/losses.md", "python"))
+@pytest.mark.parametrize("page", ["losses.md", "contrast-terms.md"])
+def test_the_examples_of_the_losses_run(page: str, tmp_path: Path) -> None:
+    example = "\n".join(blocks(ROOT / "docs" / page, "python"))
     script = tmp_path / "example.py"
     script.write_text(example, encoding="utf-8")
     subprocess.run(
@@ -75,24 +76,32 @@ def test_the_messages_of_the_troubleshooting_page_exist() -> None:
                 assert part.strip(" :;") in words, f"no message says {part!r}"
 
 
+def test_the_navigation_names_each_page_once() -> None:
+    named = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    written = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    assert sorted(named) == sorted([*written, "reference/commands.md", "reference/params.md"])
+
+
 @pytest.mark.end_to_end
-def test_the_site_builds_strictly_and_loads_no_external_resource(tmp_path: Path) -> None:
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(
-        ["mkdocs", "build", "--strict", "--site-dir", tmp_path],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    pages = list(tmp_path.rglob("*.html"))
+def test_the_site_builds_strictly_has_its_images_and_loads_no_external_resource(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    for command in (
+        [sys.executable, ROOT / "docs/reference/generated.py", tmp_path / "build/docs"],
+        ["zensical", "build", "--strict", "--config-file", tmp_path / "mkdocs.yml"],
+    ):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=environment
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    pages = [page for page in (tmp_path / "build/site").rglob("*.html") if page.name != "404.html"]
     assert {"index.html", "commands.html", "params.html", "models.html"} <= {page.name for page in pages}
     external = re.compile(r'<(?:script|img|iframe)[^>]+src="https?:|<link[^>]+rel="stylesheet"[^>]+href="https?:')
     for page in pages:
-        assert not external.search(page.read_text(encoding="utf-8")), page
+        text = page.read_text(encoding="utf-8")
+        assert not external.search(text), page
+        images = re.findall(r'<img[^>]+src="([^"]+)"', text)
+        assert [name for name in images if not (page.parent / name).is_file()] == [], page
 
 
 def test_each_fault_of_the_page_has_a_test_and_each_marked_test_a_fault():

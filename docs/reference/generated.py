@@ -1,32 +1,30 @@
-"""MkDocs hook: reference pages generated from `tailor --help` and params.yaml; links into the code become text."""
+"""Write the pages of the site into build/docs, or the folder given: docs/ and the pages generated from the source.
+
+Generated are reference/commands.md (`tailor --help`) and reference/params.md (params.yaml). A page of docs/ links to files
+of the repository by relative paths; on the site, which has no code, these links become text.
+"""
 
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-
 ROOT = Path(__file__).parents[2]
-# A page links to files of the repository by relative paths; on the site, which has no code, these links become text.
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages, and remove Python files."""
-    files.append(File.generated(config, "reference/commands.md", content=commands()))
-    files.append(File.generated(config, "reference/params.md", content=params()))
-    for script in [file for file in files if file.src_uri.endswith(".py")]:
-        files.remove(script)
-    return files
-
-
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to files outside docs/ become plain text."""
-    return OUTSIDE.sub(r"\1", markdown)
+def write(target: Path) -> None:
+    """Replace the folder `target` by the pages of the site."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", target, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for page in target.rglob("*.md"):
+        page.write_text(OUTSIDE.sub(r"\1", page.read_text(encoding="utf-8")), encoding="utf-8")
+    (target / "reference/commands.md").write_text(commands(), encoding="utf-8")
+    (target / "reference/params.md").write_text(params(), encoding="utf-8")
 
 
 def commands() -> str:
@@ -89,3 +87,7 @@ def params() -> str:
 
     section(Params, "")
     return "\n".join(line.rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build/docs")

@@ -63,7 +63,7 @@ def smoothing_of_classes(counts: Tensor, head: float, tail: float) -> Tensor:
     """
     n = counts.double()
     spread = n.max() - n.min()
-    share = (n - n.min()) / spread if spread > 0 else torch.zeros_like(n)
+    share = torch.where(spread > 0, (n - n.min()) / spread, 0.0)  # no `if`: counts may have no data (fake tensors)
     return tail + (head - tail) * torch.sin(math.pi / 2 * share)
 
 

@@ -21,8 +21,11 @@ class UnknownBackboneError(ValueError):
 class Backbone(nn.Module):
     """A network from images [B,3,H,W] to features [B,feature_dim].
 
-    head: the library's name of the removed classifier; "" if there was none.
+    head: the library's name of the removed classifier; "" if there was none. parts: number of parts of equal width that
+    the feature consists of, each of length 1 (one for each expert); 1: the feature has no parts.
     """
+
+    parts = 1
 
     def __init__(self, network: nn.Module, feature_dim: int, head: str = "") -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,22 +45,43 @@ class CosineClassifier(nn.Module):
 
     weight: [C,D], no bias; initialised by uniform(-1, 1) with rows rescaled to length 1, and normalised at every
     forward. scale: largest change of an output when each cosine changes by at most 1.
+
+    parts: number E of parts of the feature, each of length 1 and of width D/E (Backbone.parts). The output is then the
+    mean of the E cosines of each part with its part of the weight. That is again one cosine, of feature and `matrix`.
     """
 
     scale = 1.0
 
-    def __init__(self, feature_dim: int, classes: int) -> None:
+    def __init__(self, feature_dim: int, classes: int, parts: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(F.normalize(torch.empty(classes, feature_dim).uniform_(-1, 1), dim=1))
+        self.parts = parts
+        drawn = torch.empty(classes, feature_dim).uniform_(-1, 1)
+        self.weight = nn.Parameter(F.normalize(drawn.unflatten(1, (parts, -1)), dim=2).flatten(1))
+
+    def matrix(self) -> Tensor:
+        """Class matrix [C,D] with rows of length 1: the outputs are the cosines of features with these rows."""
+        if self.parts == 1:
+            return F.normalize(self.weight, dim=1)
+        return self.part_matrices().transpose(0, 1).flatten(1) / math.sqrt(self.parts)
+
+    def part_matrices(self) -> Tensor:
+        """Class matrices of the parts, [E,C,D/E], with rows of length 1."""
+        return F.normalize(self.weight.unflatten(1, (self.parts, -1)), dim=2).transpose(0, 1)
 
     def forward(self, features: Tensor) -> Tensor:
         """features [B,D] → cosines [B,C] in [-1, 1]; computed in float32 also under autocast."""
         with without_autocast(features):
-            return F.linear(F.normalize(full_precision(features), dim=1), F.normalize(self.weight, dim=1))
+            return F.linear(F.normalize(full_precision(features), dim=1), self.matrix())
+
+    def part_cosines(self, features: Tensor) -> Tensor:
+        """Cosines of each part on its own: features [B,E,D/E] of any length → [B,E,C]; float32 also under autocast."""
+        with without_autocast(features):
+            unit = F.normalize(full_precision(features), dim=2)
+            return torch.einsum("bed,ecd->bec", unit, self.part_matrices())
 
     def folded(self) -> Folded:
         """The matrix of unit rows."""
-        return Folded(F.normalize(self.weight.detach(), dim=1), None, 1)
+        return Folded(self.matrix().detach(), None, 1)
 
 
 class LinearClassifier(nn.Linear):
@@ -93,13 +115,17 @@ class LinearClassifier(nn.Linear):
         return Folded(self.weight.detach(), self.bias.detach(), 0)
 
 
+class HeadError(ValueError):
+    """A classifier does not fit the width of its feature."""
+
+
 class CausalClassifier(nn.Module):
     """Causal classifier, TDE (Tang et al., NeurIPS 2020): in eval mode, the mean direction of the features is removed.
 
     weight: [C,D], initialised as nn.Linear, no bias. Weight and feature are cut into `heads` equal parts w_k and x_k. Logits
     in training: 16/heads · sum_k u_k·w_k / (|w_k| + 1/32), u_k = x_k / |x_k|. In eval mode u_k - alpha·(u_k·d_k)·d_k stands
     for u_k, d_k = e_k / |e_k|. Buffer mean_direction e [D]: e ← momentum·e + batch mean of x, of which only the direction is
-    used; part of the checkpoint. Values of the authors' code for CIFAR. Raises ValueError unless heads divides D.
+    used; part of the checkpoint. Values of the authors' code for CIFAR. Raises HeadError unless heads divides D.
     """
 
     SCALE, OFFSET = 16.0, 1 / 32
@@ -110,7 +136,7 @@ class CausalClassifier(nn.Module):
     ) -> None:
         super().__init__()
         if feature_dim % heads:
-            raise ValueError(f"heads is {heads}, which does not divide the feature's {feature_dim} values")
+            raise HeadError(f"heads is {heads}, which does not divide the feature's {feature_dim} values")
         self.heads, self.alpha, self.momentum = heads, alpha, momentum
         bound = feature_dim**-0.5
         self.weight = nn.Parameter(torch.empty(classes, feature_dim).uniform_(-bound, bound))
@@ -235,7 +261,7 @@ class ImageClassifier(nn.Module):
         image_size: int | None = None,
         memory: FeatureMemory | None = None,
         cosine: bool = True,
-        head: Callable[[int, int], Classifier] = CosineClassifier,
+        head: Callable[..., Classifier] = CosineClassifier,
     ) -> None:
         super().__init__()
         self.backbone = build_backbone(backbone, image_size) if isinstance(backbone, str) else backbone
@@ -245,7 +271,8 @@ class ImageClassifier(nn.Module):
         self.memory, self.cosine = memory, cosine
         self.classifier: Classifier | LinearHead
         if cosine:
-            self.classifier = head(self.feature_dim, classes)
+            parts = {"parts": self.backbone.parts} if self.backbone.parts > 1 else {}
+            self.classifier = head(self.feature_dim, classes, **parts)
 
     @property
     def logit_scale(self) -> float:

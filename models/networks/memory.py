@@ -19,6 +19,7 @@ from models.networks.autocast import full_precision, without_autocast
 MEMORY_BYTES = 64 * 2**20  # default limit of all rows in float16
 ITERATIONS = 10  # k-means iterations
 CHUNK = 4096  # images that k-means compares with the centres at once
+BATCH = 256  # images that are compared with all rows at once
 
 
 class MemoryRows(NamedTuple):
@@ -129,3 +130,42 @@ def _cluster_means(unit: Tensor, most: int) -> tuple[Tensor, Tensor]:
     sizes = torch.bincount(nearest, minlength=most)
     filled = sizes > 0  # a cluster can become empty
     return sums[filled] / sizes[filled, None], sizes[filled].float()
+
+
+def leave_one_out(
+    features: Tensor,
+    labels: Tensor,
+    origin: Tensor,
+    chosen: Tensor,
+    rows: Tensor,
+    classes: int,
+    taus: tuple[float, ...],
+) -> Tensor:
+    """log p(x|c) of images in a memory of labelled images, without the image itself: [T,B,C] float32, for each of `taus`.
+
+    features: [N,D] and labels: [N] int64, of all images. origin: [N] int64; an image is not compared with rows of its own
+    origin, such as copies of it or images of its sequence. chosen: [B] int64, the images. rows: [K] int64, the images that
+    are rows; see `choose_rows`. A class without another row has the value -inf.
+    """
+    unit = F.normalize(features[rows].float(), dim=1)
+    row_class, row_origin = labels[rows], origin[rows]
+    parts = []
+    for part in chosen.split(BATCH):
+        cosines = F.linear(F.normalize(features[part].float(), dim=1), unit)
+        own = row_origin == origin[part][:, None]
+        compared = torch.zeros(len(part), classes).index_add(1, row_class, (~own).float())
+        cosines = cosines.masked_fill(own, -torch.inf)
+        mixtures = [log_mixture(cosines, torch.zeros(len(rows)), row_class, classes, tau) for tau in taus]
+        parts.append((torch.stack(mixtures) - compared.log()).masked_fill(compared == 0, -torch.inf))
+    return torch.cat(parts, 1)
+
+
+def choose_rows(labels: Tensor, classes: int, limit: int) -> Tensor:
+    """Images that are rows of a memory of at most `limit` rows, int64 [K]: all of small classes, a sample of large ones.
+
+    All classes have the same maximum, as in `rows_per_class`, which raises ValueError for a limit below the classes.
+    """
+    budget = rows_per_class(torch.bincount(labels, minlength=classes).tolist(), limit)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    own = [shuffled[labels[shuffled] == label][:most] for label, most in enumerate(budget) if most]
+    return torch.cat(own).sort().values

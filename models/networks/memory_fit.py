@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.networks.memory import MemoryRows, log_mixture
+from models.networks.memory import BATCH, MemoryRows, leave_one_out, log_mixture
 
 TAUS = tuple(float(tau) for tau in np.geomspace(0.03, 0.2, 8))
 LARGEST_SCALE = 100.0  # of weight / tau, the limit of CLIP; reached when the memory classifies every image correctly
@@ -17,7 +17,7 @@ LEAST_WEIGHT = 0.1  # for a memory alone: with weight 0, all its logits would be
 MINIMUM_IMAGES = 30  # with one image in each of two classes, one mistake gave weight 0, no mistake the largest weight
 BISECTIONS = 40
 VALUES = 2**22  # largest number of log-likelihoods for one tau; images above it are not used
-BATCH = 256
+LEAST_LOG = -1e4  # for a class without rows, whose log-likelihood is -inf
 DEFAULT_TAU = 0.07  # with too few validation images: the temperature of the GML loss in the paper
 
 
@@ -48,6 +48,10 @@ def fit_memory(
     features, labels, logits = features[used], labels[used], logits[used].double()
     share = class_shares(labels, logits.shape[1])
     mixtures = _mixtures(stored, features, logits.shape[1])
+    return _best_fit(logits, mixtures, labels, share, least_weight)
+
+
+def _best_fit(logits: Tensor, mixtures: Tensor, labels: Tensor, share: Tensor, least_weight: float) -> MemoryFit:
     fits = []
     for tau, mixture in zip(TAUS, mixtures, strict=True):
         bounds = least_weight, LARGEST_SCALE * tau
@@ -55,6 +59,23 @@ def fit_memory(
         losses = F.cross_entropy(logits + weight * mixture, labels, reduction="none")
         fits.append(MemoryFit(tau, weight, float((share * losses).sum()), len(labels)))
     return min(fits, key=lambda fit: fit.loss or 0.0)
+
+
+def fit_leave_one_out(features: Tensor, labels: Tensor, origin: Tensor, rows: Tensor, classes: int) -> MemoryFit:
+    """Find tau and weight of a memory alone, without validation images: each image is left out.
+
+    Arguments as in `leave_one_out`. As `fit_memory`, with images whose class has another row; with fewer than
+    MINIMUM_IMAGES of them the defaults.
+    """
+    used = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    used = used[: max(MINIMUM_IMAGES, VALUES // classes)]
+    mixtures = leave_one_out(features, labels, origin, used, rows, classes, TAUS)
+    known = mixtures[0].gather(1, labels[used][:, None])[:, 0].isfinite()
+    used, mixtures = used[known], mixtures[:, known].clamp(min=LEAST_LOG)
+    if len(used) < MINIMUM_IMAGES:
+        return MemoryFit(DEFAULT_TAU, 1.0, None, len(used))
+    share, zeros = class_shares(labels[used], classes), torch.zeros(len(used), classes, dtype=torch.float64)
+    return _best_fit(zeros, mixtures, labels[used], share, LEAST_WEIGHT)
 
 
 def class_shares(labels: Tensor, classes: int) -> Tensor:

@@ -31,17 +31,20 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """CIFAR ResNet: 3x3 stem of 16 channels, stages of 16/32/64 channels; the 64-d feature is the pooled last ReLU output."""
+    """CIFAR ResNet: 3x3 stem of 16 channels, stages of 16/32/64 channels; the 64-d feature is the pooled last ReLU output.
+
+    widths: channels of the three stages.
+    """
 
     feature_dim = WIDTHS[-1]
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, widths: tuple[int, int, int] = WIDTHS) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
         layers: list[nn.Module] = []
-        planes = WIDTHS[0]
-        for stage, width in enumerate(WIDTHS):
+        planes = widths[0]
+        for stage, width in enumerate(widths):
             for block in range(blocks):
                 layers.append(BasicBlock(planes, width, 2 if stage > 0 and block == 0 else 1))
                 planes = width
@@ -51,7 +54,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images [B,3,H,W] → features [B,64], non-negative and unnormalised."""
+        """Normalised images [B,3,H,W] → features [B,widths[-1]], non-negative and unnormalised."""
         maps: Tensor = self.blocks(conv_bn_relu(x, self.conv1, self.bn1))
         return maps.mean(dim=(2, 3))
 

@@ -23,11 +23,14 @@ from models.objectives.accumulation import WholeBatch
 class Objective(nn.Module):
     """Base of the objectives; each method has a default that suits a loss without memory. Subclasses define `forward`.
 
-    model: the trained network. views: number of views of each image that a step needs.
+    model: the trained network. views: number of views of each image that a step needs. companion: power of a ClassSampler that
+    draws a second batch in each step; None: no second batch. The images of both then alternate: rows 0, 2, 4, ... are the
+    batch, rows 1, 3, 5, ... the second one, so that ranks and micro-batches have equal parts of both.
     """
 
     model: ImageClassifier
     views: int = 1
+    companion: float | None = None
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Start the 0-based epoch out of `epochs`. May only write into buffers: a captured step replays them. Nothing here."""

@@ -63,7 +63,7 @@ def turned_hue(values: Tensor, degrees: Tensor) -> Tensor:
     )
     sector = sector + degrees[:, 0] / 60
     # https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
-    shift = torch.tensor([5.0, 3.0, 1.0], device=values.device)[:, None, None]
+    shift = 5 - 2 * torch.arange(3, device=values.device)[:, None, None]
     place = (sector[:, None] + shift) % 6
     return high[:, None] - spread[:, None] * torch.minimum(place, 4 - place).clamp(0, 1)
 

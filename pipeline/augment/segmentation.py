@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.augment.crops import resize_axis
 from pipeline.augment.photometric import apply_photometric, draw_photometric
-from pipeline.augment.views import Draws
+from pipeline.augment.views import Draws, one_thread
 from pipeline.params import SegmentationAugmentParams
 
 ATTEMPTS = 10
@@ -61,10 +61,23 @@ def apply_crops(
     draws: of `draw_crops`, on the same device. sizes: int64 [B,2], height and width of each image if the tensors are
     padded at the bottom and at the right; None: the tensors have no padding. mean: colour in 0..1 of the padding.
     """
-    table = draws.tables[0][0]
+    with one_thread(images.device):
+        return _apply(images, labels, draws.tables[0][0], params, sizes, mean, ignored)
+
+
+def _apply(
+    images: Tensor,
+    labels: Tensor,
+    table: Tensor,
+    params: SegmentationAugmentParams,
+    sizes: Tensor | None,
+    mean: tuple[float, float, float],
+    ignored: int,
+) -> tuple[Tensor, Tensor]:
     if sizes is None:
-        sizes = torch.tensor(labels.shape[1:], device=labels.device).expand(len(labels), 2)
-    height, width = sizes.unbind(1)
+        height, width = (torch.full((len(labels),), side, device=labels.device) for side in labels.shape[1:])
+    else:
+        height, width = sizes.unbind(1)
     crop = choose_crops(labels, height, width, table, params, ignored)
     rows, valid_rows = _positions(crop.top, crop.height, params.crop[0], torch.zeros_like(crop.flipped))
     columns, valid_columns = _positions(crop.left, crop.width, params.crop[1], crop.flipped)
@@ -74,7 +87,8 @@ def apply_crops(
     if params.photometric:
         cut = apply_photometric(cut[0], table[:, 2 * ATTEMPTS + 2 :])[None]
     valid = valid_rows[:, :, None] & valid_columns[:, None, :]
-    fill = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8, device=images.device)
+    # Filled on the device: a captured step may not copy from the host.
+    fill = torch.stack([torch.full((), round(255 * v), dtype=torch.uint8, device=images.device) for v in mean])
     own = _nearest(labels, rows, crop.height, height, columns, crop.width, width)
     return torch.where(valid[:, None], cut, fill[:, None, None]), own.masked_fill(~valid, ignored)
 
@@ -90,8 +104,8 @@ def choose_crops(
     factor = table[:, 0]
     if params.scale:
         long, short = params.scale
-        fit = torch.minimum(long / torch.maximum(height, width), short / torch.minimum(height, width))
-        factor = factor * fit.double()
+        sides = torch.stack([height, width]).double()
+        factor = factor * torch.minimum(long / sides.amax(0), short / sides.amin(0))
     tall, wide = ((side * factor + 0.5).long().clamp(min=1) for side in (height, width))
     chance = table[:, 1 : 2 * ATTEMPTS + 1].unflatten(1, (2, ATTEMPTS))
     corners = [

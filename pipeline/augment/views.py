@@ -54,7 +54,7 @@ def draw_views(
 
     View 0 is the classifier view (params.policy), the others are contrast views (params.contrast_policy).
     """
-    with _one_thread(torch.device("cpu")):
+    with one_thread(torch.device("cpu")):
         tables = [
             _draw_table(policy, members * count, height, width, params, generator).view(members, count, -1)
             for policy, members in _runs(views, params)
@@ -69,7 +69,7 @@ def apply_views(images: Tensor, draws: Draws, params: AugmentParams) -> Tensor:
     `cut_boxes`.
     """
     parts, first = [], 0
-    with _one_thread(images.device):
+    with one_thread(images.device):
         for (policy, members), table in zip(_runs(draws.views, params), draws.tables, strict=True):
             own = images[:, first : first + members].transpose(0, 1) if images.dim() == 5 else images
             parts.append(_apply_table(own, table, plan_of(policy, params), params))
@@ -95,7 +95,8 @@ def cut_boxes(draws: Draws, height: Tensor, width: Tensor, params: AugmentParams
 
 
 @contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Context in which torch uses one thread, for the CPU; no change for another device."""
     # Augmentation is some hundred small operations. On idle cores several threads save a few ms; on busy cores they
     # wait for one another by spinning, which takes a hundred times as long as the operations.
     threads = torch.get_num_threads()

@@ -12,7 +12,8 @@ from pipeline.commands.encoders import encoders
 from pipeline.commands.evaluation import compare, gate, shifted_priors
 from pipeline.commands.experiments import experiments
 from pipeline.commands.init import init, new, recipe
-from pipeline.commands.retrain import history, ingest, retrain, schedule
+from pipeline.commands.methods import app as methods
+from pipeline.commands.retrain import add_class, history, ingest, retrain, schedule
 from pipeline.commands.training import memory, ray_train
 from serving.commands.app import OPERATE, PREPARE, TRAIN, add, app
 from serving.commands.app import main as main
@@ -52,6 +53,7 @@ add(ingest, PREPARE, "Example: tailor ingest --drop data/drop --json | jq .quara
 add(encoders, PREPARE, "Example: tailor encoders efficientnet_lite0 --measure")
 add(memory, TRAIN, MEMORY)
 add(ray_train, TRAIN, RAY_TRAIN)
+app.add_typer(methods, name="methods", rich_help_panel=TRAIN)
 add(
     compare,
     TRAIN,
@@ -61,6 +63,11 @@ add(experiments, TRAIN, "Example: tailor experiments --all-commits --json | jq '
 add(shifted_priors, TRAIN, "Example: tailor shifted-priors --draws 100 --output artifacts/shift.csv")
 add(gate, OPERATE, GATE)
 add(retrain, OPERATE, "Example: tailor retrain --because 'labels of class 7 were corrected'")
+add(
+    add_class,
+    OPERATE,
+    "Example: tailor add-class fox photos/fox --held-out 10",
+)
 add(schedule, OPERATE, "Example: tailor schedule --cron '0 3 * * *' --timezone Europe/London")
 add(history, OPERATE, "Example: tailor history --json | jq '.versions[] | {version, state, data_sha256}'")
 add(doctor, OPERATE, "Example: tailor doctor --json | jq '.[] | select(.state != \"ok\")'")

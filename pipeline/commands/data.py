@@ -1,4 +1,4 @@
-"""`tailor data check` and `tailor data pack`: check a data set before training, and pack it into Parquet shards."""
+"""`tailor data`: check a data set, pack it into shards, list suspected labels and the images to label next."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.commands.options import ParamsOption
 from pipeline.shared.artifacts import PARAMS_FILE
 from pipeline.shared.errors import ParamsError
 from serving.commands.options import AsJson, Debug
-from serving.shared.terminal import Console, print
+from serving.shared.terminal import Console, counted, print
 
 if TYPE_CHECKING:
     from pipeline.preparation.check import DataReport
@@ -36,6 +36,18 @@ Examples:
 
 After an interruption the same command resumes after the last whole shard. It prints the lines for params.yaml that read
 the pack."""
+SUSPECTS = """\b
+Examples:
+  tailor data suspects                        pictures in artifacts/suspects/index.html, all rows in suspects.csv
+  tailor data suspects --json | jq .suspects
+
+Needs the stored features of an encoder (`dvc repro embed`), or without an encoder the trained student. Changes nothing."""
+NEXT = """\b
+Examples:
+  tailor data next photos/unlabelled --budget 200 --for few
+  tailor data next photos/unlabelled --for 'sea otter'
+
+Then put the chosen images into class folders below data/drop, and run `tailor ingest`."""
 JobsOption = Annotated[
     int | None, typer.Option(min=1, max=1024, metavar="N", help="Images read at a time; by the cores if not given.")
 ]
@@ -43,7 +55,7 @@ JobsOption = Annotated[
 app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Check a data set, or pack it into a few shards.",
+    help="Check a data set, pack it into shards, find wrong labels and the images to label next.",
     epilog="Example: tailor data check, then: tailor data pack data/packed",
 )
 
@@ -131,3 +143,77 @@ def pack(
     else:
         print(f"data pack: {packed}")
         print(packed.params_yaml())
+
+
+@app.command(epilog=SUSPECTS)
+def suspects(
+    output: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("artifacts/suspects"),
+    show: Annotated[int, typer.Option(min=0, max=2000, help="Pictures of each shot group on the page.")] = 60,
+    params: ParamsOption = PARAMS_FILE,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the images that look more like another class than like the class of their label."""
+    from pipeline.labels.features import FeatureNetwork, labelled_images
+    from pipeline.labels.pages import write_suspects
+    from pipeline.labels.suspects import by_group, find_suspects
+    from pipeline.params import load_params
+    from pipeline.sources import open_reader
+
+    recipe = load_params(params)
+    network = FeatureNetwork(recipe)
+    images = labelled_images(network)
+    listed, fit = find_suspects(images)
+    about = f"Features of {network.name}; tau {fit.tau:.3g}, weight {fit.weight:.3g}."
+    write_suspects(output, listed, images, open_reader(recipe.data), show, about)
+    numbers = {group: len(members) for group, members in by_group(listed).items()}
+    if as_json:
+        result = {"output": str(output), "images": len(images.labels), "suspects": numbers, "features": network.name}
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        groups = ", ".join(f"{number:,} {group}" for group, number in numbers.items())
+        total = counted(len(images.labels), "image")
+        print(f"data suspects: {len(listed):,} of {total} ({groups}) → {output / 'index.html'}")
+
+
+@app.command("next", epilog=NEXT)
+def label_next(
+    folder: Annotated[Path, typer.Argument(help="Folder of unlabelled images, at any depth.", show_default=False)],
+    budget: Annotated[int, typer.Option(min=1, max=100_000, help="Number of images to choose.")] = 200,
+    wanted: Annotated[
+        str, typer.Option("--for", metavar="GROUP|CLASS", help="few, medium, many, all, or the name of a class.")
+    ] = "few",
+    output: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("artifacts/next"),
+    params: ParamsOption = PARAMS_FILE,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Rank unlabelled images by what their labels would add to the small classes, and by how they differ."""
+    from pipeline.labels.features import FeatureNetwork, known_hashes, labelled_images
+    from pipeline.labels.next_images import choose_images, wanted_classes
+    from pipeline.labels.pages import write_next
+    from pipeline.params import load_params
+    from serving.client.images import image_files
+
+    if not folder.is_dir():
+        raise ParamsError(f"{folder}: is not a folder; expected one with images")
+    recipe = load_params(params)
+    network = FeatureNetwork(recipe)
+    images = labelled_images(network, ["train"])
+    classes = wanted_classes(wanted, images)
+    pool, files, skipped = network.of_files(image_files(folder), set(known_hashes()))
+    choices = choose_images(images, pool, classes, budget)
+    write_next(output, choices, files, images.classes, wanted, f"Features of {network.name}.")
+    expected = sum(choice.hit for choice in choices)
+    if as_json:
+        result = {
+            "output": str(output), "images": len(files), "skipped": len(skipped), "chosen": len(choices),
+            "expected_wanted": expected, "files": [str(files[choice.index]) for choice in choices],
+        }  # fmt: skip
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        left_out = f"; {len(skipped):,} skipped, the first: {next(iter(skipped.values()))}" if skipped else ""
+        print(
+            f"data next: {len(choices):,} of {counted(len(files), 'image')}, about {expected:.0f} of {wanted}{left_out} → "
+            f"{output / 'index.html'}"
+        )

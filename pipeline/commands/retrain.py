@@ -1,4 +1,4 @@
-"""`tailor ingest`, `retrain`, `schedule` and `history`: add images, retrain and promote, list published versions."""
+"""`tailor ingest`, `retrain`, `add-class`, `schedule` and `history`: add images and classes, retrain, list versions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from pipeline.commands.options import ParamsOption, RepositoryOption, repository_of
-from pipeline.shared.artifacts import PARAMS_FILE
+from pipeline.shared.artifacts import EXPORT, PARAMS_FILE
+from pipeline.shared.errors import ParamsError
 from serving.commands.options import AsJson, Debug, print_json
 from serving.promotion.history import history_table, read_history
 from serving.shared.terminal import Console, cell, print
@@ -124,3 +125,42 @@ def history(
         print_json(versions.as_mapping())
     else:
         Console().print(history_table(versions, wide))
+
+
+def add_class(
+    name: Annotated[str, typer.Argument(help="Name of the new class.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder of its images, at any depth.", show_default=False)],
+    export: Annotated[Path, typer.Option(help="Release to which the class is added.")] = EXPORT,
+    output: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("artifacts/added_class"),
+    held_out: Annotated[int, typer.Option(min=1, help="Images that test the class; at most half.")] = 5,
+    margin: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest fall of the old classes' balanced accuracy on the test split.")
+    ] = 0.01,
+    floor: Annotated[
+        float, typer.Option(min=0, max=1, help="Least share of held-out images that are recognised.")
+    ] = 0.5,
+    params: ParamsOption = PARAMS_FILE,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Add a class to the release without training; the next retraining learns it.
+
+    The mean feature of its images becomes one more row of the cosine classifier. If the old classes keep their accuracy and
+    the held-out images are recognised, the new release is written with a repository of its own, and the images are ingested.
+    Exit status 1 if the gate refuses.
+    """
+    from pipeline.onnx_export import added_class
+    from pipeline.params import load_params
+    from serving.client.images import image_files
+
+    if not folder.is_dir():
+        raise ParamsError(f"{folder}: is not a folder; expected one with images of the class")
+    rules = added_class.Rules(held_out, margin, floor)
+    result = added_class.add_class(load_params(params), name, image_files(folder), export, output, rules)
+    if as_json:
+        print_json(asdict(result))
+    else:
+        print(f"add-class: {result}")
+        if result.promote:
+            print(f"ingest: {result.ingested}\nserve it: tailor serve --repository {result.output}/repository")
+    return 0 if result.promote else 1

@@ -21,7 +21,8 @@ from pipeline.onnx_export.graph import TRACED_BATCH, ServedStudent, example_imag
 from pipeline.shared.errors import StageError
 
 FLOAT16_MAX = 65504.0  # largest finite float16 number
-# Operators that stay float32, as in training: norms and softmax. A batch norm after a convolution is folded into it.
+# Operators that stay float32, as in training: norms and softmax, and the length of a feature, whose sum of squares can be
+# out of range. A batch norm after a convolution is folded into it.
 FLOAT32_OPERATORS = [
     "BatchNormalization",
     "GroupNormalization",
@@ -29,6 +30,7 @@ FLOAT32_OPERATORS = [
     "LayerNormalization",
     "LogSoftmax",
     "RMSNormalization",
+    "ReduceL2",
     "Softmax",
 ]
 REMEDY = "keep export.precision at float32"

@@ -6,11 +6,18 @@ import io
 from pathlib import Path
 from typing import Any
 
-from pipeline.params import parse_params, read_yaml
+from pipeline.params import Params, parse_params, read_yaml
 from pipeline.shared.errors import ParamsError
 
 EXTENDS = "extends"
-BY_KIND = ("teacher.loss", "teacher.classifier", "student.loss", "student.classifier", "student.contrast")
+BY_KIND = (
+    "teacher.loss",
+    "teacher.classifier",
+    "student.loss",
+    "student.classifier",
+    "student.contrast",
+    "student.experts",
+)
 RECIPES = Path(__file__).with_name("recipes")  # in the repository a symbolic link to recipes/ at the root
 
 
@@ -30,6 +37,14 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
     if params.encoder is not None:
         _complete(document, "encoder", params.encoder.model_dump(mode="json"))
     return dump_document(document), lines
+
+
+def with_overlay(params: Params, overlay: Path) -> Params:
+    """Params with the values of an overlay and of the files that it extends; writes no file. Raises as `apply_recipe`."""
+    content = params.model_dump(mode="json")
+    path = find_recipe(overlay)
+    _merge(content, resolve(path, set()), "")
+    return parse_params(content, overlay)
 
 
 def _complete(document: Any, name: str, values: dict[str, Any]) -> None:
@@ -100,6 +115,8 @@ def _lists_on_one_line(mapping: Any) -> None:
 def resolve(overlay: Path, applied: set[Path], below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Merge an overlay's values over those of the files in its `extends`: one path or a list, relative to the overlay.
 
+    A path `recipes/...` beside the overlay may be one of the package.
+
     Each file is applied once: a file in `applied` is skipped, so that it cannot undo later values; files read here are
     added to `applied`. below: the overlays that extend this one. Raises ParamsError for an overlay that cannot be read,
     that extends itself, or that extends a path that is not a file.
@@ -111,7 +128,7 @@ def resolve(overlay: Path, applied: set[Path], below: tuple[Path, ...] = ()) -> 
         raise ParamsError(f"{overlay}: {EXTENDS} is {named!r}; expected a file name or a list of them")
     values: dict[str, Any] = {}
     for parent in parents:
-        path = overlay.parent / parent
+        path = find_recipe(overlay.parent / parent)
         if not path.is_file():
             raise ParamsError(f"{overlay}: {EXTENDS} is {parent!r}, but there is no file {path}")
         if path.resolve() in (overlay.resolve(), *below):

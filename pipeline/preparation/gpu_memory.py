@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -61,47 +62,72 @@ def estimate_memory(params: Params, stage: str, prior: Prior) -> MemoryEstimate:
 
     Raises ParamsError as the stage does.
     """
+    with fake_step(params, stage, prior) as step:
+        live = LiveMemory()
+        _declare_state(live, step)
+        live.follow_gradients(step.objective.parameters())
+        with live:
+            views, target, chosen = fake_batch(step, params, stage)
+            live.declare("views", [views])
+            with _label_saved_tensors(live, step.objective):
+                step.descend(views, target, chosen, None)
+    section, size = getattr(params, stage), params.image.size
+    originals = cuts_originals(step.objective.views, section.augment)
+    pixels = int(enough_pixels(params.image, section.augment.crop_scale)) if originals else size * size
+    images = sum(prior.counts) * 3 * pixels
+    return MemoryEstimate(live.peak, live.at_peak, dict(live.largest), images, originals)
+
+
+@contextlib.contextmanager
+def fake_step(params: Params, stage: str, prior: Prior, encoder: dict[str, Any] | None = None) -> Iterator[Step]:
+    """Context with the step of stage `teacher` or `student` on fake tensors, as on CUDA in one process.
+
+    encoder: record of the frozen encoder whose stored features are the inputs; None: images. Raises ParamsError as the
+    stage does.
+    """
     check_recipe(params.teacher, params.student, prior)
     try:
         with torch.device("meta"):
-            objective, average = _build_modules(params, stage, prior)
+            objective, average = _build_modules(params, stage, prior, encoder)
     except NotImplementedError:  # a network that computes its widths with tensors: torchvision's RegNet
-        objective, average = _build_modules(params, stage, prior)
+        objective, average = _build_modules(params, stage, prior, encoder)
     # Fake tensors with device "cpu", because autocast does not support meta tensors.
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in filter(None, (objective, average)):
             _to_fake_tensors(module.to(memory_format=torch.channels_last))
         # The average exists already, because fake tensors cannot be deep-copied.
         section = getattr(params, stage).model_copy(update={"ema_decay": 0.0})
-        size, batch = params.image.size, section.batch_size
+        size = params.image.size
         no_images = Images(torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0).long(), [], [], None)
         precision = precision_of(params.engine, torch.device("cuda"))
         recompute = params.engine.checkpoint_activations
         step = Step(objective, section, params.image, no_images, torch.device("cpu"), precision, recompute)
         step.average = average
-        live = LiveMemory()
-        _declare_state(live, step)
-        live.follow_gradients(objective.parameters())
-        with live:
-            views = torch.zeros(objective.views, batch, 3, size, size, dtype=torch.uint8)
-            target, chosen = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
-            live.declare("views", [views])
-            with _label_saved_tensors(live, objective):
-                step.descend(views, target, chosen, None)
-    originals = cuts_originals(objective.views, section.augment)
-    pixels = int(enough_pixels(params.image, section.augment.crop_scale)) if originals else size * size
-    images = sum(prior.counts) * 3 * pixels
-    return MemoryEstimate(live.peak, live.at_peak, dict(live.largest), images, originals)
+        yield step
 
 
-def _build_modules(params: Params, stage: str, prior: Prior) -> tuple[Objective, WeightAverage | None]:
-    objective, decay = new_objective(params, stage, prior), getattr(params, stage).ema_decay
+def fake_batch(
+    step: Step, params: Params, stage: str, encoder: dict[str, Any] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Views, labels and indices of a batch for `step.descend`, within `fake_step` of the same arguments."""
+    batch, size = getattr(params, stage).batch_size, params.image.size
+    batch *= 1 if step.objective.companion is None else 2
+    shape, dtype = ((3, size, size), torch.uint8) if encoder is None else ((encoder["width"],), torch.float16)
+    views = torch.zeros(step.objective.views, batch, *shape, dtype=dtype)
+    return views, torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
+
+
+def _build_modules(
+    params: Params, stage: str, prior: Prior, encoder: dict[str, Any] | None
+) -> tuple[Objective, WeightAverage | None]:
+    objective, decay = new_objective(params, stage, prior, encoder), getattr(params, stage).ema_decay
     return objective, WeightAverage(objective.model, decay) if decay else None
 
 
-def new_objective(params: Params, stage: str, prior: Prior) -> Objective:
+def new_objective(params: Params, stage: str, prior: Prior, encoder: dict[str, Any] | None = None) -> Objective:
     """The objective of a stage with random weights, also in a student's teacher; memory depends on sizes only."""
-    configs = [model_config(section, params.image, len(prior.classes)) for section in (params.teacher, params.student)]
+    sections, classes = (params.teacher, params.student), len(prior.classes)
+    configs = [model_config(section, params.image, classes, encoder) for section in sections]
     if stage == "teacher":
         return TeacherObjective(
             build_model(configs[0], "teacher.backbone"),

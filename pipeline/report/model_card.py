@@ -63,6 +63,9 @@ LOSSES = {
     "cross_entropy": "cross-entropy", "focal": "focal loss", "sigmoid_focal": "sigmoid focal loss", "ldam": "LDAM",
     "smoothing": "cross-entropy with label smoothing", "lade": "LADE",
 }  # fmt: skip
+CONTRASTS = {
+    "supcon": "SupCon", "bcl": "BCL", "paco": "PaCo", "gpaco": "GPaCo", "kcl": "KCL", "proco": "ProCo", "crd": "CRD",
+}  # fmt: skip
 
 
 def model_card(
@@ -104,7 +107,7 @@ def model_facts(
     encoder: the record of the pretrained encoder, frozen or tuned; None for a network without one. memory:
     ModelConfig.memory of the student; second_stage: ModelConfig.second_stage.
     """
-    network, facts = student.backbone, []
+    network, facts = student.backbone + describe_experts(student), []
     classifier = f"a {student.classifier.kind} classifier of {counted(len(prior.classes), 'class')}"
     trained = describe_training(teacher, student, encoder)
     if second_stage:
@@ -126,7 +129,7 @@ def model_facts(
     if memory:
         facts.append(("Memory of training features", describe_memory(memory)))
     return [
-        ("Network", f"{network} with {classifier}"),
+        ("Network", f"{network} {'and' if student.experts else 'with'} {classifier}"),
         ("Training", trained),
         ("Input", f"RGB, uint8, {size}x{size}; normalisation is inside the graph"),
         ("Output", "logits of every class; strength 0 is for a balanced target prior, 1 for the training prior"),
@@ -135,12 +138,29 @@ def model_facts(
     ]
 
 
+def describe_experts(student: StudentParams) -> str:
+    """Describe how many experts a student's network has and what they share, such as ` with 3 experts on one trunk`."""
+    if student.experts is None:
+        return ""
+    shared = {
+        "early": " on one trunk",
+        "late": " after one trunk",
+        "map": " on one feature map",
+        "nothing": ", each a whole network,",
+    }
+    return f" with {student.experts.count} experts{shared[student.experts.shared]}"
+
+
 def describe_training(teacher: TrainingParams, student: StudentParams, encoder: dict[str, Any] | None) -> str:
     """Describe a student's epochs, its loss terms with a weight above 0, and the teacher if one of them needs it."""
+    if student.experts:
+        names = {"ride": "RIDE", "sade": "SADE", "ncl": "NCL", "reslt": "ResLT", "bbn": "BBN"}
+        return f"{counted(student.epochs, 'epoch')} with the loss of {names[student.experts.kind]}"
     loss = LOSSES[student.loss.kind]
     adjusted = f"logit-adjusted {loss}" if student.adjustment else loss
     gml = "the GML loss (ICML 2023, Mutual Information Maximization between Latent Features and Ground-Truth Labels)"
-    terms = [name for name, weight in ((adjusted, student.gamma), (gml, student.beta)) if weight]
+    contrast = gml if student.contrast.kind == "gml" else CONTRASTS[student.contrast.kind]
+    terms = [name for name, weight in ((adjusted, student.gamma), (contrast, student.beta)) if weight]
     distilled = ["distillation"] if student.alpha else []
     needed = student.alpha or (student.beta and student.contrast_encoder == "teacher")
     network = f"classifier on frozen {encoder['name']}" if encoder else teacher.backbone

@@ -26,14 +26,15 @@ def render_page(template: str, data: Mapping[str, Any], **context: Any) -> str:
 
     data: JSON for page.js, with `figures` (name → plotly figure). Templates escape their values, `data` cannot end its
     script element, and the page's Content-Security-Policy allows only its two scripts, by hash, and no requests.
-    Without the package plotly, as on a training machine, the page has no charts and a note about it.
+    Without the package plotly, as on a training machine, the page has no charts and a note about it. Without figures it
+    does not contain plotly.js.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"percent": percent, "points": points, "number": "{:,}".format}
-    charts, script = plotly_js(), (FOLDER / "page.js").read_text(encoding="utf-8")
+    charts, script = plotly_js() if data["figures"] else "", (FOLDER / "page.js").read_text(encoding="utf-8")
     return environment.get_template(template).render(
         **context,
         data=as_script(data),

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.class_sampler import ClassSampler
 from models.networks.autocast import full_precision
 from models.networks.cosine_classifier import ImageClassifier
-from models.second_stage.fitting import ClassSampler
 from pipeline.augment import apply_views, draw_views
 from pipeline.data.dataset import AnyImages, evaluation_images, normalise, training_images
 from pipeline.features.stored import (
@@ -29,19 +29,18 @@ from pipeline.params import Params
 from pipeline.shared.artifacts import sha256_of, sha256_of_json
 from pipeline.shared.errors import ParamsError
 from pipeline.shared.fingerprint import sha256_of_sources
+from pipeline.shared.progress import progress_bar
 
 SHIFT_BATCH = 128
 LEAST_SHIFT_STEPS = 20
 
 
-def training_features(
-    model: ImageClassifier, params: Params, student: Path, output: Path, seed: int
-) -> tuple[Tensor, Tensor]:
+def training_features(model: ImageClassifier, params: Params, student: Path, seed: int) -> tuple[Tensor, Tensor]:
     """Features float16 [N,V,D] and labels int64 [N] of the training images under `model`, on the CPU.
 
     student: folder that `model` was loaded from. With a frozen encoder, the V views are the image and its stored views.
     Otherwise each image goes through the network in classifier.views views of student.augment; these features are stored
-    beside `output`, and used again for the same student, images and views. With classifier.shift_batch_norm the model's
+    beside `student`, and used again for the same student, images and views. With classifier.shift_batch_norm the model's
     statistics of batch norm are estimated first. Raises ParamsError if it has no batch norm.
     """
     if takes_features(params, "student"):
@@ -52,7 +51,7 @@ def training_features(
     if section.shift_batch_norm:
         shift_batch_norm(model, views, seed)
         return views.features(model, section.views), views.labels
-    path, hashes = output.with_name(f".{output.name}.features") / "train.safetensors", split_hashes("train")
+    path, hashes = student.with_name(f".{student.name}.features") / "train.safetensors", split_hashes("train")
     key = sha256_of_json(
         {
             "student": sha256_of(student / WEIGHTS), "image": params.image.model_dump(mode="json"), "seed": seed,
@@ -99,9 +98,16 @@ class TrainingViews:
 
     def features(self, model: ImageClassifier, views: int) -> Tensor:
         """Features float16 [N,V,D] of all images, of max(views, 1) views each."""
-        batches = torch.arange(len(self.labels)).split(EVALUATION_BATCH)
-        passes = [torch.cat([_features(model, self.draw(chosen)) for chosen in batches]) for _ in range(max(views, 1))]
-        return torch.stack(passes, 1)
+        batches, times = torch.arange(len(self.labels)).split(EVALUATION_BATCH), max(views, 1)
+        with progress_bar(unit="images") as progress:
+            bar = progress.add_task("features", total=times * len(self.labels), rate="")
+
+            def one(chosen: Tensor) -> Tensor:
+                features = _features(model, self.draw(chosen))
+                progress.update(bar, advance=len(chosen))
+                return features
+
+            return torch.stack([torch.cat([one(chosen) for chosen in batches]) for _ in range(times)], 1)
 
 
 @torch.no_grad()

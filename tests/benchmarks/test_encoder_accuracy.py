@@ -94,7 +94,7 @@ def test_a_classifier_of_features_finds_separable_classes_on_validation_and_test
     assert (logits[0].argmax(1) == targets.numpy()).all() and (logits[1].argmax(1) == expected.numpy()).all()
 
 
-def test_knn_weighs_a_vote_by_the_cosine_and_divides_by_the_images_of_its_class():
+def test_knn_weighs_a_vote_by_the_cosine_and_divides_by_the_images_of_its_class():  # pragma: allowlist secret
     train, labels = torch.tensor([[1.0, 0], [1, 0], [0.8, 0.6]]), torch.tensor([0, 0, 1])
     image = torch.tensor([[0.96, 0.28]])  # cosine .96 to class 0, .936 to class 1
     logits, _ = knn(train, labels, image, torch.tensor([0]), image, 2)

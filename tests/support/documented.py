@@ -115,7 +115,8 @@ def check_tailor(words: list[str]) -> None:
     name, *arguments = words
     command: Any = program.get_command(context, name)
     assert command is not None, f"tailor has no command {name}"
-    if isinstance(command, click.Group) or hasattr(command, "get_command"):
+    alone = getattr(command, "invoke_without_command", False) and (not arguments or arguments[0].startswith("--"))
+    if not alone and (isinstance(command, click.Group) or hasattr(command, "get_command")):
         context, (name, *arguments) = command.make_context(name, [], parent=context, resilient_parsing=True), arguments
         command = command.get_command(context, name)
         assert command is not None, f"tailor {words[0]} has no command {name}"

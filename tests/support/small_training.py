@@ -9,8 +9,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from models.losses.class_loss import FocalLoss, Weighting
-from models.networks.cosine_classifier import CausalClassifier, ImageClassifier
+from models.contrast.kcl import KPositiveContrast
+from models.contrast.memories import FifoQueue
+from models.contrast.proco import ProCo
+from models.experts.backbone import expert_backbone
+from models.losses.class_loss import FocalLoss, LDAMLoss, Weighting
+from models.networks.cosine_classifier import CausalClassifier, ImageClassifier, LinearClassifier
+from models.networks.projection_head import ProjectionHead
+from models.objectives.contrast import ContrastObjective
+from models.objectives.experts import BbnObjective, ExpertsObjective, Ride
+from models.objectives.objective import Objective
 from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
 from models.objectives.teacher import TeacherObjective
@@ -48,13 +56,31 @@ def training_params(**changes) -> TrainingParams:
     return TrainingParams(**{**values, **changes})
 
 
-def made_objective(stage: str, seed: int = 0) -> TeacherObjective | StudentObjective:
-    """Return the objective of a stage, initialised from a seed. `momentum`: a student with a momentum encoder; `deferred`: a
-    teacher with class weights in the second half of the epochs and a causal classifier."""
+def made_objective(stage: str, seed: int = 0) -> Objective:
+    """Return the objective of a stage, initialised from a seed.
+
+    `momentum`: a student with a momentum encoder. `deferred`: a teacher with class weights in the second half of the epochs
+    and a causal classifier. `experts`: a student of two experts, with class weights in the second half. `bbn`: a student that
+    draws a second batch. `proco`, `kcl`: a student with that contrast term.
+    """
     log_prior = torch.tensor([0.6, 0.3, 0.1]).log()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if stage == "experts":
+            model = ImageClassifier(expert_backbone("resnet20", 2, "early", narrow=True), 3, 1 / 30)
+            loss = LDAMLoss(log_prior, 0.0, (6, 3, 1), 30, weighting=Weighting((6, 3, 1), 0.9, 0.5))
+            return ExpertsObjective(model, Ride(loss, reweight=0.5, diversity=0.45))
+        if stage == "bbn":
+            return BbnObjective(
+                ImageClassifier(expert_backbone("resnet20", 2, "late"), 3, 1.0, head=LinearClassifier), -1.0
+            )
         model = ImageClassifier("resnet20", 3, 1 / 30)
+        if stage == "proco":
+            head, weights = ProjectionHead(64, 64, 8), StudentWeights(1.0, 1.0, 0.0, 4.0, 1.0)
+            return ContrastObjective(model, None, log_prior, weights, ProCo(head, log_prior, 8, 0.1))
+        if stage == "kcl":
+            head, weights = ProjectionHead(64, 64, 8), StudentWeights(1.0, 1.0, 0.0, 4.0, 1.0)
+            return ContrastObjective(model, None, log_prior, weights, KPositiveContrast(head, FifoQueue(16, 8)))
         if stage == "deferred":
             loss = FocalLoss(log_prior, 0.0, 1.0, Weighting((6, 3, 1), 0.9, 0.5))
             return TeacherObjective(ImageClassifier("resnet20", 3, 1.0, head=CausalClassifier), log_prior, loss=loss)
@@ -110,7 +136,7 @@ def without_batch_norm(module: nn.Module) -> nn.Module:
 def double_step(stage: str, accumulate: int, augment: AugmentParams) -> Step:
     """Return a float64 step on a network with batch norm only in the key head, which always processes whole queues."""
     objective = made_objective(stage)
-    if stage != "teacher":
+    if stage in ("student", "momentum"):
         # All keys of class 2 are of one image: L_tau omits its queries, in every part of the batch.
         objective.queues.sample_ids[objective.queues.row_class == 2] = 5
     for module in objective.batch_modules():

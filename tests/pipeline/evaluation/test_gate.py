@@ -107,7 +107,7 @@ def on_unequal(predicted):
 
 
 @pytest.mark.parametrize("target", ["balanced", "train"])
-def test_all_weighs_the_classes_by_the_target_prior_as_evaluate_does(target):
+def test_all_weighs_the_classes_by_the_target_prior_as_evaluate_does(target):  # pragma: allowlist secret
     random = np.random.default_rng(4)
     predicted = [np.where(random.random(len(UNEQUAL)) < share, UNEQUAL, 0) for share in (0.5, 0.8)]
     champion, challenger = map(on_unequal, predicted)

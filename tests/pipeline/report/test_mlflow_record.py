@@ -109,6 +109,7 @@ def test_an_unreachable_server_gives_one_line_without_the_password(monkeypatch, 
     )
 
 
+# pragma: allowlist nextline secret
 @pytest.mark.parametrize("database", ["sqlite:///{folder}", "postgresql://me:secret@127.0.0.1:1/runs"])
 def test_an_unreachable_database_or_a_missing_driver_gives_one_line(database, tmp_path, monkeypatch, capsys):
     store = pytest.importorskip("mlflow.store.db.utils", exc_type=ImportError)

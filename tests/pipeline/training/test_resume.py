@@ -45,6 +45,10 @@ RECIPES = {
     "student": {},
     "momentum": {},
     "deferred": {},
+    "proco": {},
+    "kcl": {},
+    "experts": {},  # whose loss changes halfway
+    "bbn": {},  # which draws a second batch
     "averaged": {"ema_decay": 0.9, "augment": AugmentParams(crop_padding=1, flip=True, cutout=2, mix="cutmix")},
     "adamw": {"optimizer": "adamw", "learning_rate": 1e-3, "gradient_clip": 1.0},
     # Interrupt within batches as well as between them.
@@ -55,7 +59,8 @@ RECIPES = {
 @pytest.mark.parametrize("name", list(RECIPES))
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 60.0], ids=["every step", "every epoch"])
 def test_a_run_cut_off_many_times_ends_as_one_that_was_not(name, checkpoint_seconds, tmp_path):
-    stage = name if name in ("teacher", "momentum", "deferred") else "student"
+    made_here = ("teacher", "momentum", "deferred", "proco", "kcl", "experts", "bbn")
+    stage = name if name in made_here else "student"
 
     def made(run_folder=None):
         return made_training(

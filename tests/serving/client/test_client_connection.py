@@ -22,7 +22,7 @@ from serving.transport.connection import Connection
 from serving.transport.retries import Retries
 from tests.support.faulty_server import FaultyGrpc, FaultyHttp, answers, grpc_server
 
-SECRET = "s3cret-of-the-tests"
+SECRET = "s3cret-of-the-tests"  # pragma: allowlist secret
 Predict = Callable[..., list[Prediction]]
 
 

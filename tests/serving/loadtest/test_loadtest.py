@@ -36,7 +36,7 @@ Tailor = Callable[..., CompletedProcess[str]]
 ROOT = Path(__file__).parents[3]
 
 
-SECRET = "s3cret-of-the-load-test"
+SECRET = "s3cret-of-the-load-test"  # pragma: allowlist secret
 
 
 @pytest.fixture

@@ -1,0 +1,97 @@
+"""Cost of a training run and of the trained network: images through a network, multiply-accumulates, parameters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.networks.cosine_classifier import ImageClassifier
+from pipeline.data.class_prior import Prior
+from pipeline.model_io.checkpoint import load_model
+from pipeline.params import Params
+from pipeline.preparation.gpu_memory import fake_batch, fake_step
+
+BACKWARD = 2  # a backward pass takes about twice the multiply-accumulates of the forward pass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a training run.
+
+    trained, forward: images through a network with and without a gradient. macs: multiply-accumulates of convolutions and
+    matrix products, forward and backward.
+    """
+
+    trained: int
+    forward: int
+    macs: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(own + its for own, its in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Served:
+    """Size of a trained network as it is served: parameters, and multiply-accumulates for an image.
+
+    A frozen encoder, whose features are stored, is not counted.
+    """
+
+    parameters: int
+    macs: int
+
+
+def training_cost(params: Params, stage: str, prior: Prior, encoder: dict[str, Any] | None) -> Cost | None:
+    """Cost of training stage `teacher` or `student`, from one step on tensors without data.
+
+    encoder: record of the encoder whose stored features are the inputs. None for a student that tunes the encoder.
+    """
+    if stage == "student" and params.student.tune != "none":
+        return None
+    section = getattr(params, stage)
+    steps = sum(prior.counts) // section.batch_size * section.epochs
+    with fake_step(params, stage, prior, encoder) as step, FlopCounterMode(display=False) as counter:
+        images = _count_images(step.objective)
+        step.descend(*fake_batch(step, params, stage, encoder), None)
+    return Cost(images["trained"] * steps, images["forward"] * steps, counter.get_total_flops() // 2 * steps)
+
+
+def _count_images(objective: nn.Module) -> dict[str, int]:
+    """Counter of the images that go through the backbones of an objective, by whether they get a gradient."""
+    images = {"trained": 0, "forward": 0}
+
+    def count(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        images["trained" if torch.is_grad_enabled() and _module.training else "forward"] += len(inputs[0])
+
+    backbones = [module.backbone for module in objective.modules() if isinstance(module, ImageClassifier)]
+    momentum = getattr(objective, "momentum_encoder", None)
+    for backbone in backbones if momentum is None else [*backbones, momentum]:
+        backbone.register_forward_hook(count)
+    return images
+
+
+def refit_cost(record: dict[str, Any], images: int, served: Served, width: int, classes: int, stored: bool) -> Cost:
+    """Cost of a second stage.
+
+    record: ModelConfig.second_stage. images: training images. served, width: of the network before it, and the width of its
+    features. stored: the features are those of the encoder and not computed again.
+    """
+    forward = 0 if stored else images * record["views"]
+    fitted = sum(fit["steps"] * fit["batch_size"] for fit in record.get("fits", []))
+    return Cost(0, forward, forward * served.macs + fitted * (1 + BACKWARD) * width * classes)
+
+
+def served_size(folder: Path, stage: str) -> tuple[Served, int]:
+    """Size of the network in a folder, and the width of its features."""
+    model, config = load_model(folder, stage)
+    features = bool(config.encoder) and config.tune == "none"
+    shape = (config.encoder["width"],) if config.encoder and features else (3, config.image_size, config.image_size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *shape))
+    parameters = sum(weight.numel() for weight in model.parameters())
+    return Served(parameters, counter.get_total_flops() // 2), model.feature_dim

@@ -1,0 +1,67 @@
+"""Intervals of accuracies and paired differences that include the spread between seeds and that of the test images."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from models.prior import GROUPS
+from pipeline.evaluation.intervals import CONFIDENCE, NO_ESTIMATE, Estimate
+
+MEASURES = ("all", *GROUPS)
+
+
+def class_weights(groups: list[str], tested: np.ndarray) -> dict[str, np.ndarray]:
+    """Weights [C] of the classes in each measure: equal over the classes with test images, of all or of a shot group.
+
+    groups: shot group of each class. tested: int [C], test images of each class.
+    """
+    members = {name: (tested > 0) & ((np.array(groups) == name) | (name == "all")) for name in MEASURES}
+    return {name: member / max(member.sum(), 1) for name, member in members.items()}
+
+
+def estimate(values: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> Estimate:
+    """Mean over seeds of the weighted mean of class means, with its interval of Student's t at CONFIDENCE.
+
+    values: float [S,N] for S seeds and N test images: 1 where the prediction is correct, or the difference of two methods.
+    labels: int [N]. weights: float [C] with the sum 1; 0 leaves a class out. The variance is that of the seeds over S plus
+    that of the mean over seeds for other images of the same classes; its degrees of freedom are Satterthwaite's. Each class
+    is given one more image with the moments of all images, as in `weighted_accuracy`. With one seed the interval leaves the
+    spread of seeds out. All three are None without test images.
+    """
+    included = weights[labels] > 0
+    if not included.any():
+        return NO_ESTIMATE
+    values, labels, classes = values[:, included], labels[included], len(weights)
+    seeds, images = values.shape
+    tested = np.bincount(labels, minlength=classes)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.stack([np.bincount(labels, row, classes) for row in values]) / tested
+    by_seed = np.nan_to_num(means) @ weights
+    value = float(by_seed.mean())
+    between = float(by_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
+    within = _variance_of_images(values.mean(0), labels, weights, tested)
+    total = between + within
+    if total == 0:
+        return Estimate(value, value, value)
+    import scipy.stats  # in the extra `pipeline`
+
+    freedom = total**2 / ((between**2 / (seeds - 1) if seeds > 1 else 0.0) + within**2 / max(images - 1, 1))
+    half = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * total**0.5
+    return Estimate(value, value - half, value + half)
+
+
+def _variance_of_images(values: np.ndarray, labels: np.ndarray, weights: np.ndarray, tested: np.ndarray) -> float:
+    """Variance of the weighted mean of class means of `values` [N] when the images of each class are drawn again."""
+    share = weights[labels] / tested[labels]
+    first, second = float(share @ values), float(share @ values**2)
+    used = tested > 0
+    means = (np.bincount(labels, values, len(weights))[used] + first) / (tested[used] + 1)
+    squares = (np.bincount(labels, values**2, len(weights))[used] + second) / (tested[used] + 1)
+    return max(0.0, float((weights[used] ** 2 * (squares - means**2) / tested[used]).sum()))
+
+
+def clipped(accuracy: Estimate) -> Estimate:
+    """An accuracy whose interval ends at 0 and 1."""
+    if accuracy.value is None or accuracy.low is None or accuracy.high is None:
+        return accuracy
+    return Estimate(accuracy.value, max(accuracy.low, 0.0), min(accuracy.high, 1.0))
