@@ -4,12 +4,12 @@ Imports only numpy, because the served classifier imports a copy of this file.
 
 Prediction sets. The score of class y for an image x is its probability under the balanced prior, p(x | y) divided by the sum
 over the classes. It is prevalence-adjusted softmax, p(y | x) / p(y), up to a constant (Ding et al. 2025, arXiv 2507.06867),
-and it does not depend on the prior of a request. A set has the classes whose score reaches their threshold. A threshold is
-`interpolation` times the quantile of the class's own validation scores, plus the rest times a quantile over all classes
-(Interp-Q of the same paper). Under label shift only the frequencies of the classes change, so a class's own quantile is valid
-for every prior; the quantile over all classes weighs the scores of class y by q(y) / n_y for the prior q of the request
-(Podkopaev and Ramdas 2021), so it is valid for q. Each of the two alone gives coverage 1 - a, and their interpolation at least
-1 - 2a for every prior; measured, it stays near 1 - a or above.
+and it does not depend on the prior of a request. A set has the classes whose score reaches their threshold. A threshold is a
+weighted mean of the quantile of the class's own validation scores and a quantile over all classes (Interp-Q of the same
+paper); the weight of the own quantile grows with its images. Under label shift only the frequencies of the classes change, so a
+class's own quantile is valid for every prior; the quantile over all classes weighs the scores of class y by q(y) / n_y for the
+prior q of the request (Podkopaev and Ramdas 2021), so it is valid for q. Each of the two alone gives coverage 1 - a, and their
+mean at least 1 - 2a for every prior; measured, it stays near 1 - a or above.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def images_needed(coverage: float) -> int:
 class SetThresholds:
     """Validation scores of a release, from which thresholds follow for any coverage and prior.
 
-    scores: for each class, the scores of its validation images, in any order. interpolation: weight of a class's own
-    quantile, 0 to 1.
+    scores: for each class, the scores of its validation images, in any order. interpolation: least weight of a class's own
+    quantile, 0 to 1. With n images where the quantile needs m, the weight is n / (n + m) if that is more.
     """
 
     def __init__(self, scores: Sequence[Sequence[float]], interpolation: float) -> None:
@@ -85,15 +85,17 @@ class SetThresholds:
         order = np.argsort(pooled, kind="stable")
         self.pooled, self.label = pooled[order], label[order]
 
-    def thresholds(self, coverage: float, prior: Floats) -> Floats:
+    def thresholds(self, coverage: float, prior: Floats, weight: float | None = None) -> Floats:
         """The least score with which each class is in the set, float64 [C]; infinite for a class of prior 0.
 
         coverage: above 0, at most `largest_coverage(images)`. prior: q, [C], sums to 1. A class with fewer images than its
         own quantile needs, 1 / (1 - coverage) - 1, has the own quantile 0, so it is in more sets and not in fewer. A class
-        without images has no guarantee.
+        without images has no guarantee. weight: of every own quantile, to compare; None: as the class describes.
         """
         own, shared = self._own(1 - coverage), self._shared(1 - coverage, prior)
-        mixed: Floats = self.interpolation * own + (1 - self.interpolation) * shared
+        by_images = np.maximum(self.interpolation, self.counts / (self.counts + images_needed(coverage)))
+        part = by_images if weight is None else np.full(len(own), weight)
+        mixed: Floats = part * own + (1 - part) * shared
         mixed[prior <= 0] = np.inf
         return mixed
 

@@ -11,11 +11,11 @@ from models.decisions import SetThresholds, images_needed, largest_coverage, mem
 from models.prior import GROUPS, softmax
 from pipeline.data.class_prior import Prior
 
-INTERPOLATION = 0.5  # weight of a class's own quantile (docs/answers.md has a table)
+INTERPOLATION = 0.5  # least weight of a class's own quantile (docs/answers.md has a table)
 MAX_SCORES = 20_000  # in a manifest, 200 kB; of more validation images a part of each large class is used
 DIGITS = 6  # significant digits of a score
 REPORTED = 0.9  # coverage of the report if params name none
-METHODS = {"one threshold": 0.0, "served": INTERPOLATION, "a threshold per class": 1.0}  # weight of the own quantile
+METHODS = {"one threshold": 0.0, "served": None, "a threshold per class": 1.0}  # weight of the own quantile
 
 
 def set_scores(logits: np.ndarray, labels: np.ndarray) -> list[list[float]] | None:
@@ -73,11 +73,12 @@ def set_tables(
     counts = np.bincount(labels, minlength=classes)
     tested = np.flatnonzero(counts)
     balanced, by_class, tables = softmax(logits), [], {}
+    source = SetThresholds(scores, INTERPOLATION)
     for target, q in (("balanced", np.full(classes, 1 / classes)), ("train", np.array(prior.p))):
         most_probable = softmax(logits + np.log(q))
         tables[target] = {}
-        for method, interpolation in METHODS.items():
-            thresholds = SetThresholds(scores, interpolation).thresholds(coverage, q)
+        for method, weight in METHODS.items():
+            thresholds = source.thresholds(coverage, q, weight)
             inside, _ = members_of(balanced, most_probable, thresholds)
             right, sizes = inside[np.arange(len(labels)), labels].astype(float), inside.sum(axis=1)
             covered, size = (np.bincount(labels, values, classes) / np.maximum(counts, 1) for values in (right, sizes))

@@ -90,7 +90,7 @@ class Calibration(BaseModel):
 class PredictionSets(BaseModel):
     """Validation scores from which the classifier computes prediction sets (models.decisions).
 
-    scores: for each class, those of its validation images. interpolation: weight of a class's own quantile. coverage: of
+    scores: for each class, those of its validation images. interpolation: least weight of a class's own quantile. coverage: of
     requests that name none; None: they get no set.
     """
 

@@ -207,7 +207,8 @@ def _check_same_signature(manifest: Manifest, export_dir: Path, root: Path) -> N
         dims = {tensor.name: list(tensor.dims) for tensor in (*config.input, *config.output)}
         for tensor in (*existing.input, *existing.output):
             if dims.get(tensor.name) != list(tensor.dims):
-                old, new = f"{tensor.name} {list(tensor.dims)}", dims.get(tensor.name, "no such tensor")
+                old = f"{tensor.name} {list(tensor.dims)}"
+                new = f"{tensor.name} {dims[tensor.name]}" if tensor.name in dims else f"no {tensor.name}"
                 raise RepositoryError(f"{export_dir}: {model} has {new}, but {path} has {old}; {hint}")
 
 

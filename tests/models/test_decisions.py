@@ -108,8 +108,8 @@ def quantile(scores: list[float], weights: list[float], new: float, coverage: fl
 def test_thresholds_are_the_quantiles_of_their_definition(seed, name, coverage):
     random, prior = np.random.default_rng(seed), PRIORS[name]
     scores = [random.uniform(size=n).round(2).tolist() for n in VALIDATION]
-    own = SetThresholds(scores, 1.0).thresholds(coverage, prior)
-    shared = SetThresholds(scores, 0.0).thresholds(coverage, prior)
+    source = SetThresholds(scores, 0.5)
+    own, shared = (source.thresholds(coverage, prior, weight) for weight in (1.0, 0.0))
     pooled = [s for values in scores for s in values]
     weights = [prior[c] / n for c, n in enumerate(VALIDATION) for _ in range(n)]
     for c, n in enumerate(VALIDATION):
@@ -118,15 +118,16 @@ def test_thresholds_are_the_quantiles_of_their_definition(seed, name, coverage):
             continue
         assert own[c] == quantile(scores[c], [1.0] * n, 1.0, coverage)
         assert shared[c] == quantile(pooled, weights, prior[c] / n, coverage)
-    mixed = SetThresholds(scores, 0.75).thresholds(coverage, prior)
-    finite = prior > 0
-    assert mixed[finite] == pytest.approx(0.75 * own[finite] + 0.25 * shared[finite])
+    finite, needed = prior > 0, images_needed(coverage)
+    weight = np.array([max(0.5, n / (n + needed)) for n in VALIDATION])
+    mixed = weight[finite] * own[finite] + (1 - weight[finite]) * shared[finite]
+    assert source.thresholds(coverage, prior)[finite] == pytest.approx(mixed)
 
 
 @pytest.mark.parametrize("name", sorted(PRIORS))
 def test_one_set_of_validation_scores_covers_every_prior_that_a_request_names(name):
     """Over 300 validation splits of the same class sizes: mean coverage of test data that follows the prior."""
-    random, prior, covered = np.random.default_rng(1), PRIORS[name], {0.0: [], 0.9: [], 1.0: []}
+    random, prior, covered = np.random.default_rng(1), PRIORS[name], {0.0: [], None: [], 1.0: []}
     held = np.repeat(np.arange(CLASSES), VALIDATION)
     for _ in range(300):
         p = softmax(points(held, random))[np.arange(len(held)), held]
@@ -134,13 +135,13 @@ def test_one_set_of_validation_scores_covers_every_prior_that_a_request_names(na
         labels = random.choice(CLASSES, 200, p=prior)
         logits = points(labels, random)
         adjusted = softmax(logits + np.log(np.maximum(prior, 1e-300)))
-        for interpolation, means in covered.items():
-            thresholds = SetThresholds(scores, interpolation).thresholds(0.8, prior)
+        for weight, means in covered.items():
+            thresholds = SetThresholds(scores, 0.5).thresholds(0.8, prior, weight)
             sets = prediction_set(softmax(logits), adjusted, thresholds)
             means.append(np.mean([label in row for label, row in zip(labels, sets, strict=True)]))
-    for interpolation, means in covered.items():
+    for weight, means in covered.items():
         error = np.std(means) / np.sqrt(len(means))
-        assert np.mean(means) > 0.8 - 3 * error, interpolation  # the guarantee of 0 and 1; measured for 0.9
+        assert np.mean(means) > 0.8 - 3 * error, weight  # the guarantee of 0 and 1; measured for the weights by images
 
 
 def test_a_set_is_never_empty_and_ordered_by_probability():

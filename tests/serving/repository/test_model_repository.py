@@ -18,7 +18,7 @@ from serving.repository import model_config
 from serving.repository import release as releases
 from serving.repository import writer as repositories
 from serving.repository.manifest import MANIFEST_NAME, Golden, HalfPrecision, ManifestError, sha256_of
-from serving.repository.model_config import Placement
+from serving.repository.model_config import EXTRA_INPUTS, EXTRA_OUTPUTS, Placement
 from serving.repository.writer import write_repository
 from serving.shared.errors import InputError, RepositoryError
 
@@ -88,11 +88,13 @@ def test_configs_have_the_complete_signature(repository: Path) -> None:
         ("strength", [1], True),
         ("target_prior", [len(CLASSES)], True),
         ("prior", [1], True),
+        *((name, [1], True) for name in EXTRA_INPUTS),
     ]
     assert [(tensor.name, list(tensor.dims)) for tensor in classifier.output] == [
         ("class", [TOP_K]),
         ("index", [TOP_K]),
         ("probability", [TOP_K]),
+        *((name, [-1 if name == "set" else 1]) for name in EXTRA_OUTPUTS),
     ]
     assert [group.count for group in student.instance_group] == [1]
     assert [group.count for group in classifier.instance_group] == [2]
