@@ -29,6 +29,9 @@ class ClassSampler:
         else:
             drawn = torch.rand(number, generator=generator, dtype=torch.float64)
             positions = torch.searchsorted(self._bounds, drawn, right=True).clamp(max=len(self._filled) - 1)
-        chosen = self._filled[positions]
-        share = torch.rand(number, generator=generator, dtype=torch.float64)
+        return self.draw_from(self._filled[positions], generator)
+
+    def draw_from(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
+        """Indices of images of the classes `chosen` int64 [B], one for each entry; all images of a class are equally likely."""
+        share = torch.rand(len(chosen), generator=generator, dtype=torch.float64)
         return self._order[self._start[chosen] + (share * self._counts[chosen]).long()]

@@ -1,4 +1,4 @@
-"""Decisions from probabilities: the class of least expected cost, and prediction sets that hold for every prior.
+"""Decisions from logits: the class of least expected cost, prediction sets that hold for every prior, unknown images.
 
 Imports only numpy, because the served classifier imports a copy of this file.
 
@@ -14,7 +14,7 @@ for every prior; the quantile over all classes weighs the scores of class y by q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,3 +133,40 @@ def members_of(
     order = np.argsort(-probabilities, axis=1, kind="stable")
     inside[np.arange(len(inside)), order[:, 0]] = True
     return inside, order
+
+
+def familiarity(balanced_logits: Floats, log_prior: Floats) -> Floats:
+    """log sum_c p(c) exp(logit_c) of each row, [N]: the log-density of the image up to a constant, low for unknown ones.
+
+    balanced_logits: calibrated, [N,C]; log_prior: of the training data, [C], whatever prior a request names. It is the
+    negative energy of Liu et al. 2020 with the training prior: rare classes add little to the density of an image that
+    resembles none. docs/answers.md compares it with other scores.
+    """
+    adjusted = balanced_logits + log_prior
+    top = adjusted.max(axis=1)
+    density: Floats = top + np.log(np.exp(adjusted - top[:, None]).sum(axis=1))
+    return density
+
+
+class Typicality:
+    """Compares an image's familiarity with that of the validation images whose predicted class has the same shot group.
+
+    scores: group → familiarity of its validation images, in any order. groups: shot group of each class, [C].
+    """
+
+    def __init__(self, scores: Mapping[str, Sequence[float]], groups: Sequence[str]) -> None:
+        self.groups = np.asarray(groups)
+        self.sorted = {group: np.sort(np.asarray(values, dtype=np.float64)) for group, values in scores.items()}
+
+    def __call__(self, density: Floats, predicted: NDArray[np.integer[Any]]) -> Floats:
+        """Share of the validation images that are at most as familiar, (1 + rank) / (1 + n), float64 [N].
+
+        density: of `familiarity`, [N]; predicted: class under the balanced prior, [N]. For known images it is at most f with
+        a probability of at most f (a conformal p-value), so f is the rate of false alarms. In a group with fewer than
+        1 / f - 1 validation images it is never at most f.
+        """
+        share = np.ones(len(density))
+        for group, values in self.sorted.items():
+            rows = self.groups[predicted] == group
+            share[rows] = (1 + np.searchsorted(values, density[rows], side="right")) / (1 + len(values))
+        return share

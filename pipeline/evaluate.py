@@ -14,14 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import yaml
 
-from models.calibration import fit_served_temperature
-from models.prior import calibrate_logits
 from models.sample_size import from_json, warnings_of
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
 from pipeline.data.split_tables import read_groups
-from pipeline.evaluation.calibration import calibration_record
+from pipeline.evaluation.answers import fit_answers
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import (
     network_logits,
@@ -29,7 +27,6 @@ from pipeline.evaluation.network_metrics import (
     probabilities_by_target_prior,
     student_parts,
 )
-from pipeline.evaluation.prediction_sets import set_record, set_scores
 from pipeline.evaluation.predictions import CALIBRATION_NOTE, GateError, Predictions, check_comparable, load_predictions
 from pipeline.evaluation.runs import load_run
 from pipeline.evaluation.segmentation import evaluate_networks, legend
@@ -101,18 +98,13 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         # Listed separately: a score of an epoch that was selected by its score must be labelled as such.
         best = network_logits(STUDENT / BEST, "student", test, image, prior, device)
         metrics["student_best_epoch"] = network_metrics(best, labels, prior, settings)
-    fitted, scores, held_out = None, None, evaluation_inputs(params, "validation")["student"]
-    served = params.serving.calibration == "temperature"
+    validation, held_out = None, evaluation_inputs(params, "validation")["student"]
     if len(held_out):
-        validation, known = network_logits(student, stage, held_out, image, prior, device), held_out.labels.numpy()
-        fitted = fit_served_temperature(validation, known)
-        scores = set_scores(calibrate_logits(validation, fitted.temperature if fitted and served else 1.0), known)
-    calibration = calibration_record(fitted, served, logits["student"], labels, prior, settings.ece_bins)
-    calibrated = calibrate_logits(logits["student"], fitted.temperature if fitted and served else 1.0)
-    sets = set_record(scores, calibrated, labels, prior, params.serving.coverage)
+        validation = network_logits(student, stage, held_out, image, prior, device), held_out.labels.numpy()
+    answers = fit_answers(validation, (logits["student"], labels), prior, settings, params.serving)
     groups = read_groups("test")
     figures = analyse_predictions(
-        logits, labels, prior, settings.ece_bins, data.seed, temperature=fitted and fitted.temperature,
+        logits, labels, prior, settings.ece_bins, data.seed, temperature=answers.temperature,
         champion=champion, groups=groups and (groups, set(read_groups("train") or [])),
     )  # fmt: skip
     chosen = choose_samples(probabilities["student"], settings.samples, data.seed)
@@ -131,17 +123,17 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         _write_tables(folder, metrics, classes, probabilities["student"]["balanced"], labels, prior)
         write_plots(figures, folder / "plots")
         pyarrow.parquet.write_table(
-            _predictions(test, probabilities["student"], logits["student"], calibration),
+            _predictions(test, probabilities["student"], logits["student"], answers.calibration),
             folder / "predictions.parquet",
         )
-        write_json(folder / ANSWERS.name, {"calibration": calibration, "sets": sets})
+        write_json(folder / ANSWERS.name, answers.as_json())
         samples = _write_samples(folder / "samples", test, chosen, probabilities["student"], prior.classes)
         write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes, memory))
         card = model_card(data, network_name(params), params.seed, about_model, prior, metrics["student"])
         write_file(folder / "model_card.md", card)
         evaluation = Evaluation(
             figures, metrics, classes, samples, prior, test.encoded, about_data, about_model,
-            params.model_dump(mode="json"), notes=notes, provenance=_provenance(), calibration=calibration, sets=sets,
+            params.model_dump(mode="json"), notes=notes, provenance=_provenance(), answers=answers,
         )  # fmt: skip
         write_file(folder / "report.html", render_report(evaluation))
     return Result(metrics, output)

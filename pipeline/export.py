@@ -27,6 +27,7 @@ from pipeline.onnx_export.release import (
     golden_tolerance,
     load_calibration,
     load_sets,
+    load_unknown,
     open_session,
     top_k,
 )
@@ -78,7 +79,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     if params.segmentation:
         return _export_segmentation(params, output, repository, key)
     prior, calibration, sets = load_prior(), load_calibration(params), load_sets(params)
-    decision = decision_defaults(params.serving, prior)
+    decision, unknown = decision_defaults(params.serving, prior), load_unknown(params)
     student, stage = student_folder(params)
     model, config = load_model(student, stage)
     check_image(config, params.image, student)
@@ -121,7 +122,9 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         )  # fmt: skip
         card = model_card(params.data, network_name(params), params.seed, facts, prior, metrics)
         write_file(folder / CARD_NAME, card)
-        manifest = build_manifest(folder, params, prior, model, metrics, half, config, calibration, sets, decision)
+        manifest = build_manifest(
+            folder, params, prior, model, metrics, half, config, calibration, sets, decision, unknown
+        )
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
         if key:
             write_file(folder / SIGNATURE_NAME, sign_manifest(folder, key).text())

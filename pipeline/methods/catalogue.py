@@ -117,6 +117,11 @@ METHODS = (
     Method("disalign", "second stage", "Zhang et al. 2021", "gain and offset of each class behind a gate", "Apache-2.0"),
     Method("mislas", "second stage", "Zhong et al. 2021", "label-aware smoothing of the classifier", "MIT"),
     Method("mislas_mixup", "second stage", "Zhong et al. 2021", "mixup, then label-aware smoothing", "MIT"),
+    Method(
+        "balanced_softmax_head", "second stage", "Ren et al. 2020", "new linear classifier, balanced softmax", "BSD-3-Clause"
+    ),
+    Method("balms", "second stage", "Ren et al. 2020", "learned class shares of the batches", "BSD-3-Clause"),
+    Method("metasaug", "second stage", "Li et al. 2021", "learned augmentation of the features", "MIT"),
     Method("los", "second stage", "Sun et al. 2025", "classifier with label smoothing 0.98", "MIT"),
 )  # fmt: skip
 PROJECT = Method("project", "own recipe", "-", "params.yaml as it is", "-")

@@ -156,9 +156,9 @@ class Predictions:
 
 def predictions(method: Method, network: Network, root: Path, prior: Prior) -> Predictions:
     """Predictions of a trained network for the target prior of the method, from their file or computed."""
-    path = root / network.name / f"{PREDICTIONS}-{method.predicts}.safetensors"
+    params = network.params
+    path = root / network.name / f"{PREDICTIONS}-{method.predicts}-{params.evaluate.ece_bins}.safetensors"
     if not path.is_file():
-        params = network.params
         test, device = evaluation_inputs(params, "test")["student"], choose_device(params.device)
         logits = network_logits(root / network.name / network.stage, network.stage, test, params.image, prior, device)
         p = adjusted_probabilities(logits, np.array(prior.log_prior), TARGET_PRIORS[method.predicts])

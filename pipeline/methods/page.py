@@ -19,6 +19,7 @@ KINDS = {
 }  # fmt: skip
 HEIGHT, TOP, BOTTOM = 460, 40, 60  # pixels of the chart of cost, and of its margins
 LABEL_HEIGHT = 15  # pixels
+NAMED = 4  # methods whose names stand in a figure at the top
 COLUMN = 0.12  # points within this share of the axis have their labels in one column
 NOT_CHOSEN = (
     "Every network is that of its last epoch, and nothing was chosen on the test split: a second stage fits tau and scale on "
@@ -57,15 +58,26 @@ def render_methods(comparison: Comparison, reference: str, command: str) -> str:
     figures = {"cost": cost_chart(rows)} if any(row.cost for row in rows) else {}
     if any(row.difference for row in rows):
         figures["differences"] = differences_chart(rows, reference)
+    done = sum(map(len, comparison.runs.values()))
+    planned = len(comparison.methods) * len(comparison.seeds)
     return render_page(
         "methods.html.jinja", {"figures": figures}, rows=rows, best=best, reference=reference, command=command,
         measures=MEASURES, project=project, params=project.params, comparison=comparison, note=NOT_CHOSEN,
         groups={name: project.prior.groups.count(name) for name in MEASURES[1:]}, confidence=100 * CONFIDENCE,
         images=sum(project.prior.counts), figures=figures, short=short, interval=interval,
+        done=done, running=planned - done - len(comparison.missing), names=names,
         unfinished=missing_lines(comparison.missing), left_out=missing_lines(comparison.left_out), counted=counted,
         surer=[row for row in rows if row.difference and (row.difference["all"].low or 0) > 0],
         worse=[row for row in rows if row.difference and (row.difference["all"].high or 0) < 0],
     )  # fmt: skip
+
+
+def names(rows: list[Row]) -> str:
+    """The names of up to NAMED methods, and the number of the others."""
+    if not rows:
+        return "no method beyond its interval"
+    more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    return ", ".join(row.method.name for row in rows[:NAMED]) + more
 
 
 def missing_lines(missing: list[Missing]) -> list[str]:

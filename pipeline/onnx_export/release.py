@@ -39,6 +39,7 @@ from serving.repository.manifest import (
     Manifest,
     PredictionSets,
     SegmentationFormat,
+    Unknown,
     served_probabilities,
     sha256_of,
 )
@@ -98,6 +99,16 @@ def load_sets(params: Params) -> PredictionSets | None:
     if fitted is None:
         return None
     return PredictionSets(scores=fitted["scores"], interpolation=fitted["interpolation"], coverage=coverage)
+
+
+def load_unknown(params: Params) -> Unknown | None:
+    """The scores by which the classifier detects unknown images; None if validation had too few images for them."""
+    fitted, rate = _answers()["unknown"], params.serving.false_alarms
+    if fitted is None:
+        if rate is not None:
+            raise StageError(f"serving.false_alarms is {rate:g}; it needs at least {MINIMUM_IMAGES} validation images")
+        return None
+    return Unknown(scores=fitted["scores"], false_alarms=rate)
 
 
 def decision_defaults(serving: ServingParams, prior: Prior) -> DecisionDefaults | None:
@@ -172,6 +183,7 @@ def build_manifest(
     calibration: Calibration | None = None,
     sets: PredictionSets | None = None,
     decision: DecisionDefaults | None = None,
+    unknown: Unknown | None = None,
     segmentation: SegmentationFormat | None = None,
 ) -> Manifest:
     """Build the manifest of a release; files: sha256 of each file that is in the folder."""
@@ -200,6 +212,7 @@ def build_manifest(
         calibration=calibration,
         sets=sets,
         decision=decision,
+        unknown=unknown,
         half=HalfPrecision(**asdict(half)) if half else None,
         limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),
         segmentation=segmentation,

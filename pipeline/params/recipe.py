@@ -115,6 +115,8 @@ def _lists_on_one_line(mapping: Any) -> None:
 def resolve(overlay: Path, applied: set[Path], below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Merge an overlay's values over those of the files in its `extends`: one path or a list, relative to the overlay.
 
+    A path `recipes/...` beside the overlay may be one of the package.
+
     Each file is applied once: a file in `applied` is skipped, so that it cannot undo later values; files read here are
     added to `applied`. below: the overlays that extend this one. Raises ParamsError for an overlay that cannot be read,
     that extends itself, or that extends a path that is not a file.
@@ -126,7 +128,7 @@ def resolve(overlay: Path, applied: set[Path], below: tuple[Path, ...] = ()) -> 
         raise ParamsError(f"{overlay}: {EXTENDS} is {named!r}; expected a file name or a list of them")
     values: dict[str, Any] = {}
     for parent in parents:
-        path = overlay.parent / parent
+        path = find_recipe(overlay.parent / parent)
         if not path.is_file():
             raise ParamsError(f"{overlay}: {EXTENDS} is {parent!r}, but there is no file {path}")
         if path.resolve() in (overlay.resolve(), *below):

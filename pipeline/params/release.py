@@ -55,7 +55,8 @@ class ServingParams(Section):
     calibration: whether the server divides the balanced logits by a temperature that evaluation fits on validation images.
     coverage: default coverage of prediction sets; null: only where a request names one. costs: cost of missing each class by
     its name, 1 for the others, or a matrix with a row for each true class; null: 1 for every wrong class. ask: price of
-    asking a person; null: never. With costs or ask every response has a decision.
+    asking a person; null: never. With costs or ask every response has a decision. false_alarms: rate at which images of known
+    classes are called unknown; null: only where a request names one.
 
     image_pixels, request_pixels: limits of decoded pixels for one image and for all images of a request; a large JPEG
     counts less. trusted_keys: public keys that sign releases, each a PEM file or base64; other releases are neither
@@ -68,6 +69,7 @@ class ServingParams(Section):
     coverage: Annotated[Number, Field(gt=0, lt=1)] | None = None
     costs: dict[str, Cost] | list[list[Cost]] | None = None
     ask: Cost | None = None
+    false_alarms: Annotated[Number, Field(gt=0, lt=1)] | None = None
     image_pixels: PositiveInt = 16_000_000
     request_pixels: PositiveInt = 25_000_000
     trusted_keys: list[Annotated[str, Field(min_length=1)]] = []

@@ -15,10 +15,13 @@ USED = {
     "ncm": set[str](),
     "tau_norm": TRAINING | {"tau"},
     "crt": TRAINING,
+    "balanced_softmax": TRAINING,
     "lws": TRAINING | {"start"},
     "disalign": TRAINING | {"start"},
     "mislas": TRAINING | {"start", "smoothing"},
     "los": TRAINING | {"start"},
+    "balms": TRAINING | {"start"},
+    "metasaug": TRAINING | {"start"},
 }
 
 
@@ -33,7 +36,9 @@ class ClassifierParams(Section):
     classes equally likely.
     """
 
-    kind: Literal["none", "ncm", "tau_norm", "crt", "lws", "disalign", "mislas", "los"] = "none"
+    kind: Literal[
+        "none", "ncm", "tau_norm", "crt", "balanced_softmax", "lws", "disalign", "mislas", "los", "balms", "metasaug"
+    ] = "none"
     start: Literal["student", "linear"] = "student"
     tau: Annotated[Number, Field(ge=0, le=2)] | None = None
     smoothing: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.4, 0.1]

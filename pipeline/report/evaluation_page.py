@@ -12,6 +12,7 @@ import yaml
 from models.calibration import MINIMUM_IMAGES
 from models.sample_size import ADVICE, from_json
 from pipeline.data.class_prior import Prior
+from pipeline.evaluation.answers import Answers
 from pipeline.evaluation.metrics import GROUPS
 from pipeline.evaluation.shifted_priors import SETS
 from pipeline.report import figures
@@ -39,8 +40,8 @@ class Evaluation:
 
     metrics: network → target prior → metric; classes: rows of per_class.csv; samples: test samples with their image
     bytes; encoded: row of the test split → bytes of its image; data_facts, model_facts: (term, text) pairs; recipe:
-    params as JSON; notes: missing parts and the reasons; calibration, sets: of `calibration_record` and
-    `set_record`, None without them.
+    params as JSON; notes: missing parts and the reasons; answers: what a
+    release fits on validation images, None without it.
     """
 
     analysis: Analysis
@@ -54,8 +55,7 @@ class Evaluation:
     recipe: Mapping[str, Any]
     provenance: Provenance
     notes: Sequence[str] = ()
-    calibration: Mapping[str, Any] | None = None
-    sets: Mapping[str, Any] | None = None
+    answers: Answers | None = None
 
 
 def render_report(evaluation: Evaluation) -> str:
@@ -93,7 +93,7 @@ def render_report(evaluation: Evaluation) -> str:
         samples=[sample | {"uri": thumbnail(sample["bytes"])} for sample in evaluation.samples],
         image_uri=cache(lambda row: thumbnail(evaluation.encoded(row))), data_facts=evaluation.data_facts,
         model_facts=evaluation.model_facts, notes=evaluation.notes, provenance=evaluation.provenance, few=few,
-        calibration=evaluation.calibration, answer_sets=evaluation.sets, least_validation=MINIMUM_IMAGES, advice=ADVICE,
+        answers=evaluation.answers, least_validation=MINIMUM_IMAGES, advice=ADVICE,
         curves=list(curves),
         test_images=count_test_images(classes), params=recipe,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), command=COMMAND,

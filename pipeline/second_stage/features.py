@@ -29,6 +29,7 @@ from pipeline.params import Params
 from pipeline.shared.artifacts import sha256_of, sha256_of_json
 from pipeline.shared.errors import ParamsError
 from pipeline.shared.fingerprint import sha256_of_sources
+from pipeline.shared.progress import progress_bar
 
 SHIFT_BATCH = 128
 LEAST_SHIFT_STEPS = 20
@@ -97,9 +98,16 @@ class TrainingViews:
 
     def features(self, model: ImageClassifier, views: int) -> Tensor:
         """Features float16 [N,V,D] of all images, of max(views, 1) views each."""
-        batches = torch.arange(len(self.labels)).split(EVALUATION_BATCH)
-        passes = [torch.cat([_features(model, self.draw(chosen)) for chosen in batches]) for _ in range(max(views, 1))]
-        return torch.stack(passes, 1)
+        batches, times = torch.arange(len(self.labels)).split(EVALUATION_BATCH), max(views, 1)
+        with progress_bar(unit="images") as progress:
+            bar = progress.add_task("features", total=times * len(self.labels), rate="")
+
+            def one(chosen: Tensor) -> Tensor:
+                features = _features(model, self.draw(chosen))
+                progress.update(bar, advance=len(chosen))
+                return features
+
+            return torch.stack([torch.cat([one(chosen) for chosen in batches]) for _ in range(times)], 1)
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from models.networks.cosine_classifier import ImageClassifier, LinearClassifier,
 from models.networks.memory_fit import DEFAULT_TAU, MINIMUM_IMAGES
 from models.second_stage import methods
 from models.second_stage.disalign import RHO
-from models.second_stage.fitting import NotFiniteError, Recipe, TrainingFeatures
+from models.second_stage.fitting import Fit, NotFiniteError, Recipe, TrainingFeatures
 from models.second_stage.nearest_mean import nearest_mean
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
@@ -27,6 +29,7 @@ from pipeline.second_stage.features import training_features
 from pipeline.second_stage.held_out import HeldOut, normalised_head
 from pipeline.shared.artifacts import whole_folder
 from pipeline.shared.errors import ParamsError, StageError
+from pipeline.shared.progress import progress_bar
 from serving.shared.terminal import counted, print
 
 OVERRIDES = ("epochs", "batch_size", "learning_rate", "weight_decay")
@@ -64,16 +67,18 @@ def refit_student(params: Params, student: Path, output: Path) -> dict[str, Any]
     if section.shift_batch_norm:
         held = _held_out(model, validation, params.image, device)
     data = TrainingFeatures(features, labels, len(prior.classes))
+    refit = _Refit(section, prior, data, held, seed, device)
     try:
-        head, fitted = _Refit(section, prior, data, held, seed, device).run(start)
+        head, fitted = refit.run(start)
     except NotFiniteError as error:
         raise StageError(f"classifier: {error}; lower classifier.learning_rate") from None
-    # The loss of DisAlign weights the classes by prior^-RHO. The other heads are balanced as they are: trained with all
-    # classes equally likely, or chosen for balanced accuracy.
-    adjustment = RHO if section.kind == "disalign" else None
+    # What the loss leaves in the logits: DisAlign weights the classes by prior^-RHO, L_cls adds log prior. The others are used
+    # as their papers use them: with all classes equally likely in training, or chosen for balanced accuracy.
+    adjustment = {"disalign": RHO, "balanced_softmax": 1.0}.get(section.kind)
     after = held.balanced_accuracy(head, prior.balanced_shift(adjustment))
     record: dict[str, Any] = {
         "kind": section.kind, "start": section.start, "views": features.shape[1], **fitted,
+        "fits": refit.fits,
         "validation_images": len(validation), "balanced_accuracy": {"before": before, "after": after},
     }  # fmt: skip
     model.classifier = head
@@ -92,6 +97,7 @@ class _Refit:
     held: HeldOut
     seed: int
     device: torch.device
+    fits: list[dict[str, int]] = field(default_factory=list)  # steps and images of a batch of each fit
 
     def run(self, student: LinearHead) -> tuple[LinearHead, dict[str, float]]:
         fitted: dict[str, float] = {}
@@ -100,13 +106,13 @@ class _Refit:
             # With few validation images, the scale of the GML loss: -|u - m|^2 / (2 tau) is cos / tau up to a constant.
             head = linear_head(weight / (2 * DEFAULT_TAU), bias / (2 * DEFAULT_TAU), centre)
         elif self.section.kind == "tau_norm":
-            linear = self._linear(self._recipe("linear"))
+            linear = self._linear("linear")
             fitted["tau"] = self.held.choose_tau(linear) if self.section.tau is None else self.section.tau
             head = normalised_head(linear, fitted["tau"])
-        elif self.section.kind == "crt":
-            head = self._linear(self._recipe("crt"))
+        elif self.section.kind in ("crt", "balanced_softmax"):
+            head = self._linear(self.section.kind)
         else:
-            start = student if self.section.start == "student" else self._linear(methods.RECIPES["linear"])
+            start = student if self.section.start == "student" else self._first_linear()
             head = self._trained(start)
         if self.section.kind in SCALE_IS_FITTED:
             fitted["scale"] = self.held.fit_scale(head)
@@ -118,18 +124,47 @@ class _Refit:
         given = {key: value for key, value in given.items() if value is not None}
         return replace(methods.RECIPES[kind], **given, **({"least_steps": 0} if "epochs" in given else {}))
 
-    def _linear(self, recipe: Recipe) -> LinearHead:
-        return methods.train_linear(self.data, recipe, self.seed, self.device)
+    def _linear(self, kind: str) -> LinearHead:
+        log_prior = self._log_prior() if kind == "balanced_softmax" else None
+        with self._fit(self._recipe(kind)) as how:
+            return methods.train_linear(self.data, how, log_prior)
+
+    def _first_linear(self) -> LinearHead:
+        """Linear classifier to start from; its recipe is the method's own."""
+        with self._fit(methods.RECIPES["linear"]) as how:
+            return methods.train_linear(self.data, how)
 
     def _trained(self, start: LinearHead) -> LinearHead:
-        given = start, self.data, self._recipe(self.section.kind), self.seed, self.device
-        if self.section.kind == "lws":
-            return methods.train_lws(*given)
-        if self.section.kind == "mislas":
-            return methods.train_mislas(*given, (self.section.smoothing[0], self.section.smoothing[1]))
-        if self.section.kind == "los":
-            return methods.train_los(*given)
-        return methods.train_disalign(*given, torch.tensor(self.prior.in_losses, dtype=torch.float64))
+        with self._fit(self._recipe(self.section.kind)) as how:
+            if self.section.kind == "mislas":
+                return methods.train_mislas(
+                    start, self.data, how, (self.section.smoothing[0], self.section.smoothing[1])
+                )
+            if self.section.kind == "disalign":
+                return methods.train_disalign(start, self.data, how, self._log_prior())
+            if self.section.kind == "balms":
+                return methods.train_balms(start, self.data, how, self._log_prior())
+            train = {"lws": methods.train_lws, "los": methods.train_los, "metasaug": methods.train_metasaug}
+            return train[self.section.kind](start, self.data, how)
+
+    def _log_prior(self) -> Tensor:
+        return torch.tensor(self.prior.in_losses, dtype=torch.float64)
+
+    @contextlib.contextmanager
+    def _fit(self, recipe: Recipe) -> Iterator[Fit]:
+        """Context with a fit with a progress bar, recorded in `fits`; prints if its batches are smaller than the recipe's."""
+        with progress_bar() as progress:
+            bar = progress.add_task("classifier", total=None, rate="")
+
+            def watch(step: int, steps: int, batch: int) -> None:
+                if step == 1:
+                    self.fits.append({"steps": steps, "batch_size": batch})
+                progress.update(bar, completed=step, total=steps)
+
+            yield Fit(recipe, self.seed, self.device, watch)
+        if (batch := self.fits[-1]["batch_size"]) < recipe.batch_size:
+            images = counted(len(self.data.labels), "training image")
+            print(f"classifier  batches of {batch} images instead of {recipe.batch_size}, for {images}", flush=True)
 
 
 def _student_head(model: ImageClassifier) -> LinearHead:

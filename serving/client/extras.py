@@ -29,16 +29,20 @@ class Extras:
     costs: the answer has the class of least expected cost. A mapping from class name, or a sequence with one number per
     class, is the cost of missing that class; a class left out of a mapping costs 1. A matrix [C,C] has a row for each true
     class and a column for each answer. ask: price of asking a person, in the unit of costs; the decision is to ask where
-    every class costs more. Without costs every wrong class costs 1. Raises InputError.
+    every class costs more. Without costs every wrong class costs 1. false_alarms: above 0 and below 1; the answer has whether
+    the image is unknown, which it wrongly is for this share of images of the known classes. Raises InputError.
     """
 
     coverage: float | None = None
     costs: Costs | None = None
     ask: float | None = None
+    false_alarms: float | None = None
 
     def __post_init__(self) -> None:
         if self.coverage is not None and not 0 < _number(self.coverage, "coverage") < 1:
             raise InputError(f"coverage is {self.coverage:g}; expected a number above 0 and below 1")
+        if self.false_alarms is not None and not 0 < _number(self.false_alarms, "false_alarms") < 1:
+            raise InputError(f"false_alarms is {self.false_alarms:g}; expected a number above 0 and below 1")
         if self.ask is not None and not 0 <= _number(self.ask, "ask") < math.inf:
             raise InputError(f"ask is {self.ask:g}; expected a finite price of at least 0")
 
@@ -56,6 +60,8 @@ class Extras:
             rows["costs"] = np.array([json.dumps(self._costs(names)).encode()], dtype=np.object_)
         if self.ask is not None:
             rows["ask"] = np.array([self.ask], dtype=np.float32)
+        if self.false_alarms is not None:
+            rows["false_alarms"] = np.array([self.false_alarms], dtype=np.float32)
         return rows
 
     def _costs(self, names: Sequence[str] | None) -> Any:
@@ -83,6 +89,8 @@ def outputs_of(inputs: Mapping[str, Any]) -> dict[str, int]:
     names = ["set", "set_size"] if "coverage" in inputs else []
     if "costs" in inputs or "ask" in inputs:
         names += DECISION
+    if "false_alarms" in inputs:
+        names += ["unknown", "typicality"]
     return dict.fromkeys(names, 0)
 
 

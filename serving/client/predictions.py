@@ -22,8 +22,9 @@ class Decision:
 class Prediction:
     """The prediction for one image: top classes by name and index, their probabilities, and the model version.
 
-    set: class names of the prediction set, most probable first. decision: by costs. Both are None if neither the request
-    nor the release wants them.
+    set: class names of the prediction set, most probable first. decision: by costs. unknown: whether the image resembles no
+    class. typicality: share of known validation images that look at most as familiar. They are None if neither the request nor
+    the release wants them.
     """
 
     classes: tuple[str, ...]
@@ -32,6 +33,8 @@ class Prediction:
     version: int
     set: tuple[str, ...] | None = None
     decision: Decision | None = None
+    unknown: bool | None = None
+    typicality: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Status:
     problem: str | None
 
 
+EXTRA_COLUMNS = ("unknown", "typicality", "decision", "cost", "set")
+ASK = "(ask a person)"
 CSV_COLUMNS = ("image", "version", "rank", "class", "index", "probability", "error")
 
 
@@ -74,25 +79,45 @@ def extras_mapping(answer: Prediction) -> dict[str, object]:
             "index": answer.decision.index,
             "cost": answer.decision.cost,
         }
+    if answer.unknown is not None:
+        parts |= {"unknown": answer.unknown, "typicality": answer.typicality}
     return parts
 
 
 def extras_text(answer: Prediction) -> list[str]:
     """The extra parts of a prediction as lines of text, only those that it has."""
     lines = []
+    if answer.unknown is not None:
+        lines.append(f"{'unknown' if answer.unknown else 'known'}, typicality {answer.typicality:.3f}")
     if answer.decision is not None:
-        lines.append(f"decision: {answer.decision.name or 'ask a person'}, expected cost {answer.decision.cost:.4g}")
+        lines.append(f"decision: {answer.decision.name or ASK}, expected cost {answer.decision.cost:.4g}")
     if answer.set is not None:
         lines.append(f"set of {len(answer.set)}: {', '.join(answer.set)}")
     return lines
 
 
-def as_rows(image: Path, answer: Prediction | ServingError, top: int | None) -> list[list[object]]:
-    """Convert one image's result to rows of CSV_COLUMNS, best class first; or to one row with its error."""
+def as_rows(
+    image: Path, answer: Prediction | ServingError, top: int | None, extras: bool = False
+) -> list[list[object]]:
+    """Convert one image's result to rows of CSV_COLUMNS, best class first; or to one row with its error.
+
+    extras: EXTRA_COLUMNS too; empty if the prediction has no such part. A set is its names joined by semicolons.
+    """
+    more: list[object] = [""] * len(EXTRA_COLUMNS) if extras else []
     if isinstance(answer, ServingError):
-        return [[csv_cell(image), "", "", "", "", "", csv_cell(answer)]]
+        return [[csv_cell(image), "", "", "", "", "", csv_cell(answer), *more]]
+    if extras:
+        decision = answer.decision
+        more = [
+            "" if answer.unknown is None else answer.unknown,
+            "" if answer.typicality is None else answer.typicality,
+        ]
+        more += ["", ""] if decision is None else [csv_cell(decision.name or ASK), decision.cost]
+        more.append("" if answer.set is None else csv_cell(";".join(answer.set)))
     best = enumerate(best_classes(answer, top), start=1)
-    return [[csv_cell(image), answer.version, rank, csv_cell(name), index, p, ""] for rank, (name, index, p) in best]
+    return [
+        [csv_cell(image), answer.version, rank, csv_cell(name), index, p, "", *more] for rank, (name, index, p) in best
+    ]
 
 
 def best_classes(answer: Prediction, top: int | None) -> list[tuple[str, int, float]]:

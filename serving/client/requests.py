@@ -324,4 +324,7 @@ def _extra_parts(answer: Answer, row: int) -> dict[str, Any]:
     if "decision" in answer.outputs:
         name, index, cost = (answer.outputs[each][row][0] for each in DECISION)
         parts["decision"] = Decision(name.decode() or None, None if index < 0 else int(index), float(cost))
+    if "unknown" in answer.outputs:
+        parts["unknown"] = bool(answer.outputs["unknown"][row][0])
+        parts["typicality"] = float(answer.outputs["typicality"][row][0])
     return parts

@@ -16,7 +16,16 @@ from rich.table import Table
 from models.preprocess import decode
 from serving.client.extras import Extras, read_costs
 from serving.client.images import image_files
-from serving.client.predictions import CSV_COLUMNS, Prediction, Status, as_mapping, as_rows, best_classes, extras_text
+from serving.client.predictions import (
+    CSV_COLUMNS,
+    EXTRA_COLUMNS,
+    Prediction,
+    Status,
+    as_mapping,
+    as_rows,
+    best_classes,
+    extras_text,
+)
 from serving.client.sync_client import Client, read_image
 from serving.commands.options import (
     AsJson,
@@ -69,6 +78,13 @@ def predict(
     ask: Annotated[
         float | None, typer.Option(help="Price of asking a person, printed where every class costs more.")
     ] = None,
+    unknown: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help="Also print whether the image resembles no class, at this rate of false alarms, such as 0.05.",
+        ),
+    ] = None,
     top: Annotated[
         int | None,
         typer.Option(help="Number of classes printed, at least 1; all that the server returns if not given."),
@@ -89,7 +105,7 @@ def predict(
         raise InputError("--json and --csv exclude each other; give one of them")
     if top is not None and top < 1:
         raise InputError(f"--top is {top}; expected at least 1")
-    extras = Extras(coverage, None if costs is None else read_costs(costs), ask)
+    extras = Extras(coverage, None if costs is None else read_costs(costs), ask, unknown)
     files = [file for path in images for file in (image_files(path) if path.is_dir() else [path])]
     keep_going = any(path.is_dir() for path in images)
     with Client(server_url(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
@@ -97,7 +113,7 @@ def predict(
         pairs: Iterable[tuple[Path, Prediction | ServingError]] = zip(files, _check_top(answers, top), strict=True)
         if not (as_csv and keep_going):
             pairs = list(pairs)
-        failed = _print_csv(pairs, top) if as_csv else _print_all(pairs, top, prior, as_json)
+        failed = _print_csv(pairs, top, extras != Extras()) if as_csv else _print_all(pairs, top, prior, as_json)
     if failed:
         raise ServingError(f"{failed} of {counted(len(files), 'image')} could not be classified")
 
@@ -187,15 +203,15 @@ def _check_top(answers: Iterable[Prediction | ServingError], top: int | None) ->
         yield answer
 
 
-def _print_csv(pairs: Iterable[tuple[Path, Prediction | ServingError]], top: int | None) -> int:
+def _print_csv(pairs: Iterable[tuple[Path, Prediction | ServingError]], top: int | None, extras: bool) -> int:
     """Print CSV row by row; return the number of failed images. The header follows the first result, which may raise."""
     writer, failed = None, 0
     for image, answer in pairs:
         if writer is None:
             writer = csv.writer(sys.stdout, lineterminator="\n")
-            writer.writerow(CSV_COLUMNS)
+            writer.writerow([*CSV_COLUMNS, *(EXTRA_COLUMNS if extras else ())])
         failed += isinstance(answer, ServingError)
-        writer.writerows(as_rows(image, answer, top))
+        writer.writerows(as_rows(image, answer, top, extras))
     return failed
 
 

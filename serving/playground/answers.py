@@ -19,7 +19,7 @@ from typing import Any
 
 from models.preprocess import decode
 from models.prior import parse_number
-from serving.client.predictions import CSV_COLUMNS, Prediction, as_rows
+from serving.client.predictions import CSV_COLUMNS, Prediction, as_rows, extras_text
 from serving.client.priors import LIVE, Prior
 from serving.client.sync_client import Client
 from serving.shared.errors import InputError, ServingError
@@ -134,11 +134,12 @@ def _column(result: PriorResult, reference: str, first: str | None) -> str:
         f'<span class="bar" style="width:{100 * p:.2f}%" aria-hidden="true"></span></li>'
         for name, p in best
     )
+    extras = "".join(f'<p class="details">{escape(line)}</p>' for line in extras_text(result.prediction))
     details = f"{result.milliseconds:.1f} ms, version {result.prediction.version}"
     changed = first is not None and result.prediction.classes[0] != first
     mark = f'<p class="mark">other class than {escape(reference)}</p>' if changed else ""
     return (
-        f'<section class="column{" changed" if changed else ""}">{title}<ol>{rows}</ol>{mark}'
+        f'<section class="column{" changed" if changed else ""}">{title}<ol>{rows}</ol>{mark}{extras}'
         f'<p class="details">{details}</p></section>'
     )
 

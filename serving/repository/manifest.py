@@ -99,6 +99,17 @@ class PredictionSets(BaseModel):
     coverage: float | None = Field(default=None, gt=0, lt=1)
 
 
+class Unknown(BaseModel):
+    """Familiarity of validation images by the shot group of their predicted class, to detect unknown images.
+
+    false_alarms: rate of requests that name none; None: they get no `unknown`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    scores: dict[Literal["many", "medium", "few"], list[Annotated[float, Field(allow_inf_nan=False)]]]
+    false_alarms: float | None = Field(default=None, gt=0, lt=1)
+
+
 class DecisionDefaults(BaseModel):
     """Defaults of a decision: costs, one per class or a matrix (models.decisions.check_costs), and the price of a person."""
 
@@ -127,12 +138,12 @@ class Manifest(BaseModel):
     files: names of files beside the manifest with their sha256. encoder: name, licence, source and sha256 of the
     weights of a pretrained encoder, and how it was tuned; None for a network without one. memory: rows, tau and weight of
     the memory of training features; None without one. half: set for a graph with a float16 backbone; None for float32.
-    calibration, sets, decision: None in a release without them, such as one from before these keys existed. code_revision: the
-    git commit of the project. code_sha256: hash of the source files that wrote the release; empty in releases from before this
-    key existed. segmentation: set for a release of task segmentation, whose graph returns class maps; its golden requests
-    have the largest classes of the class map and their shares. runtime: sha256 of the files of Tailor that run inside
-    Triton, by model/name; a server that checks signatures accepts only these. Empty in releases from before this key
-    existed.
+    calibration, sets, decision, unknown: None in a release without them, such as one from before these keys existed.
+    code_revision: the git commit of the project. code_sha256: hash of the source files that wrote the release; empty in
+    releases from before this key existed. segmentation: set for a release of task segmentation, whose graph returns class
+    maps; its golden requests have the largest classes of the class map and their shares. runtime: sha256 of the files of
+    Tailor that run inside Triton, by model/name; a server that checks signatures accepts only these. Empty in releases
+    from before this key existed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -161,6 +172,7 @@ class Manifest(BaseModel):
     calibration: Calibration | None = None
     sets: PredictionSets | None = None
     decision: DecisionDefaults | None = None
+    unknown: Unknown | None = None
     limits: Limits = Limits()
     segmentation: SegmentationFormat | None = None
 

@@ -24,10 +24,14 @@ SMALL_GRAPH_BYTES = 128_000_000
 # 0 means one thread per core in ONNX Runtime. The core count of this machine would be wrong on the machine that serves
 # the repository.
 THREAD_PER_CORE = "0"
-EXTRA_INPUTS = {"coverage": DataType.TYPE_FP32, "costs": DataType.TYPE_STRING, "ask": DataType.TYPE_FP32}
+EXTRA_INPUTS = {
+    "coverage": DataType.TYPE_FP32, "costs": DataType.TYPE_STRING, "ask": DataType.TYPE_FP32,
+    "false_alarms": DataType.TYPE_FP32,
+}  # fmt: skip
 EXTRA_OUTPUTS = {
     "set": DataType.TYPE_STRING, "set_size": DataType.TYPE_INT32, "decision": DataType.TYPE_STRING,
     "decision_index": DataType.TYPE_INT32, "expected_cost": DataType.TYPE_FP32,
+    "unknown": DataType.TYPE_BOOL, "typicality": DataType.TYPE_FP32,
 }  # fmt: skip
 ENGINE_CACHE = "/tmp/tailor-engines"
 
@@ -152,7 +156,9 @@ def classifier_config(manifest: Manifest) -> ModelConfig:
 def default_outputs(manifest: Manifest) -> list[str]:
     """The outputs of extras that every response of a release has, because the manifest has a default for them."""
     sets = ["set", "set_size"] if manifest.sets and manifest.sets.coverage is not None else []
-    return sets + (["decision", "decision_index", "expected_cost"] if manifest.decision else [])
+    decision = ["decision", "decision_index", "expected_cost"] if manifest.decision else []
+    unknown = ["unknown", "typicality"] if manifest.unknown and manifest.unknown.false_alarms is not None else []
+    return sets + decision + unknown
 
 
 def set_defaults(config: ModelConfig, strength: float, outputs: Sequence[str]) -> None:

@@ -131,6 +131,8 @@ class TritonPythonModel:
             arrays = {name: values[start:end] for name, values in outputs.items()}
             if request.extras is not None:
                 arrays |= self.extras.outputs(request, calibrated[start:end], every[start:end])
+                if "unknown" in arrays:
+                    self.metrics.count_unknown(arrays["unknown"])
             tensors = [pb_utils.Tensor(name, values) for name, values in arrays.items()]
             responses.append(pb_utils.InferenceResponse(tensors))
             priors.update(request.priors)

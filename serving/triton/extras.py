@@ -1,4 +1,4 @@
-"""Extra parts of an answer that a request or the release wants: a prediction set, and a decision by costs.
+"""Extra parts of an answer that a request or the release wants: prediction set, decision by costs, unknown image.
 
 Runs in the inference process, with numpy. decisions.py, a copy of the module of `models`, has the arithmetic. A request
 without extras costs nothing more, and its response has no further outputs.
@@ -21,16 +21,21 @@ class Wanted(NamedTuple):
     coverage: list | None
     costs: list | None  # arrays [C] or [C,C], or None for 1 for every wrong class
     ask: list | None
+    false_alarms: list | None
 
 
 class Extras:
-    """Parses the inputs `coverage`, `costs` and `ask`, and computes the outputs that belong to them.
+    """Parses the inputs `coverage`, `costs`, `ask` and `false_alarms`, and computes the outputs that belong to them.
 
     manifest: of the version, a mapping. names: class names as bytes, by index. parser: the module request_parser. prior,
     decisions: the modules of these names in `models`, or their copies.
     """
 
     def __init__(self, manifest, names, parser, prior, decisions):
+        self.log_prior = np.asarray(manifest["log_prior"], dtype=np.float64)
+        groups, unknown = [prior.shot_group(count) for count in manifest["counts"]], manifest.get("unknown")
+        self.typicality = decisions.Typicality(unknown["scores"], groups) if unknown else None
+        self.false_alarms = (unknown or {}).get("false_alarms")
         self.parser, self.prior, self.decisions, self.names = parser, prior, decisions, names
         sets, defaults = manifest.get("sets"), manifest.get("decision") or {}
         self.thresholds = decisions.SetThresholds(sets["scores"], sets["interpolation"]) if sets else None
@@ -56,7 +61,13 @@ class Extras:
             ask = parse_rows(self.check_ask, ask[:, 0])
         elif self.ask is not None:
             ask = [self.ask] * rows
-        return None if coverage is costs is ask is None else Wanted(coverage, costs, ask)
+        rate = read(request, "false_alarms", (1,), rows)
+        if rate is not None:
+            rate = parse_rows(self.check_false_alarms, rate[:, 0])
+        elif self.false_alarms is not None:
+            rate = [self.false_alarms] * rows
+        wanted = Wanted(coverage, costs, ask, rate)
+        return None if all(part is None for part in wanted) else wanted
 
     def check_coverage(self, value):
         """A row of the input `coverage`. Raises BadRequest."""
@@ -100,6 +111,18 @@ class Extras:
             raise self.bad("ask", f"ask is {value:g}; expected a finite price of at least 0")
         return float(str(value))
 
+    def check_false_alarms(self, value):
+        """A row of the input `false_alarms`. Raises BadRequest."""
+        number = float(str(value))
+        if not 0 < number < 1:
+            raise self.bad("false_alarms", f"false_alarms is {value:g}; expected a number above 0 and below 1")
+        if self.typicality is None:
+            raise self.bad(
+                "false_alarms",
+                "false_alarms: this release cannot detect unknown images; train with at least 30 validation images",
+            )
+        return number
+
     def bad(self, reason, message):
         """A BadRequest to raise."""
         return self.parser.BadRequest(reason, message)
@@ -115,6 +138,8 @@ class Extras:
             arrays |= self.sets(wanted.coverage, logits, self.prior.softmax(log_prior), probability)
         if wanted.costs is not None or wanted.ask is not None:
             arrays |= self.decision(wanted, probability)
+        if wanted.false_alarms is not None:
+            arrays |= self.unknown(wanted.false_alarms, logits)
         return arrays
 
     def sets(self, coverage, logits, priors, probability):
@@ -149,3 +174,10 @@ class Extras:
         names = np.where(index < 0, b"", self.names[index]).astype(np.object_)
         cost = np.array([cost[0] for _, cost in chosen], dtype=np.float32)
         return {"decision": names[:, None], "decision_index": index[:, None], "expected_cost": cost[:, None]}
+
+    def unknown(self, false_alarms, logits):
+        """`typicality`: share of known validation images that look at most as familiar; `unknown`: at most false_alarms."""
+        density = self.decisions.familiarity(logits, self.log_prior)
+        share = self.typicality(density, logits.argmax(axis=1))
+        unknown = share <= np.array(false_alarms) + 1e-12
+        return {"unknown": unknown[:, None], "typicality": share.astype(np.float32)[:, None]}

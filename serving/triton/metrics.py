@@ -27,6 +27,7 @@ FAMILIES = {
     "tailor_confidence_bucket": "Images answered, by the probability of their most probable class, cumulative over le",
     "tailor_confidence_sum": "Sum of the probabilities of the most probable classes",
     "tailor_confidence_count": "Images answered, the count of the confidence histogram",
+    "tailor_unknown_total": "Images answered with `unknown`, by result: unknown (resembles no class) or known",
     "tailor_access_log_lost_total": "Lines that the access log could not write",
     "tailor_logit_log_total": "Images whose logits were logged",
     "tailor_logit_log_lost_total": "Images whose logits were to be logged and were not: queue (too many at once) or disk",
@@ -54,6 +55,8 @@ class Metrics:
         # Create the counters with 0: Prometheus computes a rate for the first event only if the counter existed before.
         for prior in ("balanced", "train", "live", "number", "own"):
             self.count("tailor_images_total", 0, prior=prior)
+        for result in ("unknown", "known"):
+            self.count("tailor_unknown_total", 0, result=result)
         for name in ("tailor_failed_total", "tailor_access_log_lost_total"):
             self.count(name, 0)
         for reason in ("queue", "disk"):
@@ -75,6 +78,11 @@ class Metrics:
             self.count("tailor_confidence_bucket", len(confidence), le="+Inf")
             self.count("tailor_confidence_sum", float(confidence.sum()))
             self.count("tailor_confidence_count", len(confidence))
+
+    def count_unknown(self, unknown):
+        """Count answers by whether the image is unknown, bool [n,1]."""
+        self.count("tailor_unknown_total", int(unknown.sum()), result="unknown")
+        self.count("tailor_unknown_total", int((~unknown).sum()), result="known")
 
     def count(self, family, number=1, **labels):
         """Add to a counter of FAMILIES."""

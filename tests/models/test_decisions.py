@@ -6,8 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import logsumexp
 
-from models.decisions import ASK, SetThresholds, cheapest, check_costs, images_needed, largest_coverage, prediction_set
+from models.decisions import (
+    ASK,
+    SetThresholds,
+    Typicality,
+    cheapest,
+    check_costs,
+    familiarity,
+    images_needed,
+    largest_coverage,
+    prediction_set,
+)
 from models.prior import softmax
 
 CLASSES = 6
@@ -141,3 +152,30 @@ def test_a_set_is_never_empty_and_ordered_by_probability():
 def test_a_prior_on_classes_without_validation_images_has_every_such_class_in_the_set():
     thresholds = SetThresholds([[0.9] * 20, []], 0.9).thresholds(0.9, np.array([0.0, 1.0]))
     assert thresholds.tolist() == [np.inf, 0]
+
+
+def test_familiarity_is_the_log_density_under_the_training_prior():
+    random = np.random.default_rng(0)
+    logits, log_prior = 40 * random.normal(size=(30, CLASSES)), np.log(PRIORS["head"])
+    assert familiarity(logits, log_prior) == pytest.approx(logsumexp(logits, axis=1, b=PRIORS["head"]), rel=1e-12)
+
+
+def test_known_images_are_called_unknown_at_the_wanted_rate_and_other_ones_more_often():
+    random, rates, found = np.random.default_rng(5), [], []
+    groups = ["many", "many", "many", "few", "few", "few"]
+    log_prior = np.log(PRIORS["head"])
+    for _ in range(200):
+        held, fresh = (points(np.tile(np.arange(CLASSES), 20), random) for _ in range(2))
+        density, predicted = familiarity(held, log_prior), np.array(groups)[held.argmax(1)]
+        typicality = Typicality({group: density[predicted == group].tolist() for group in set(groups)}, groups)
+        rates.append(np.mean(typicality(familiarity(fresh, log_prior), fresh.argmax(1)) <= 0.1))
+        far = -0.8 * ((4 + random.normal(size=(50, 1, 3)) - MEANS) ** 2).sum(-1)
+        found.append(np.mean(typicality(familiarity(far, log_prior), far.argmax(1)) <= 0.1))
+    assert 0.08 < np.mean(rates) < 0.1 + 3 * np.std(rates) / np.sqrt(len(rates))
+    assert np.mean(found) > 0.9
+
+
+def test_a_group_with_too_few_validation_images_has_no_alarm():
+    typicality = Typicality({"many": [0.0] * 18, "few": [0.0] * 19}, ["many", "few"])
+    share = typicality(np.array([-9.0, -9.0, 1.0]), np.array([0, 1, 1]))
+    assert share == pytest.approx([1 / 19, 1 / 20, 1]) and images_needed(0.95) == 19

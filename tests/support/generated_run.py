@@ -6,14 +6,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from models.calibration import fit_served_temperature
 from models.prior import shot_group
 from pipeline.data.class_prior import Prior
 from pipeline.evaluate import choose_samples
-from pipeline.evaluation.calibration import calibration_record
+from pipeline.evaluation.answers import fit_answers
 from pipeline.evaluation.metrics import adjusted_probabilities, per_class_accuracy
 from pipeline.evaluation.network_metrics import network_metrics
-from pipeline.evaluation.prediction_sets import set_record, set_scores
 from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report
 from pipeline.report.data_card import SplitSizes, data_facts
 from pipeline.report.model_card import model_card, model_facts
@@ -54,8 +52,10 @@ def made_report(classes: int, per_class: int, validation: bool = True, champion:
     prior, recipe = made_prior(classes), params()
     labels = np.repeat(np.arange(classes), per_class)
     logits = {name: made_logits(labels, prior, seed) for seed, name in enumerate(("teacher", "student"))}
-    scores = set_scores(made_logits(labels, prior, 2), labels) if validation else None
-    fitted = fit_served_temperature(made_logits(labels, prior, 2), labels) if validation else None
+    answers = fit_answers(
+        (made_logits(labels, prior, 2), labels) if validation else None, (logits["student"], labels), prior,
+        recipe.evaluate, recipe.serving,
+    )  # fmt: skip
     previous = champion_of(labels, prior, champion)
     found = analyse_predictions(
         logits,
@@ -63,7 +63,7 @@ def made_report(classes: int, per_class: int, validation: bool = True, champion:
         prior,
         recipe.evaluate.ece_bins,
         recipe.data.seed,
-        temperature=fitted and fitted.temperature,
+        temperature=answers.temperature,
         champion=previous,
         draws=1,
     )
@@ -94,8 +94,7 @@ def made_report(classes: int, per_class: int, validation: bool = True, champion:
     return render_report(
         Evaluation(
             found, metrics, rows, samples, prior, png, facts, about, recipe.model_dump(mode="json"),
-            provenance, calibration=calibration_record(fitted, True, logits["student"], labels, prior, 15),
-            sets=set_record(scores, logits["student"], labels, prior, None),
+            provenance, answers=answers,
         )
     )  # fmt: skip
 

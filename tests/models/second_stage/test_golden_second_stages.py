@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from models.losses.per_sample import smoothed_losses, smoothing_of_classes
 from models.networks.cosine_classifier import gated_logits
 from models.second_stage.disalign import class_weights, weighted_cross_entropy
+from models.second_stage.metasaug import augmented_logits
 from models.second_stage.methods import over_smoothed_cross_entropy, scaled_logits
 from models.second_stage.nearest_mean import nearest_mean
 from models.second_stage.tau_norm import tau_normalised
@@ -66,3 +67,26 @@ def test_the_nearest_class_mean_has_the_golden_scores():
     centre, weight, bias = nearest_mean(train[:, None], torch.tensor([0, 0, 1, 2]), 3)
     query = F.normalize(torch.tensor([1, 1], dtype=torch.float64) - centre, dim=0)
     assert np.allclose(weight @ query + bias, [-1.046865162347, -1.105572809000, -2.894427191000], **CLOSE)
+
+
+def test_implicit_augmentation_has_the_golden_value_and_its_diagonal_form_agrees():
+    features = np.array([[1, 1], [0.5, -1]])
+    weight = np.array([[1.0, 0], [0, 2], [-1, 1]])
+    margins = 0.5 * (2 / np.array([5, 3, 2])) ** 0.25
+
+    def loss(covariances):
+        logits = features @ weight.T
+        for i, own in enumerate((0, 2)):
+            difference = weight - weight[own]
+            logits[i] += 0.5 * 0.6 * np.einsum("cd,de,ce->c", difference, covariances[own], difference)
+            logits[i, own] -= margins[own]
+        return np.mean([np.log(np.exp(row).sum()) - row[own] for row, own in zip(logits, (0, 2), strict=True)])
+
+    golden = {0: np.array([[0.5, 0.1], [0.1, 0.2]]), 2: np.diag([0.3, 0.6])}
+    assert loss(golden) == pytest.approx(2.562156478291, abs=1e-11)
+    variance = torch.tensor([[0.5, 0.2], [9, 9], [0.3, 0.6]], dtype=torch.float64)
+    x, w = torch.tensor(features), torch.tensor(weight)
+    logits = augmented_logits(x @ w.T, TARGET, w, variance, 0.6)
+    logits[[0, 1], TARGET] -= torch.tensor(margins)[TARGET]
+    diagonal = {0: np.diag([0.5, 0.2]), 2: np.diag([0.3, 0.6])}
+    assert F.cross_entropy(logits, TARGET).item() == pytest.approx(loss(diagonal), abs=1e-11)

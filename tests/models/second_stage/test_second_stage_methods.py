@@ -14,7 +14,18 @@ from models.losses.per_sample import smoothed_losses, smoothing_of_classes
 from models.networks.cosine_classifier import LinearHead, gated_logits, linear_head
 from models.second_stage import methods
 from models.second_stage.disalign import class_weights, weighted_cross_entropy
-from models.second_stage.fitting import NORM, NotFiniteError, Recipe, TrainingFeatures
+from models.second_stage.fitting import (
+    NORM,
+    Fit,
+    Head,
+    NotFiniteError,
+    Recipe,
+    TrainingFeatures,
+    length_of,
+    scaled,
+)
+from models.second_stage.meta_sampler import MetaSampler
+from models.second_stage.metasaug import MetaSAug, class_variances
 from models.second_stage.nearest_mean import nearest_mean
 from models.second_stage.tau_norm import TAUS, tau_normalised
 
@@ -33,7 +44,7 @@ def drawn(counts, seed, views=1, spread=0.9):
 @pytest.fixture(name="start", scope="module")
 def _start():
     """A linear classifier trained by plain cross-entropy, with which rare classes are predicted too rarely."""
-    return methods.train_linear(drawn(COUNTS, 0), methods.RECIPES["linear"], 0, CPU)
+    return methods.train_linear(drawn(COUNTS, 0), Fit(methods.RECIPES["linear"], 0, CPU))
 
 
 def recalls(head, data):
@@ -72,7 +83,7 @@ def test_tau_0_changes_no_weight_and_tau_1_gives_rows_of_length_1():
 def test_a_balanced_linear_classifier_is_the_one_of_scikit_learn_with_balanced_class_weights():
     data, test = drawn([400, 150, 80], 0), drawn([200, 200, 200], 1)
     recipe = Recipe(60, 512, 2.0, balanced=True)
-    head = methods.train_linear(data, recipe, 0, CPU)
+    head = methods.train_linear(data, Fit(recipe, 0, CPU))
     unit = F.normalize(data.features[:, 0], dim=1).numpy()
     reference = LogisticRegression(C=1e4, class_weight="balanced").fit(NORM * unit, data.labels.numpy())
     queries = NORM * F.normalize(test.features[:, 0], dim=1).numpy()
@@ -80,23 +91,26 @@ def test_a_balanced_linear_classifier_is_the_one_of_scikit_learn_with_balanced_c
     assert agreement > 0.97
 
 
-@pytest.mark.parametrize("kind", ["crt", "lws", "mislas", "disalign"])
+@pytest.mark.parametrize("kind", ["crt", "balanced_softmax", "lws", "mislas", "disalign", "balms", "metasaug"])
 def test_each_method_predicts_the_rarest_class_more_often_than_plain_cross_entropy(kind, start):
     data, test = drawn(COUNTS, 0), drawn([200, 200, 200], 1)
-    given = start, data, methods.RECIPES[kind], 0, CPU
+    given = start, data, Fit(methods.RECIPES[kind], 0, CPU)
     log_prior = (torch.tensor(COUNTS).double() / sum(COUNTS)).log()
     head = {
         "crt": lambda: methods.train_linear(*given[1:]),
         "lws": lambda: methods.train_lws(*given),
         "mislas": lambda: methods.train_mislas(*given, (0.4, 0.1)),
         "disalign": lambda: methods.train_disalign(*given, log_prior),
+        "balanced_softmax": lambda: methods.train_linear(*given[1:], log_prior),
+        "balms": lambda: methods.train_balms(*given, log_prior),
+        "metasaug": lambda: methods.train_metasaug(*given),
     }[kind]()
     before, after = recalls(start, test), recalls(head, test)
     assert after[2] > before[2] + 0.03 and after.mean() > before.mean()
 
 
 def test_lws_only_scales_weight_and_bias_of_each_class(start):
-    head = methods.train_lws(start, drawn(COUNTS, 0), methods.RECIPES["lws"], 0, CPU)
+    head = methods.train_lws(start, drawn(COUNTS, 0), Fit(methods.RECIPES["lws"], 0, CPU))
     scale = head.bias / start.bias
     assert torch.allclose(head.weight, scale[:, None] * start.weight, atol=1e-4) and (scale - 1).abs().max() > 0.01
     logits = torch.randn(4, 3)
@@ -104,7 +118,7 @@ def test_lws_only_scales_weight_and_bias_of_each_class(start):
 
 
 def test_los_brings_the_logits_close_together_and_needs_no_counts(start):
-    head = methods.train_los(start, drawn(COUNTS, 0), methods.RECIPES["los"], 0, CPU)
+    head = methods.train_los(start, drawn(COUNTS, 0), Fit(methods.RECIPES["los"], 0, CPU))
     features = drawn(COUNTS, 1).features[:, 0]
     confidence = [each(features).detach().softmax(1).amax(1).mean().item() for each in (start, head)]
     assert confidence[0] > 0.8 and confidence[1] < 0.45  # of three classes, at least 1/3
@@ -149,13 +163,13 @@ def test_the_sampler_draws_classes_and_images_of_a_class_uniformly_and_no_class_
 
 def test_a_seed_gives_one_head_and_another_seed_another():
     data, recipe = drawn(COUNTS, 0, views=3), Recipe(2, 64, 0.2)
-    heads = [methods.train_linear(data, recipe, seed, CPU).weight for seed in (0, 0, 1)]
+    heads = [methods.train_linear(data, Fit(recipe, seed, CPU)).weight for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
 def test_a_learning_rate_that_overflows_is_reported():
     with pytest.raises(NotFiniteError, match="not finite"):
-        methods.train_linear(drawn(COUNTS, 0), Recipe(2, 64, 1e38, 5e-4), 0, CPU)
+        methods.train_linear(drawn(COUNTS, 0), Fit(Recipe(2, 64, 1e38, 5e-4), 0, CPU))
 
 
 def test_the_scale_of_a_head_bounds_the_change_of_a_logit(start):
@@ -167,3 +181,71 @@ def test_the_scale_of_a_head_bounds_the_change_of_a_logit(start):
     with torch.no_grad():
         gated.gain.fill_(-4)  # at a gate of 1 the factor of the logits is -3
     assert gated.scale == pytest.approx(3 * float(gated.weight.detach().norm(dim=1).max()))
+
+
+def test_a_virtual_step_is_a_step_of_gradient_descent_and_has_a_gradient():
+    weight, bias = torch.randn(3, 4, requires_grad=True), torch.zeros(3, requires_grad=True)
+    features, target = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    amount = torch.tensor(1.0, requires_grad=True)
+    stepped = Head(weight, bias).stepped(amount * F.cross_entropy(Head(weight, bias)(features), target), 0.5)
+    own = [tensor.detach().clone().requires_grad_() for tensor in (weight, bias)]
+    optimiser = torch.optim.SGD(own, lr=0.5)
+    F.cross_entropy(Head(*own)(features), target).backward()
+    optimiser.step()
+    assert torch.allclose(stepped.weight, own[0]) and torch.allclose(stepped.bias, own[1])
+    assert torch.autograd.grad(F.cross_entropy(stepped(features), target), amount)[0] != 0
+
+
+def test_the_meta_sampler_draws_a_class_by_its_images_times_its_rate():
+    data = drawn(COUNTS, 0)
+    head = Head(torch.zeros(3, WIDTH), torch.zeros(3))
+    sampler = MetaSampler(head, data, torch.zeros(3), 0.1, 0)
+    for rates in ([0.0, 0.0, 0.0], [-2.0, 0.0, 3.0]):
+        with torch.no_grad():
+            sampler.logit_rate.copy_(torch.tensor(rates))
+        features, labels, weight = sampler.draw(20000)
+        share = torch.tensor(COUNTS) * torch.tensor(rates).sigmoid()
+        assert torch.allclose(labels.bincount() / 20000, share / share.sum(), atol=0.015)
+        assert torch.equal(weight.detach(), torch.ones(20000)) and weight.requires_grad
+        assert torch.allclose(features.norm(dim=1), torch.full((20000,), NORM), rtol=1e-4)
+
+
+def test_the_meta_sampler_learns_to_draw_the_rarest_class_more_often():
+    data = drawn(COUNTS, 0)
+    weight, bias = torch.zeros(3, WIDTH, requires_grad=True), torch.zeros(3, requires_grad=True)
+    sampler = MetaSampler(Head(weight, bias), data, torch.zeros(3), 0.2, 0)
+    balanced, generator = ClassSampler(data.labels, 3), torch.Generator().manual_seed(0)
+    for _ in range(60):
+        rows = balanced.draw(64, generator)
+        sampler(data.batch(rows, CPU, generator), data.labels[rows])
+    rates = sampler.logit_rate.detach()
+    assert rates[2] > rates[0] + 0.1
+
+
+def test_metasaug_without_variance_is_cross_entropy_with_class_weights_and_grows_with_the_variance():
+    data = drawn(COUNTS, 0)
+    same = TrainingFeatures(data.features[data.labels.argsort(stable=True)][[0, 400, 460]][data.labels], data.labels, 3)
+    assert class_variances(same).max() < 1e-3
+    expected = [scaled(data.features[data.labels == c, 0]).double().numpy().var(0) for c in range(3)]
+    assert np.allclose(class_variances(data), expected, rtol=1e-4)
+    head = Head(0.1 * torch.randn(3, WIDTH).requires_grad_(), torch.zeros(3, requires_grad=True))
+    rows = torch.arange(len(data.labels))
+    values = []
+    for features in (same, data):
+        loss = MetaSAug(head, features, 0.1, 2, 0)
+        batch = scaled(data.features[rows, 0])
+        values.append([loss(batch, data.labels).item() for _ in range(2)])  # strength 0, then 0.375
+    effective = (1 - 0.9999 ** np.array(COUNTS)) / 1e-4
+    weights = torch.tensor(3 / effective / (1 / effective).sum()).float()
+    plain = (weights[data.labels] * F.cross_entropy(head(batch), data.labels, reduction="none")).mean()
+    assert values[0] == pytest.approx([plain.item()] * 2, rel=1e-3) and values[1][0] == pytest.approx(
+        plain.item(), rel=1e-4
+    )
+    assert values[1][1] > values[1][0] + 0.01
+
+
+def test_batches_are_smaller_and_epochs_more_where_images_are_few():
+    length = length_of(methods.RECIPES["crt"], 472)
+    assert (length.batch, length.steps, length.epochs) == (23, 20, 50)
+    large = length_of(methods.RECIPES["crt"], 115_846)
+    assert (large.batch, large.steps, large.epochs) == (512, 226, 10)

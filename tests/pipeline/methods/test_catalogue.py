@@ -80,6 +80,16 @@ def test_all_and_project_and_overlays_of_the_caller_are_methods(tmp_path: Path) 
         find_methods(["gml", str(other)])
 
 
+def test_an_overlay_of_a_project_may_extend_a_recipe_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "extends: recipes/methods/balanced_softmax.yaml\nstudent: {epochs: 9}\n"
+    Path("longer.yaml").write_text(text, encoding="utf-8")
+    made = params_of(*find_methods(["longer.yaml"]), params(SMALL))
+    assert (made.student.adjustment, made.student.beta, made.student.epochs) == (1.0, 0.0, 9)
+
+
 def test_a_method_that_a_frozen_encoder_cannot_train_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ from tests.support.making import data_params, folder, params
 from tests.support.small_encoder import tiny_encoder, tiny_params
 
 CPU = torch.device("cpu")
-KINDS = ("ncm", "tau_norm", "crt", "lws", "disalign", "mislas", "los")
+KINDS = ("ncm", "tau_norm", "crt", "balanced_softmax", "lws", "disalign", "mislas", "los", "balms", "metasaug")
 SIZES = {"a": 60, "b": 24, "c": 15}
 BASE = {"student.queue_total": 64, "data.validation_per_class": 20, "teacher.epochs": 1, "student.epochs": 2}
 SHORT = {
@@ -93,11 +93,15 @@ def student_logits(made, folder_, stage, which="test"):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_writes_a_student_with_another_classifier_on_the_same_network(on_features, kind):
+def test_each_kind_writes_a_student_with_another_classifier_on_the_same_network(on_features, kind, capsys):
     made = on_features({"classifier.kind": kind})
     before = sha256_of(STUDENT / "model.safetensors")
     done = classifier.run(made)
     assert sha256_of(STUDENT / "model.safetensors") == before
+    printed = capsys.readouterr().out
+    assert ("classifier  batches of 16 images instead of " in printed) == (kind != "ncm")
+    assert all(fit["steps"] >= 1000 and fit["batch_size"] == 16 for fit in record()["fits"])
+    assert len(record()["fits"]) == (kind != "ncm")
     assert record()["kind"] == kind and str(done).startswith(kind) and str(done).endswith("→ artifacts/classifier")
     first, second = (safetensors.torch.load_file(path / "model.safetensors") for path in (STUDENT, CLASSIFIER))
     assert all(torch.equal(second[name], first[name]) for name in first if name.startswith("backbone."))
@@ -253,7 +257,8 @@ def test_shifted_batch_norm_changes_its_statistics_to_those_of_class_balanced_ba
         ),
         (
             {"classifier.kind": "ncm", "classifier.start": "linear"},
-            r"classifier: start is linear, which kind ncm does not use \(only lws, disalign, mislas, los\); set start: student",
+            r"classifier: start is linear, which kind ncm does not use "
+            r"\(only lws, disalign, mislas, los, balms, metasaug\); set start: student",
         ),
         (
             {"classifier.kind": "lws", "classifier.smoothing": [0.3, 0.0]},

@@ -35,6 +35,8 @@ def test_tree_holds_the_release_and_nothing_else(repository: Path) -> None:
     assert sorted(snapshot(repository)) == [
         "classifier/1/__pycache__",
         "classifier/1/access_log.py",
+        "classifier/1/decisions.py",
+        "classifier/1/extras.py",
         "classifier/1/golden.json",
         "classifier/1/integrity.py",
         "classifier/1/live_prior.py",

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CLASSES, COUNTS, Release, picture, write_export
+from scipy.special import logsumexp
 
 from models.decisions import SetThresholds, cheapest, prediction_set
 from models.prior import softmax
 from serving.repository.writer import write_repository
-from tests.support.stand_in import Response, Tensor, request
+from tests.support.stand_in import Response, Tensor, counted, request
 
 TEMPERATURE = 5.0
 C = len(CLASSES)
@@ -22,6 +23,7 @@ MATRIX = (np.arange(C * C).reshape(C, C) % 7 * (1 - np.eye(C))).tolist()
 KEYS: dict[str, Any] = {
     "calibration": {"temperature": TEMPERATURE, "images": 61, "effective": 20.0},
     "sets": {"scores": SCORES, "interpolation": 0.9},
+    "unknown": {"scores": {"many": [-1.0, -0.5, 0.0, 0.1] * 10, "medium": [0.0] * 30, "few": [0.0] * 5}},
 }
 
 
@@ -110,6 +112,24 @@ def test_the_release_has_defaults_and_a_request_replaces_them(classifier: Any) -
     assert free["decision_index"].tolist() == [[-1]] and free["decision"].tolist() == [[b""]]
 
 
+def test_an_unknown_image_is_less_familiar_than_the_wanted_share_of_validation_images(
+    classifier: Any, made: tuple[Release, Path]
+) -> None:
+    images = [picture(seed) for seed in range(12)]
+    [response] = classifier.execute([asked(images, strength=[[1.0]] * 12, false_alarms=[[0.3]] * 12)])
+    logits = made[0].logits(images).astype(np.float64) / TEMPERATURE
+    density = logsumexp(logits, axis=1, b=np.array(COUNTS) / sum(COUNTS))
+    groups = np.array(["many", "many", "medium", "medium", "few"])[logits.argmax(1)]
+    for row in range(12):
+        scores = KEYS["unknown"]["scores"][groups[row]]
+        expected = (1 + sum(score <= density[row] for score in scores)) / (1 + len(scores))
+        assert response["typicality"][row][0] == pytest.approx(expected, rel=1e-6)
+        assert response["unknown"][row].tolist() == [expected <= 0.3]
+    assert response["unknown"].dtype == bool
+    counts = counted(classifier.metrics, "tailor_unknown_total")
+    assert counts == {("unknown",): response["unknown"].sum(), ("known",): 12 - response["unknown"].sum()}
+
+
 INVALID = [
     ({"coverage": [[0.0]]}, {}, "coverage is 0; expected a number above 0 and below 1"),
     ({"coverage": [[1.0]]}, {}, "coverage is 1; expected"),
@@ -118,6 +138,8 @@ INVALID = [
     ({"coverage": [[np.inf]]}, {}, "coverage is inf; expected"),
     ({"coverage": [0.9]}, {}, "coverage has shape [1]; expected [1, 1]"),
     ({"coverage": [[0.999]]}, {}, "the 61 validation images of this release support at most 0.9839, 0.999 needs 999"),
+    ({"false_alarms": [[0.0]]}, {}, "false_alarms is 0; expected a number above 0 and below 1"),
+    ({"false_alarms": [[np.nan]]}, {}, "false_alarms is nan; expected"),
     ({"ask": [[-1.0]]}, {}, "ask is -1; expected a finite price of at least 0"),
     ({"ask": [[np.nan]]}, {}, "ask is nan"),
     ({}, {"costs": b"[1, 2, 3]"}, "costs has shape [3]; expected 5 numbers, one per class, or 5 rows of 5"),
@@ -147,6 +169,8 @@ def test_an_invalid_extra_fails_its_request_alone_and_is_named(
 def test_a_release_without_validation_scores_refuses_a_coverage_but_decides(classifier: Any) -> None:
     [refused] = classifier.execute([asked([picture(1)], coverage=[[0.9]])])
     assert "this release has no prediction sets; train with at least 30 validation images" in refused.error.message()
+    [refused] = classifier.execute([asked([picture(1)], false_alarms=[[0.1]])])
+    assert "this release cannot detect unknown images" in refused.error.message()
     [decided] = classifier.execute([asked([picture(1)], ask=[[0.1]])])
     assert decided.error is None and decided["decision"].shape == (1, 1)
 

@@ -31,11 +31,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
 
 
 def test_both_protocols_and_json_return_the_same_extras(served: TritonServer) -> None:
-    images, extras = [picture(seed) for seed in range(5)], Extras(0.9, {"emu": 20}, 0.4)
+    images, extras = [picture(seed) for seed in range(5)], Extras(0.9, {"emu": 20}, 0.4, 0.2)
     with Client(served.http_url) as http, Client(served.grpc_url) as grpc:
         answers = http.predict(images, "train", extras=extras)
         assert answers == grpc.predict(images, "train", extras=extras)
-    assert all(answer.set and answer.decision for answer in answers)
+    assert all(answer.set and answer.decision and answer.unknown is not None for answer in answers)
     tensors = [
         ("image", "BYTES", "data:image/png;base64," + base64.b64encode(images[0]).decode()),
         ("prior", "BYTES", "train"),
