@@ -321,6 +321,26 @@ def resize(image: Image.Image, size: int, resize_to: int, interpolation: str = "
     return np.ascontiguousarray(np.asarray(image.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1))
 
 
+def letterbox(
+    image: Image.Image, height: int, width: int, fill: tuple[int, int, int]
+) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """Resize an image to fit into height x width, keeping its ratio, and pad it at the bottom and at the right with `fill`.
+
+    Returns uint8 [3,height,width], RGB, and the height and width that the image takes in it. An image that fits exactly
+    is not resampled.
+    """
+    if image.height * width >= image.width * height:
+        inside = height, max(1, round(image.width * height / image.height))
+    else:
+        inside = max(1, round(image.height * width / image.width)), width
+    if (image.height, image.width) != inside:
+        image = image.resize(inside[::-1], FILTERS["bilinear"])
+    canvas = np.empty((3, height, width), dtype=np.uint8)
+    canvas[:] = np.array(fill, dtype=np.uint8)[:, None, None]
+    canvas[:, : inside[0], : inside[1]] = np.asarray(image.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1)
+    return canvas, inside
+
+
 def scaled_size(width: int, height: int, resize_to: int) -> tuple[int, int]:
     """Width and height after resizing the shorter side to `resize_to`; the longer is truncated, as in torchvision's Resize."""
     shorter = min(width, height)

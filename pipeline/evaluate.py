@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import yaml
 
 from models.calibration import fit_served_temperature
 from models.prior import calibrate_logits
@@ -31,6 +32,7 @@ from pipeline.evaluation.network_metrics import (
 from pipeline.evaluation.prediction_sets import set_record, set_scores
 from pipeline.evaluation.predictions import CALIBRATION_NOTE, GateError, Predictions, check_comparable, load_predictions
 from pipeline.evaluation.runs import load_run
+from pipeline.evaluation.segmentation import evaluate_networks, legend
 from pipeline.features.stored import evaluation_inputs, stored_encoder
 from pipeline.model_io.checkpoint import BEST, load_config, student_folder
 from pipeline.model_io.devices import choose_device
@@ -39,6 +41,7 @@ from pipeline.report import Evaluation, Provenance, analyse_predictions, render_
 from pipeline.report.analysis import write_plots
 from pipeline.report.data_card import SplitSizes, data_card, data_facts
 from pipeline.report.model_card import model_card, model_facts, network_name
+from pipeline.report.page import render_page
 from pipeline.shared.artifacts import (
     ANSWERS,
     EVALUATION,
@@ -64,16 +67,18 @@ class Result:
     output: Path
 
     def __str__(self) -> str:
-        scores = [
-            f"{network} {self.metrics[network]['balanced']['balanced_accuracy']:.1%}"
-            for network in ("teacher", "student")
-        ]
+        balanced = {network: self.metrics[network]["balanced"] for network in ("teacher", "student")}
+        name = "balanced accuracy" if "balanced_accuracy" in balanced["student"] else "mIoU"
+        key = name.replace(" ", "_").lower()
+        scores = [f"{network} {values[key]:.1%}" for network, values in balanced.items()]
         page = self.output / "report.html"
-        return f"balanced accuracy {', '.join(scores)} → {page} ({page.stat().st_size / 1e6:.1f} MB)"
+        return f"{name} {', '.join(scores)} → {page} ({page.stat().st_size / 1e6:.1f} MB)"
 
 
 def run(params: Params, output: Path = EVALUATION) -> Result:
     """Evaluate both networks on the test split; no other stage reads it. Raises DataError when it is empty."""
+    if params.segmentation:
+        return _evaluate_segmentation(params, output)
     prior, inputs = load_prior(), evaluation_inputs(params, "test")
     test = inputs["student"]
     if len(test) == 0:
@@ -140,6 +145,23 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         )  # fmt: skip
         write_file(folder / "report.html", render_report(evaluation))
     return Result(metrics, output)
+
+
+def _evaluate_segmentation(params: Params, output: Path) -> Result:
+    """Evaluate both networks on the test split at several strengths; write metrics, tables and the report."""
+    prior = load_prior()
+    result = evaluate_networks(params, prior, NETWORKS, choose_device(params.device))
+    recipe = params.model_dump(mode="json")
+    with whole_folder(output) as folder:
+        result.write(folder)
+        write_json(folder / ANSWERS.name, {"calibration": None, "sets": None})  # of classifiers only
+        page = render_page(
+            "segmentation.html.jinja", {"figures": {"strength": result.curve_figure()}}, metrics=result.metrics,
+            curve=result.curve, classes=result.classes, worst=result.worst, legend=legend(prior), prior=prior,
+            params=recipe, recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), provenance=_provenance(),
+        )  # fmt: skip
+        write_file(folder / "report.html", page)
+    return Result(result.metrics, output)
 
 
 def _write_tables(

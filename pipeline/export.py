@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +15,8 @@ from models.preprocess import ImageError, decode
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
 from pipeline.data.dataset import evaluation_images
-from pipeline.model_io.checkpoint import attach_encoder, check_image, load_model, student_folder
+from pipeline.model_io.checkpoint import attach_encoder, check_canvas, check_image, load_model, student_folder
+from pipeline.onnx_export import segmentation
 from pipeline.onnx_export.float16 import to_float16
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_float16, check_parity
@@ -28,16 +30,21 @@ from pipeline.onnx_export.release import (
     open_session,
     top_k,
 )
+from pipeline.onnx_export.segmentation import ServedSegmenter
 from pipeline.params import Params, ServingParams
 from pipeline.report.mlflow_record import record_after_stage
 from pipeline.report.model_card import model_card, model_facts, network_name
-from pipeline.shared.artifacts import EVALUATION, EXPORT, REPOSITORY, whole_folder, write_file, write_json
+from pipeline.segmentation.dataset import LabelMapSplit, fill_colour
+from pipeline.shared.artifacts import EVALUATION, EXPORT, REPOSITORY, STUDENT, whole_folder, write_file, write_json
 from pipeline.shared.errors import StageError
-from serving.repository.manifest import GOLDEN_NAME, MANIFEST_NAME, Manifest
+from serving.repository.manifest import GOLDEN_NAME, MANIFEST_NAME, Manifest, SegmentationFormat
 from serving.repository.signature import SIGNATURE_NAME, sign_manifest
 from serving.repository.signing_keys import signing_key
 from serving.repository.writer import write_repository
 from serving.shared.terminal import counted
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 ONNX_NAME = "student.onnx"
 CARD_NAME = "model_card.md"
@@ -68,6 +75,8 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     InputError for a key that cannot be used, before the export starts.
     """
     key = signing_key()
+    if params.segmentation:
+        return _export_segmentation(params, output, repository, key)
     prior, calibration, sets = load_prior(), load_calibration(params), load_sets(params)
     decision = decision_defaults(params.serving, prior)
     student, stage = student_folder(params)
@@ -119,6 +128,38 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     write_repository(output, repository)
     record_after_stage("export", params, output)
     return Result(difference, manifest, output, half)
+
+
+def _export_segmentation(params: Params, output: Path, repository: Path, key: Ed25519PrivateKey | None) -> Result:
+    """As `run`, for task segmentation: one graph from the canvas to the class map."""
+    prior = load_prior()
+    model, config = load_model(STUDENT, "student")
+    check_image(config, params.image, STUDENT)
+    check_canvas(config, params, STUDENT)
+    image, export, canvas = params.image, params.export, params.segmentation.canvas
+    log_prior, shift = np.array(prior.log_prior), prior.balanced_shift(config.adjustment)
+    held_out = LabelMapSplit(params, "validation")
+    examples = held_out if len(held_out) else LabelMapSplit(params, "train")
+    served = ServedSegmenter(model, image.mean, image.std, canvas, shift.tolist()).eval()
+    with whole_folder(output) as folder:
+        path = folder / ONNX_NAME
+        write_file(path, segmentation.to_onnx(served, len(prior.classes), export.opset))
+        session = open_session(path)
+        difference = segmentation.check_parity(session, model, examples, image, log_prior, shift, export, params.seed)
+        golden = segmentation.golden_requests(
+            session, examples, export.golden, log_prior, top_k(params.serving, prior), params.data.seed
+        )
+        write_json(folder / GOLDEN_NAME, [answer.model_dump(exclude_defaults=True) for answer in golden])
+        metrics = json.loads((EVALUATION / "metrics.json").read_text(encoding="utf-8"))["student"]
+        write_file(folder / CARD_NAME, segmentation.model_card(params, prior, metrics))
+        cells = session.run(["logits"], segmentation.blank(canvas, len(prior.classes)))[0].shape[2:]
+        form = SegmentationFormat(height=canvas[0], width=canvas[1], fill=fill_colour(image.mean), cells=cells)
+        manifest = build_manifest(folder, params, prior, model, metrics, None, config, segmentation=form)
+        write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
+        if key:
+            write_file(folder / SIGNATURE_NAME, sign_manifest(folder, key).text())
+    write_repository(output, repository)
+    return Result(difference, manifest, output)
 
 
 def _is_served(data: bytes, resize_to: int, serving: ServingParams) -> bool:

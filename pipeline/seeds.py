@@ -17,6 +17,7 @@ from pipeline import classifier, student, teacher
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
 from pipeline.evaluation.network_metrics import network_logits, network_metrics, student_parts
+from pipeline.evaluation.segmentation import evaluate_networks
 from pipeline.features.stored import evaluation_inputs
 from pipeline.model_io.checkpoint import BEST, student_folder
 from pipeline.model_io.devices import choose_device
@@ -47,6 +48,7 @@ DEPENDS: dict[str, Any] = {
     "image": True,
     "seed": True,
     "stream": {"decode", "shuffle_mib"},
+    "segmentation": True,
     "student": True,
     "teacher": True,
 }
@@ -54,17 +56,18 @@ DEPENDS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Result:
-    """The student's balanced accuracy of the last epoch, by seed."""
+    """The student's balanced accuracy of the last epoch, by seed; for task segmentation its mIoU."""
 
     scores: dict[int, float]
     output: Path
+    measure: str = "balanced accuracy"
 
     def __str__(self) -> str:
         values = list(self.scores.values())
         if len(values) == 1:
-            return f"one seed, balanced accuracy {values[0]:.1%}; set `seeds` for a spread → {self.output}"
+            return f"one seed, {self.measure} {values[0]:.1%}; set `seeds` for a spread → {self.output}"
         spread = f"{statistics.mean(values):.1%} ± {statistics.stdev(values):.1%}"
-        return f"{len(values)} seeds, balanced accuracy {spread} → {self.output}/summary.json"
+        return f"{len(values)} seeds, {self.measure} {spread} → {self.output}/summary.json"
 
 
 def run(params: Params, output: Path = SEEDS) -> Result:
@@ -86,9 +89,9 @@ def run(params: Params, output: Path = SEEDS) -> Result:
         write_file(folder / "seeds.csv", as_table(metrics_by_seed))
         write_json(folder / "summary.json", summary(metrics_by_seed))
     shutil.rmtree(work, ignore_errors=True)
-    return Result(
-        {seed: metrics["student"]["balanced"]["balanced_accuracy"] for seed, metrics in metrics_by_seed.items()}, output
-    )
+    key, measure = ("miou", "mIoU") if params.segmentation else ("balanced_accuracy", "balanced accuracy")
+    scores = {seed: metrics["student"]["balanced"][key] for seed, metrics in metrics_by_seed.items()}
+    return Result(scores, output, measure)
 
 
 def _train_all(params: Params, work: Path) -> Iterator[tuple[int, Metrics]]:
@@ -139,6 +142,9 @@ def train_seed(params: Params, seed: int, work: Path) -> Metrics:
 
 
 def _evaluate(params: Params, folder: Path) -> Metrics:
+    if params.segmentation:
+        folders = {name: folder / name for name in ("teacher", "student")}
+        return evaluate_networks(params, load_prior(), folders, choose_device(params.device)).metrics
     prior, inputs = load_prior(), evaluation_inputs(params, "test")
     test = inputs["student"]
     device, labels = choose_device(params.device), test.labels.numpy()

@@ -14,7 +14,7 @@ from pipeline.command_line import stage_main
 from pipeline.data.assignment import SPLITS, assign, without
 from pipeline.data.duplicates import check_labels, conflicting_labels, find_duplicates
 from pipeline.data.groups import ImageGroups, group_remarks, hash_function, image_groups, ingested_groups
-from pipeline.data.inspection import check_missing, check_usable, inspect_images
+from pipeline.data.inspection import InspectionResult, check_missing, check_usable, inspect_images
 from pipeline.data.published import PUBLISHED
 from pipeline.data.split_tables import GROUP
 from pipeline.params import Params
@@ -26,6 +26,8 @@ from serving.shared.terminal import counted, print
 SCHEMA = pa.schema(
     [("sample_id", pa.string()), ("label", pa.int32()), ("reference", pa.string()), ("sha256", pa.string())]
 )
+# Further columns of task segmentation, whose label is always 0: pixels of each class in the label map.
+LABEL_MAP_FIELDS = [pa.field("pixels", pa.list_(pa.int64())), pa.field("label_map_sha256", pa.string())]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     data.on_bad_image `fail`, raises DataError for missing images and for unusable ones of any split. With `skip` they
     are excluded before the assignment, counted, and listed in skipped.csv. Raises DataError for an image with two
     labels (a published data set keeps such pairs, so that results are comparable) and for a class too small to hold
-    images out; StageError when an ingest adds a shard during the stage.
+    images out; StageError when an ingest adds a shard during the stage. For task segmentation, all images count as one
+    class, and an image without a usable label map is unusable.
     """
     shards = _ingested_shards()
     everything = open_source(params.data)
@@ -64,17 +67,23 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     if problem := class_names_problem(everything.classes):
         raise DataError(f"{params.data.location}: {problem}")
     source = everything.base
+    label_maps = params.data.label_map
+    if label_maps and shards:
+        raise DataError(
+            f"{INGESTED}: holds ingested images, which have no label maps; move them away for task segmentation"
+        )
+    image_classes = ["images"] if label_maps else everything.classes
     skip = params.data.on_bad_image == "skip"
     if not skip:
         check_missing(source)
     inspected = inspect_images(source, "split", hash_function(params.data))
     hashes = {reference: image.sha256 for reference, image in inspected.items() if image.sha256}
     skipped = [row for row in source.rows if inspected[row.reference].problem] if skip else []
-    rows = without(source, skipped)
+    rows = without(source, skipped, image_classes)
     _check_two_labels(source, rows, hashes)
     groups, alone = image_groups(source, rows, params.data, inspected)
-    assigned = assign(rows, source.classes, params.data, source.origin, groups)
-    remarks = group_remarks(assigned, groups, source.classes, alone)
+    assigned = assign(rows, image_classes if label_maps else source.classes, params.data, source.origin, groups)
+    remarks = group_remarks(assigned, groups, image_classes if label_maps else source.classes, alone)
     problems = [inspected[row.reference].problem for rows in assigned.values() for row in rows]
     check_usable([problem for problem in problems if problem], len(problems))
     held_out = assigned["validation"] + assigned["test"]
@@ -83,11 +92,12 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     excluded = [(row, str(inspected[row.reference].problem)) for row in skipped] + already_held
     assigned["train"] = assigned["train"] + ingested
     hashes |= everything.ingested_hashes
-    shared = find_duplicates(assigned, hashes, everything.classes)
+    shared = find_duplicates(assigned, hashes, image_classes)
     duplicates = len({entry[0] for entry in shared})
     if _ingested_shards() != shards:  # DVC hashes the folder only after the stage, and would not run the stage again
         raise StageError(f"{INGESTED} changed while split ran; run `dvc repro` again")
-    _write(output, assigned, hashes, everything.classes, shared, excluded, groups)
+    reasons = [(row.split, row.sample_id, image_classes[row.label], problem) for row, problem in excluded]
+    _write(output, assigned, hashes, everything.classes, shared, reasons, groups, inspected if label_maps else None)
     if duplicates:
         remarks.append(f"{counted(duplicates, 'image', 'are')} in more than one split; see {output}/duplicates.csv")
     if skipped:
@@ -146,8 +156,9 @@ def _write(
     hashes: dict[str, str],
     classes: list[str],
     shared: list[tuple[str, str, str, str]],
-    excluded: list[tuple[Row, str]],
+    reasons: list[tuple[str, str, str, str]],
     groups: ImageGroups,
+    label_maps: dict[str, InspectionResult] | None,
 ) -> None:
     """Write the split's folder; with groups, the tables have a column `group`."""
     schema = SCHEMA.append(pa.field(GROUP, pa.string())) if groups else SCHEMA
@@ -157,10 +168,12 @@ def _write(
             columns += [[hashes[row.reference] for row in rows]]
             columns += [[groups[row.reference] for row in rows]] if groups else []
             table = pa.table(columns, schema=schema)
+            for field in LABEL_MAP_FIELDS if label_maps is not None else ():
+                values = [getattr(label_maps[row.reference], field.name) for row in rows]
+                table = table.append_column(field, pa.array(values, field.type))
             pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
         write_json(folder / "classes.json", classes)
         write_file(folder / "duplicates.csv", as_csv(shared, ["sha256", "split", "sample_id", "class"]))
-        reasons = [(row.split, row.sample_id, classes[row.label], problem) for row, problem in excluded]
         write_file(folder / "skipped.csv", as_csv(reasons, ["split", "sample_id", "class", "problem"]))
 
 

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 from pipeline.command_line import stage_main
-from pipeline.data.class_prior import load_prior
+from pipeline.data.class_prior import Prior, load_prior
 from pipeline.features.stored import stored_encoder
 from pipeline.model_io.checkpoint import WEIGHTS
 from pipeline.model_io.devices import joined_ranks
 from pipeline.params import Params
+from pipeline.segmentation import objectives
 from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, STUDENT, TEACHER
 from pipeline.training.run import (
     Result,
@@ -34,6 +35,8 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
     Raises ParamsError when the queues cannot hold queue_minimum rows of every class.
     """
     prior, section, image = load_prior(), params.student, params.image
+    if params.segmentation:
+        return _train_segmentation(params, prior, output, teacher)
     check_recipe(params.teacher, section, prior)
     check_backbones(params.teacher.backbone, section.backbone, image.size, params.export.opset)
     check_tuned_export(params.encoder, section, image.size, params.export.opset)
@@ -45,6 +48,19 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
         objective = build_objective(section, image, config, prior, seed, teacher, params.encoder)
         inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS_INDEX] if config.encoder else [])]
         inputs += [teacher / WEIGHTS] if getattr(objective, "teacher", None) is not None else []
+        return train_network("student", objective, config, params, prior, device, output, inputs)
+
+
+def _train_segmentation(params: Params, prior: Prior, output: Path, teacher: Path) -> Result:
+    """As `run`, for task segmentation: L_cls of both heads and L_GML of sampled cells."""
+    section = params.student
+    check_recipe(params.teacher, section, prior)
+    objectives.check_dilated(params)
+    config = model_config(section, params.image, len(prior.classes), segmentation=params.segmentation)
+    with joined_ranks(params.device) as device:
+        frozen, seed = objectives.load_teacher(params, teacher), stage_seed(params.seed, "student")
+        objective = objectives.student_objective(params, config, prior, seed, frozen)
+        inputs = [SPLIT / "train.parquet", PRIOR, *([teacher / WEIGHTS] if frozen is not None else [])]
         return train_network("student", objective, config, params, prior, device, output, inputs)
 
 

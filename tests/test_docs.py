@@ -53,8 +53,9 @@ def test_every_block_of_commands_is_a_console_block(page: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_examples_of_the_losses_run(tmp_path: Path) -> None:
-    example = "\n".join(blocks(ROOT / "docs/losses.md", "python"))
+@pytest.mark.parametrize("page", ["losses.md", "contrast-terms.md"])
+def test_the_examples_of_the_losses_run(page: str, tmp_path: Path) -> None:
+    example = "\n".join(blocks(ROOT / "docs" / page, "python"))
     script = tmp_path / "example.py"
     script.write_text(example, encoding="utf-8")
     subprocess.run(

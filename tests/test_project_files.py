@@ -32,7 +32,9 @@ IGNORED = set((ROOT / ".dvcignore").read_text(encoding="utf-8").splitlines())
 # Modules of stage `split`; later stages read its tables, which are dependencies.
 SPLIT_ALONE = ("models.image_names", "pipeline.sources")
 # The optimiser step takes either objective; a change of the student's must not retrain the teacher.
-STUDENT_ALONE = ("models.contrast", "models.objectives.student", "models.objectives.student_weights")
+STUDENT_ALONE = (
+    "models.contrast", "models.objectives.contrast", "models.objectives.student", "models.objectives.student_weights",
+)  # fmt: skip
 # The code that trains a further seed also made artifacts/student, a dependency of stage `seeds`.
 SEEDS_ALONE = ("pipeline.evaluation", "pipeline.seeds", "models.sample_size")
 LICENCE_SHA256 = "ddacef491153f45022f5619519bb2016374a8c36e75153768493f45fb38d7992"

@@ -6,7 +6,7 @@ loss = -mean_i [log(x_0 / (x_0 + c)) + sum_j log(c / (x_j + c))]. Z is N times t
 batch, and constant afterwards (as in the official code).
 
 The official code gathers two tensors B x (K+1) x P. Here one matrix product scores all N rows, and B x (K+1) scores are
-gathered. Scores stay in log space, so that exp(1 / T) cannot overflow.
+gathered. Scores stay in log space, so that exp(1 / T) does not overflow at any temperature.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.contrast.memories import counter_random
 from models.contrast.terms import ContrastInputs, ContrastTerm
-from models.distributed import gather_batch, mean_over_ranks, rank
+from models.distributed import gather_batch, rank, rank_count
 from models.networks.autocast import full_precision, without_autocast
 
 EPSILON = 1e-7  # added to each denominator, as in the official code
@@ -44,7 +44,8 @@ def noise_contrastive_losses(exponent: Tensor, log_z: Tensor, samples: int) -> T
     """
     log_x = exponent - log_z
     share = (exponent.shape[1] - 1) / samples
-    log_total = (log_x.exp() + (share + EPSILON)).log()
+    # In log space: exp(exponent) overflows float32 at temperatures below 0.0113.
+    log_total = torch.logaddexp(log_x, log_x.new_full((), math.log(share + EPSILON)))
     return log_total.sum(1) - log_x[:, 0] - (exponent.shape[1] - 1) * math.log(share)
 
 
@@ -60,6 +61,8 @@ class CRD(ContrastTerm):
     class), starts, lengths [C] int64, draws [] int64. sample_ids are the rows 0..N-1.
     """
 
+    encoder = "teacher"
+    on_classifier_view = True
     uses = ("key",)
     memory: Tensor
     log_z: Tensor
@@ -123,7 +126,8 @@ class CRD(ContrastTerm):
             with without_autocast(anchors):
                 exponent = (anchors @ memory.to(anchors.dtype).T).gather(1, rows) / self.temperature
             with torch.no_grad():
-                measured = mean_over_ranks(exponent.exp().mean()).log() + math.log(samples)
+                local = exponent.flatten().logsumexp(0) - math.log(exponent.numel())
+                measured = gather_batch(local[None]).logsumexp(0) - math.log(rank_count()) + math.log(samples)
                 log_z = torch.where(self.log_z[direction].isinf(), measured, self.log_z[direction])
                 self.log_z[direction] = log_z
             total = total + noise_contrastive_losses(exponent, log_z, samples)

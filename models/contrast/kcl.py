@@ -40,9 +40,11 @@ class KPositiveContrast(ContrastTerm):
     head: projection head, features [N,D] → unit vectors [N,P]; its copy for the keys follows it with the momentum
     encoder. The draw is one order of the queue's rows per step, the same for all queries. The official code takes the
     first keys of the queue instead of random ones. The keys of a batch are stored after its step. Raises ValueError at
-    the first step if the queue's total is not a multiple of the batch.
+    the first step if the queue's total is below the batch.
     """
 
+    encoder = "momentum"
+    on_classifier_view = True
     uses = ("key",)
     draws: Tensor
 

@@ -34,14 +34,11 @@ class FifoQueue(nn.Module):
     def enqueue(self, features: Tensor, labels: Tensor) -> None:
         """Overwrite the oldest rows by a batch: features [B,P], labels [B] int64. B is the batch of all ranks.
 
-        Raises ValueError if K is not a multiple of B: a row would then be older than K samples.
+        K need not be a multiple of B. Raises ValueError if K is below B.
         """
         total, batch = len(self.labels), len(labels)
-        if total % batch:
-            raise ValueError(
-                f"queue total K is {total}, not a multiple of the batch of {batch} images (all ranks); "
-                f"set K to {max(total // batch, 1) * batch} or {(total // batch + 1) * batch}"
-            )
+        if total < batch:
+            raise ValueError(f"queue total K is {total}, below the batch of {batch} images (all ranks); raise K")
         rows = (self.pointer + torch.arange(batch, device=labels.device)) % total
         self.features[rows] = features.to(self.features.dtype)
         self.labels[rows] = labels

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from models.contrast.memories import FifoQueue
-from models.contrast.terms import ContrastInputs, ContrastTerm, OptionalInput, gather_views, own_columns, project
+from models.contrast.terms import (
+    ContrastInputs,
+    ContrastTerm,
+    KeyEncoder,
+    OptionalInput,
+    gather_views,
+    own_columns,
+    project,
+)
 from models.distributed import gather_batch
 from models.networks.autocast import without_autocast
 from models.prior import adjust_logits
@@ -42,9 +50,11 @@ class PaCo(ContrastTerm):
 
     head: projection head, features [N,D] → unit vectors [N,P]; its copy for the keys follows it with the momentum
     encoder. log_prior: [C]. The candidates are the queries and keys of all ranks and the queue; the keys of a batch are
-    stored after its step. Raises ValueError at the first step if the queue's total is not a multiple of the batch.
+    stored after its step. Raises ValueError at the first step if the queue's total is below the batch.
     """
 
+    encoder: KeyEncoder = "momentum"
+    on_classifier_view = True
     uses: tuple[OptionalInput, ...] = ("key", "logits")
     log_prior: Tensor
 
@@ -101,6 +111,7 @@ class GPaCo(PaCo):
     """GPaCo: both views are queries with class logits and gradient; no momentum encoder. The second view is stored."""
 
     views = 2
+    encoder = "self"
     uses = ("logits",)
 
     def _make_key_head(self) -> None:

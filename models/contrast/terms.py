@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.distributed import gather_with_gradient, rank, rank_count
 
 OptionalInput = Literal["key", "logits", "class_weight"]
+KeyEncoder = Literal["self", "momentum", "teacher"]
 DESCRIPTIONS: dict[OptionalInput, str] = {
     "key": "features [B,E] of the contrast encoder",
     "logits": "class logits [V,B,C] of the query views",
@@ -44,7 +45,9 @@ class ContrastTerm(nn.Module):
 
     forward(ContrastInputs) returns named scalar tensors; the entry `loss` has the gradient, the others are detached
     observations of the step. `views` is the number V of query views, `uses` names the optional inputs that the term
-    needs. `divisible`: the mean of the losses of micro-batches is the loss of the batch, so that the term supports
+    needs. `encoder`: the contrast encoder. `momentum` gives the key of a view of its own, `teacher` that of the classifier
+    view; with `self` there is no key, and all views carry gradients. `on_classifier_view`: the classifier view is the first
+    query view. `divisible`: the mean of the losses of micro-batches is the loss of the batch, so that the term supports
     gradient accumulation.
 
     Everything that training changes is a parameter or a buffer, written in place, with static shapes and without a copy
@@ -54,6 +57,8 @@ class ContrastTerm(nn.Module):
     """
 
     views: int = 1
+    encoder: KeyEncoder = "self"
+    on_classifier_view: bool = False
     uses: tuple[OptionalInput, ...] = ()
     divisible: bool = False
 

@@ -115,13 +115,17 @@ class LinearClassifier(nn.Linear):
         return Folded(self.weight.detach(), self.bias.detach(), 0)
 
 
+class HeadError(ValueError):
+    """A classifier does not fit the width of its feature."""
+
+
 class CausalClassifier(nn.Module):
     """Causal classifier, TDE (Tang et al., NeurIPS 2020): in eval mode, the mean direction of the features is removed.
 
     weight: [C,D], initialised as nn.Linear, no bias. Weight and feature are cut into `heads` equal parts w_k and x_k. Logits
     in training: 16/heads · sum_k u_k·w_k / (|w_k| + 1/32), u_k = x_k / |x_k|. In eval mode u_k - alpha·(u_k·d_k)·d_k stands
     for u_k, d_k = e_k / |e_k|. Buffer mean_direction e [D]: e ← momentum·e + batch mean of x, of which only the direction is
-    used; part of the checkpoint. Values of the authors' code for CIFAR. Raises ValueError unless heads divides D.
+    used; part of the checkpoint. Values of the authors' code for CIFAR. Raises HeadError unless heads divides D.
     """
 
     SCALE, OFFSET = 16.0, 1 / 32
@@ -132,7 +136,7 @@ class CausalClassifier(nn.Module):
     ) -> None:
         super().__init__()
         if feature_dim % heads:
-            raise ValueError(f"heads is {heads}, which does not divide the feature's {feature_dim} values")
+            raise HeadError(f"heads is {heads}, which does not divide the feature's {feature_dim} values")
         self.heads, self.alpha, self.momentum = heads, alpha, momentum
         bound = feature_dim**-0.5
         self.weight = nn.Parameter(torch.empty(classes, feature_dim).uniform_(-bound, bound))

@@ -72,6 +72,8 @@ class StudentObjective(Objective):
         cross-entropy with the adjustment of the weights. Raises ValueError when a loss term needs a teacher and there is none.
         """
         super().__init__()
+        if not (weights.gamma or weights.alpha):
+            model.classifier.requires_grad_(False)
         self.model = model
         self.weights = weights
         self.teacher_excess = 0.0 if teacher_adjustment is None else teacher_adjustment - weights.adjustment

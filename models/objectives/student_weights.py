@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ContrastEncoder = Literal["teacher", "momentum"]
+ContrastEncoder = Literal["teacher", "momentum", "self"]
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,7 @@ class StudentWeights:
     """Weights of the student's loss terms, as in the official code: gamma for L_cls, beta for L_GML + L_tau, alpha for L_KD.
 
     A term of weight 0 is not computed, nor is anything that only this term needs. prior_strength is α of Eq. 10,
-    adjustment the strength of the logit adjustment in L_cls (1 in Eq. 6). Raises ValueError when gamma and alpha are
-    both 0: no term would train the classifier.
+    adjustment the strength of the logit adjustment in L_cls (1 in Eq. 6).
     """
 
     gamma: float
@@ -23,10 +22,6 @@ class StudentWeights:
     distillation_temperature: float
     prior_strength: float
     adjustment: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.gamma or self.alpha):
-            raise ValueError("gamma and alpha are both 0, so no term trains the classifier; set one of them above 0")
 
     def needs_teacher(self, contrast_encoder: ContrastEncoder) -> bool:
         """Whether a step runs the teacher: for L_KD, or for the contrast features of L_GML."""

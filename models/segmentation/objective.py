@@ -5,13 +5,13 @@ The interface is that of models/objectives/objective.py, with label maps in plac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from models.objectives.objective import Objective
 from models.segmentation.contrast import CellContrast
 from models.segmentation.losses import Average, pixel_cross_entropy
 from models.segmentation.network import SegmentationModel
@@ -34,7 +34,7 @@ class SegmentationWeights:
     average: Average = "valid"
 
 
-class SegmentationObjective(nn.Module):
+class SegmentationObjective(Objective):
     """gamma·L_cls + auxiliary·L_cls(auxiliary head) + beta·L_GML on one view. The teacher has beta 0.
 
     contrast: required if beta is not 0. teacher: the frozen contrast encoder, a SegmentationModel trained by L_cls
@@ -43,7 +43,7 @@ class SegmentationObjective(nn.Module):
     its cells and embeds the queue.
     """
 
-    views = 1
+    model: SegmentationModel  # type: ignore[assignment]
     log_prior: Tensor
 
     def __init__(
@@ -100,15 +100,6 @@ class SegmentationObjective(nn.Module):
         weights = self.weights
         return pixel_cross_entropy(logits, target, self.log_prior, weights.adjustment, average=weights.average)
 
-    def whole_batch(self, views: Iterable[Tensor], target: Tensor, sample_ids: Tensor) -> None:
-        """Does nothing: the micro-batches share no values."""
-
-    def begin_epoch(self, epoch: int, epochs: int) -> None:
-        """Does nothing: no value of the loss depends on the epoch."""
-
-    def after_step(self) -> None:
-        """Does nothing: no module follows the weights of the network."""
-
     def observations(self) -> dict[str, float]:
         """Further values for the record of an epoch: the share of the queues that holds features of training cells."""
         return {} if self.contrast is None else {"queue_fill": self.contrast.queues.fill().item()}
@@ -116,7 +107,3 @@ class SegmentationObjective(nn.Module):
     def batch_modules(self) -> list[nn.Module]:
         """Modules whose input is this rank's share of the batch; their batch norm must be synchronised over the ranks."""
         return [self.model] if self.contrast is None else [self.model, self.contrast.query_head]
-
-    def undecayed(self) -> list[nn.Parameter]:
-        """Parameters without weight decay: none, as in mmsegmentation's recipe."""
-        return []

@@ -15,12 +15,17 @@ from serving.shared.terminal import counted
 SPLITS = ("train", "validation", "test")
 
 
-def without(source: Source, skipped: list[Row]) -> list[Row]:
-    """The source's rows without the skipped ones. Raises DataError when a class has no training image left."""
+def without(source: Source, skipped: list[Row], classes: list[str] | None = None) -> list[Row]:
+    """The source's rows without the skipped ones. Raises DataError when a class has no training image left.
+
+    classes: names of the labels of rows; None: those of the source.
+    """
     skipped_references = {row.reference for row in skipped}
     rows = [row for row in source.rows if row.reference not in skipped_references]
     train_labels = {row.label for row in rows if row.split == "train"}
-    empty = [name for label, name in enumerate(source.classes) if label not in train_labels]
+    empty = [
+        name for label, name in enumerate(source.classes if classes is None else classes) if label not in train_labels
+    ]
     if empty:
         raise DataError(
             f"class {empty[0]!r} has no usable training image (such classes: {len(empty)}; "

@@ -73,6 +73,27 @@ def count_labels(path: Path, classes: int, column: str = "label") -> np.ndarray:
     return counts
 
 
+def count_pixels(path: Path, classes: int) -> np.ndarray:
+    """Sum the pixels of each class over the label maps of a split table: int64 [classes]. Raises as `count_labels` does."""
+    counts = np.zeros(classes, dtype=np.int64)
+    for pixels in read_batches(path, "pixels", 1024):
+        values = pixels.flatten().to_numpy()
+        if pixels.null_count or len(values) != classes * len(pixels):
+            raise StageError(f"{path}: column 'pixels' is not of {classes} classes; run `dvc repro -f split`")
+        counts += values.reshape(len(pixels), classes).sum(0)
+    return counts
+
+
+class PixelPrior(Prior):
+    """Class prior of task segmentation: counts are pixels, and groups are terciles of their shares."""
+
+    def __str__(self) -> str:
+        return (
+            f"{counted(len(self.classes), 'class')} with {max(self.p):.2%} to {min(self.p):.2%} of "
+            f"{sum(self.counts):,} labelled pixels → {PRIOR}"
+        )
+
+
 def load_prior(path: Path = PRIOR) -> Prior:
     """Read prior.json. Raises ParamsError when the stage has not run, StageError when the file is damaged."""
     try:

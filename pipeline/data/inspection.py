@@ -7,15 +7,16 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from models.preprocess import ImageError, decode
 from pipeline.shared.errors import DataError
 from pipeline.shared.progress import progress_bar
-from pipeline.sources import BadImageError, Row, Source, in_parts
+from pipeline.sources import UNLABELLED, BadImageError, LabelMapSource, Row, Source, decode_label_map, in_parts
 from serving.shared.terminal import counted
 
 SHOWN = 5  # images named in a message
@@ -26,7 +27,8 @@ class InspectionResult:
     """Result for one image: sha256 and number of its bytes, width and height in pixels after rotation, and its problem.
 
     problem: one line that names the image; None if it can be used. perceptual_hash: hexadecimal text, if
-    requested. An unreadable image has an empty sha256; `missing` if its file does not exist.
+    requested. An unreadable image has an empty sha256; `missing` if its file does not exist. pixels: number of pixels of
+    each class in its label map, and label_map_sha256: hash of that file; both empty for classification.
     """
 
     sha256: str = ""
@@ -36,6 +38,8 @@ class InspectionResult:
     perceptual_hash: str = ""
     problem: str | None = None
     missing: bool = False
+    pixels: list[int] = field(default_factory=list)
+    label_map_sha256: str = ""
 
 
 def inspect_image(source: Source, row: Row, hash_fn: Callable[[Image.Image], str] | None = None) -> InspectionResult:
@@ -51,7 +55,23 @@ def inspect_image(source: Source, row: Row, hash_fn: Callable[[Image.Image], str
         return InspectionResult(
             digest, len(data), problem=f"{source.location(row)}: {error}; replace the image or remove it"
         )
-    return InspectionResult(digest, len(data), *image.size, hash_fn(image) if hash_fn else "")
+    result = InspectionResult(digest, len(data), *image.size, hash_fn(image) if hash_fn else "")
+    return _with_label_map(result, source, row) if isinstance(source, LabelMapSource) else result
+
+
+def _with_label_map(result: InspectionResult, source: LabelMapSource, row: Row) -> InspectionResult:
+    """The result for an image with the pixel counts of its label map, or with the problem of the label map."""
+    try:
+        data = source.read_label_map(row.reference)
+        labels = decode_label_map(data, (result.width, result.height), source.label_maps)
+    except BadImageError as error:
+        return replace(result, problem=str(error))
+    except ImageError as error:
+        return replace(
+            result, problem=f"{source.location(row)}: its label map {error}; replace the label map or remove the image"
+        )
+    counts = np.bincount(labels.ravel(), minlength=UNLABELLED + 1)[: len(source.classes)]
+    return replace(result, pixels=counts.tolist(), label_map_sha256=hashlib.sha256(data).hexdigest())
 
 
 def decode_checked(data: bytes) -> Image.Image:

@@ -91,9 +91,12 @@ def load_classes(folder: Path = SPLIT) -> list[str]:
 
 
 def data_sha256(split: Path) -> str:
-    """sha256 of all images' split, id, label and content hash: equal for equal data, independent of the file format."""
+    """sha256 of all images' split, id, label and content hash: equal for equal data, independent of the file format.
+
+    For task segmentation also of the content hash of the label map.
+    """
     digest = hashlib.sha256()
     for name in ("train", "validation", "test"):
-        table = read_split(name, ["sample_id", "label", "sha256"], split)
+        table = read_split(name, ["sample_id", "label", "sha256", "label_map_sha256"], split)
         digest.update(json.dumps([name, *table.to_pydict().values()]).encode())
     return digest.hexdigest()

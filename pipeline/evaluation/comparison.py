@@ -15,6 +15,7 @@ from pipeline.evaluation.intervals import bootstrap
 from pipeline.evaluation.metrics import expected_calibration_error, resampled_ece
 from pipeline.evaluation.predictions import Predictions
 from pipeline.params import GateParams, GateRule
+from pipeline.segmentation.run_areas import RunAreas
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,29 @@ def compare(challenger: Predictions, champion: Predictions, params: GateParams, 
         *(lambda index, loss=loss: loss[index].mean(axis=-1) for loss in losses), len(labels), params, "nll",
     )  # fmt: skip
     return {name: _add_sample_size(measure, sizes.get(name)) for name, measure in measures.items()}
+
+
+def compare_areas(challenger: RunAreas, champion: RunAreas, params: GateParams) -> dict[str, Measure]:
+    """Compare mIoU over all classes and over each group, of task segmentation; paired intervals over images.
+
+    The groups are those of the champion's prior. There is no test of McNemar's kind and no rule for calibration.
+    """
+    groups, images = np.array(champion.prior.groups), len(champion.sample_ids)
+    whole, measures = np.arange(images)[None], {}
+    for name in ("all", *GROUPS):
+        classes = groups == name if name != "all" else np.ones(len(groups), dtype=bool)
+        rule = getattr(params, name)
+        if not classes.any():
+            measures[name] = Measure(None, None, None, None, None, None, rule.rule, rule.margin, None)
+            continue
+        before, after = champion.mean_iou(classes), challenger.mean_iou(classes)
+        low, high = paired_interval(lambda index, b=before, a=after: a(index) - b(index), images, params)
+        values = float(before(whole)[0]), float(after(whole)[0])
+        difference = values[1] - values[0]
+        passed = _passes(rule, difference, low, high, None, 1 - params.confidence)
+        measures[name] = Measure(*values, difference, low, high, None, rule.rule, rule.margin, passed)
+        measures[name] = _add_sample_size(measures[name], SampleSize(images, images))
+    return measures
 
 
 def too_few_images(measures: dict[str, Measure]) -> list[str]:

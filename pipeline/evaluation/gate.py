@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from models.sample_size import ADVICE, sample_size
-from pipeline.evaluation.comparison import Measure, compare, too_few_images
+from models.sample_size import ADVICE, SampleSize, sample_size
+from pipeline.evaluation.comparison import Measure, compare, compare_areas, too_few_images
 from pipeline.evaluation.metrics import mean_of, per_class_accuracy
 from pipeline.evaluation.predictions import Contender, GateError, Predictions, check_comparable, load_predictions
 from pipeline.params import GateParams
+from pipeline.segmentation.run_areas import check_comparable as check_same_images
+from pipeline.segmentation.run_areas import has_areas, load_areas
 from pipeline.shared.artifacts import DECISION, sha256_of, write_json
 from pipeline.shared.errors import StageError, explain
 
@@ -65,16 +67,30 @@ def decide(
     try:
         if copy_error is not None:
             raise copy_error
-        predictions = load_predictions(challenger, params.target_prior)
-        samples = len(predictions.labels)
-        calibration = {"challenger": predictions.calibration}
-        if champion is None:
-            promote, undecided, reasons = _decide_first_model(predictions, params)
+        if has_areas(challenger.predictions):
+            areas = load_areas(challenger.predictions, challenger.prior, params.target_prior)
+            samples = len(areas.sample_ids)
+            if champion is None:
+                score = float(
+                    areas.mean_iou(np.ones(len(areas.prior.classes), dtype=bool))(np.arange(samples)[None])[0]
+                )
+                promote, undecided, reasons = _reaches_floor("mIoU", score, SampleSize(samples, samples), params)
+            else:
+                champion_areas = load_areas(champion.predictions, champion.prior, params.target_prior)
+                check_same_images(areas, champion_areas)
+                measures = compare_areas(areas, champion_areas, params)
         else:
-            champion_predictions = load_predictions(champion, params.target_prior)
-            check_comparable(predictions, champion_predictions)
-            calibration["champion"] = champion_predictions.calibration
-            measures = compare(predictions, champion_predictions, params, ece_bins)
+            predictions = load_predictions(challenger, params.target_prior)
+            samples = len(predictions.labels)
+            calibration = {"challenger": predictions.calibration}
+            if champion is None:
+                promote, undecided, reasons = _decide_first_model(predictions, params)
+            else:
+                champion_predictions = load_predictions(champion, params.target_prior)
+                check_comparable(predictions, champion_predictions)
+                calibration["champion"] = champion_predictions.calibration
+                measures = compare(predictions, champion_predictions, params, ece_bins)
+        if champion is not None:
             measures["latency_ms"] = _latency(challenger.latency_ms, champion.latency_ms, params)
             reasons = [_refusal_reason(name, measure) for name, measure in measures.items() if measure.passed is False]
             few = too_few_images(measures)
@@ -105,8 +121,11 @@ def _decide_first_model(predictions: Predictions, params: GateParams) -> tuple[b
     """Decide on the first model: (whether it reaches the floor, whether the test images are too few, the reasons)."""
     labels, predicted = predictions.labels, predictions.probabilities.argmax(1)
     score = mean_of(per_class_accuracy(predicted, labels, len(predictions.prior.classes))) or 0.0
-    text = f"first model, balanced accuracy {score:.1%}"
-    size = sample_size(np.bincount(labels))
+    return _reaches_floor("balanced accuracy", score, sample_size(np.bincount(labels)), params)
+
+
+def _reaches_floor(name: str, score: float, size: SampleSize, params: GateParams) -> tuple[bool, bool, list[str]]:
+    text = f"first model, {name} {score:.1%}"
     if size.too_few and params.floor > 0:
         return False, True, [f"{text} of {size}; {ADVICE}, or set gate.floor: 0"]
     if score >= params.floor:

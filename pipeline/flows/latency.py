@@ -43,14 +43,14 @@ def main(paths: Sequence[str]) -> int:
     random = np.random.default_rng(0)
     inputs = []
     for session in sessions:
-        shape = next(entry.shape for entry in session.get_inputs() if entry.name == "image")
-        image = random.integers(0, 256, (1, *shape[1:]), dtype=np.uint8)
-        inputs.append({"image": image, "strength": np.zeros((1, 1), dtype=np.float32)})
+        image, second = session.get_inputs()  # and `strength`, or `adjustment` of task segmentation
+        pixels = random.integers(0, 256, (1, *image.shape[1:]), dtype=np.uint8)
+        inputs.append({image.name: pixels, second.name: np.zeros((1, second.shape[1]), dtype=np.float32)})
     durations: list[list[float]] = [[] for _ in sessions]
     for _ in range(WARM_UP + ROUNDS):
         for session, feed, milliseconds in zip(sessions, inputs, durations, strict=True):
             started = time.perf_counter()
-            session.run(["logits"], feed)
+            session.run([session.get_outputs()[0].name], feed)
             milliseconds.append((time.perf_counter() - started) * 1000)
     print(json.dumps([median(milliseconds[WARM_UP:]) for milliseconds in durations]))
     return 0

@@ -27,6 +27,10 @@ def ingest(params: Params, drop: Path | None = None) -> IngestReport:
     read, never written. The run is a transaction: after a kill at any point, the next run completes the round or starts
     again. Raises ParamsError if `drop` is not a folder or `split` has not run yet; StageError if another ingest runs.
     """
+    if params.task == "segmentation":
+        raise ParamsError(
+            "task is segmentation; ingest takes images of one class each; add images with label maps to the source"
+        )
     from filelock import FileLock, Timeout  # in the extra `pipeline`, which a training machine does not need
 
     root = Path(params.ingest.drop) if drop is None else drop

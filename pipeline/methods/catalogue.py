@@ -77,6 +77,23 @@ METHODS = (
     ),
     Method("kd", "class loss", "Hinton et al. 2015", "balanced softmax and distillation from the teacher", "-", forward=1),
     Method(
+        "supcon", "contrast", "Khosla et al. 2020", "contrast of two views in the batch", "BSD-2-Clause", trained=3,
+        two_views=True,
+    ),
+    Method(
+        "bcl", "contrast", "Zhu et al. 2022", "balanced contrast with one centre per class", "MIT", trained=3, two_views=True
+    ),
+    Method(
+        "paco", "contrast", "Cui et al. 2021", "class logits, batch and queue as candidates", "MIT", forward=1, two_views=True
+    ),
+    Method("gpaco", "contrast", "Cui et al. 2023", "PaCo without a momentum encoder", "MIT", trained=2, two_views=True),
+    Method("kcl", "contrast", "Kang et al. 2021", "a fixed number of positive keys", "none", forward=1, two_views=True),
+    Method(
+        "proco", "contrast", "Du et al. 2024", "classes as von Mises-Fisher distributions", "MIT", trained=3, two_views=True
+    ),
+    Method("crd", "contrast", "Tian et al. 2020", "student's feature against the teacher's", "not verified", forward=1),
+    Method("crd_kd", "contrast", "Tian et al. 2020", "CRD and distillation, one teacher pass", "not verified", forward=1),
+    Method(
         "gml", "contrast", "GML, ICML 2023", "contrast with class-wise queues of teacher features, distillation", "MIT",
         trained=2, forward=2,
     ),

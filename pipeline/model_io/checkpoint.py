@@ -21,6 +21,7 @@ from models.networks.cosine_classifier import (
     CausalClassifier,
     Classifier,
     CosineClassifier,
+    HeadError,
     ImageClassifier,
     LinearClassifier,
     LinearHead,
@@ -28,6 +29,7 @@ from models.networks.cosine_classifier import (
 from models.networks.memory import FeatureMemory, empty_rows
 from models.networks.memory_fit import MINIMUM_IMAGES
 from models.networks.tuning import add_adapters
+from models.segmentation.network import SegmentationModel
 from pipeline.model_io.encoder import build_encoder, load_encoder
 from pipeline.params import ImageParams, Params
 from pipeline.shared.artifacts import CLASSIFIER, STUDENT, write_file, write_json
@@ -51,7 +53,8 @@ class ModelConfig:
     interpolation: filter of the images' resize. second_stage: record of the second stage whose linear head replaces the
     trained classifier; tau_s is then 1. None for none. classifier: kind and parameters of the trained classifier, without
     tau_s, which is 1 for all but the cosine classifier; None: the cosine classifier. experts: arguments `experts`,
-    `shared` and `narrow` of expert_backbone; None for one network.
+    `shared` and `narrow` of expert_backbone; None for one network. segmentation: `canvas` and `classifier` of a
+    segmentation network, as in params.segmentation; None for classification.
     """
 
     backbone: str
@@ -70,6 +73,7 @@ class ModelConfig:
     second_stage: dict[str, Any] | None = None
     classifier: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None
+    segmentation: dict[str, Any] | None = None
 
 
 def student_folder(params: Params) -> tuple[Path, str]:
@@ -77,9 +81,15 @@ def student_folder(params: Params) -> tuple[Path, str]:
     return (STUDENT, "student") if params.classifier.kind == "none" else (CLASSIFIER, "classifier")
 
 
-def build_model(config: ModelConfig, key: str) -> ImageClassifier:
-    """Create a newly initialised network. Raises ParamsError that names the params key for an unknown backbone."""
-    model = _build_network(config, key)
+def build_model(config: ModelConfig, key: str) -> ImageClassifier | SegmentationModel:
+    """Create a newly initialised network.
+
+    Raises ParamsError that names the params key for an unknown backbone, and for a classifier that does not fit its feature.
+    """
+    try:
+        model = _build_network(config, key)
+    except HeadError as error:
+        raise ParamsError(f"{key.removesuffix('backbone')}classifier.{error}") from None
     if stage := config.second_stage:
         centred, gated = stage["kind"] == "ncm", stage["kind"] == "disalign"
         model.classifier = LinearHead(model.feature_dim, config.classes, centred=centred, gated=gated)
@@ -95,7 +105,7 @@ def classifier_of(record: dict[str, Any] | None) -> Callable[[int, int], Classif
     return partial(kinds[record["kind"]], **values)
 
 
-def _build_network(config: ModelConfig, key: str) -> ImageClassifier:
+def _build_network(config: ModelConfig, key: str) -> ImageClassifier | SegmentationModel:
     head = classifier_of(config.classifier)
     if config.encoder:
         width, memory, stored = config.encoder["width"], None, config.memory
@@ -114,6 +124,8 @@ def _build_network(config: ModelConfig, key: str) -> ImageClassifier:
         if config.experts:
             experts = expert_backbone(config.backbone, image_size=config.image_size, **config.experts)
             return ImageClassifier(experts, config.classes, config.tau_s, head=head)
+        if config.segmentation:
+            return SegmentationModel(config.backbone, config.classes, config.tau_s, config.segmentation["classifier"])
         return ImageClassifier(config.backbone, config.classes, config.tau_s, config.image_size, head=head)
     except UnknownBackboneError as error:
         raise ParamsError(f"{key}: {error}") from None
@@ -150,6 +162,16 @@ def save_model(weights: Mapping[str, Tensor], config: ModelConfig, folder: Path)
     # Serialised in memory and then written: the writer of safetensors maps the file, where a full disk raises a signal.
     write_file(folder / WEIGHTS, safetensors.torch.save(tensors))
     write_json(folder / CONFIG, asdict(config))
+
+
+def check_canvas(config: ModelConfig, params: Params, folder: Path) -> None:
+    """Raise ParamsError when a segmentation network was trained with another task, canvas or classifier than the params."""
+    asked = params.segmentation.model_dump(include={"canvas", "classifier"}) if params.segmentation else None
+    if config.segmentation != asked:
+        raise ParamsError(
+            f"segmentation is {asked or 'null'}, but {folder} was trained with {config.segmentation or 'null'}; run "
+            "`dvc repro` to train again"
+        )
 
 
 def check_image(config: ModelConfig, image: ImageParams, folder: Path) -> None:
@@ -214,7 +236,7 @@ def attach_encoder(model: ImageClassifier, config: ModelConfig, params: Params, 
         model.backbone = with_encoder(loaded.network, model.backbone)
 
 
-def load_model(folder: Path, stage: str) -> tuple[ImageClassifier, ModelConfig]:
+def load_model(folder: Path, stage: str) -> tuple[ImageClassifier | SegmentationModel, ModelConfig]:
     """Load a network in eval mode on the CPU. Raises ParamsError when it does not exist, StageError when damaged or NaN."""
     config = load_config(folder, stage)
     try:

@@ -38,6 +38,7 @@ from serving.repository.manifest import (
     Limits,
     Manifest,
     PredictionSets,
+    SegmentationFormat,
     served_probabilities,
     sha256_of,
 )
@@ -168,9 +169,10 @@ def build_manifest(
     metrics: dict[str, Any],
     half: Parity | None,
     config: ModelConfig,
-    calibration: Calibration | None,
-    sets: PredictionSets | None,
-    decision: DecisionDefaults | None,
+    calibration: Calibration | None = None,
+    sets: PredictionSets | None = None,
+    decision: DecisionDefaults | None = None,
+    segmentation: SegmentationFormat | None = None,
 ) -> Manifest:
     """Build the manifest of a release; files: sha256 of each file that is in the folder."""
     return Manifest(
@@ -185,7 +187,7 @@ def build_manifest(
         top_k=top_k(params.serving, prior),
         max_batch_size=params.export.max_batch_size,
         files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
-        runtime=runtime_sha256(),
+        runtime=runtime_sha256(segmentation is not None),
         # Without the trusted keys: after a rotation the release is still the same.
         params_sha256=sha256_of_json(params.model_dump(mode="json", exclude={"serving": {"trusted_keys"}})),
         data_sha256=data_sha256(SPLIT),
@@ -200,4 +202,5 @@ def build_manifest(
         decision=decision,
         half=HalfPrecision(**asdict(half)) if half else None,
         limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),
+        segmentation=segmentation,
     )

@@ -1,12 +1,21 @@
 """Typed and validated params.yaml, the recipe of a run; one module per group of sections."""
 
-from pipeline.params.data import DataParams, ImageParams, ListParams, PriorParams, StreamParams, TableParams
+from pipeline.params.data import (
+    DataParams,
+    ImageParams,
+    LabelMapParams,
+    ListParams,
+    PriorParams,
+    StreamParams,
+    TableParams,
+)
 from pipeline.params.encoder import EncoderParams
 from pipeline.params.file import PARAMS_FILE, Params, load_params, parse_params, read_yaml
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, GateRule, ServingParams
 from pipeline.params.second_stage import ClassifierParams
 from pipeline.params.segmentation import SegmentationAugmentParams
+from pipeline.params.tasks import SegmentationParams
 from pipeline.params.training import (
     AugmentParams,
     EngineParams,
@@ -19,8 +28,8 @@ from pipeline.params.training import (
 
 __all__ = [
     "PARAMS_FILE", "AugmentParams", "ClassifierParams", "DataParams", "EncoderParams", "EngineParams", "EvaluateParams",
-    "ExportParams", "GateParams", "GateRule", "ImageParams", "IngestParams", "LearningRateParams", "ListParams",
-    "MemoryParams", "Params", "PretrainedParams", "PriorParams", "RetrainParams", "SegmentationAugmentParams",
-    "ServingParams", "StreamParams", "StudentParams", "TableParams", "TrackingParams", "TrainingParams", "load_params",
-    "parse_params", "read_yaml",
+    "ExportParams", "GateParams", "GateRule", "ImageParams", "IngestParams", "LabelMapParams", "LearningRateParams",
+    "ListParams", "MemoryParams", "Params", "PretrainedParams", "PriorParams", "RetrainParams",
+    "SegmentationAugmentParams", "SegmentationParams", "ServingParams", "StreamParams", "StudentParams", "TableParams",
+    "TrackingParams", "TrainingParams", "load_params", "parse_params", "read_yaml",
 ]  # fmt: skip

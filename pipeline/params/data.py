@@ -15,7 +15,8 @@ class TableParams(Section):
 
     A split is a file, a glob pattern, a folder of Parquet shards, or a list of these; a null split is held out of
     train. label_type: of a CSV file, whose cells are text; auto reads integers if class_names is set. max_mib: memory
-    limit for one column of a row group, and for a whole column of labels, paths or ids.
+    limit for one column of a row group, and for a whole column of labels, paths or ids. split: of task segmentation,
+    column with the split of each row of the files of `train`: train, val (or validation), test.
     """
 
     train: str | list[str] = "train.parquet"
@@ -25,6 +26,7 @@ class TableParams(Section):
     path: str | None = None
     label: str = "label"
     label_type: Literal["auto", "text", "integer"] = "auto"
+    split: str | None = None
     id: str | None = None
     class_names: list[str] | None = None
     max_mib: PositiveInt = 1024
@@ -42,6 +44,32 @@ class ListParams(Section):
     train: str | None = None
     validation: str | None = None
     test: str | None = None
+
+
+class LabelMapParams(Section):
+    """Label maps of task segmentation: PNG files of 8 bits, one class number per pixel.
+
+    class_names: names of the labels 0..C-1. column: of encoded label maps, of source table. ignored: value of a pixel
+    without a class. reduce_zero_label: 0 is a pixel without a class, and 1..C are the classes 0..C-1, as in ADE20K.
+    """
+
+    class_names: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=255)]
+    column: str = "label_map"
+    ignored: Annotated[int, Field(ge=0, le=255)] = 255
+    reduce_zero_label: bool = False
+
+    @model_validator(mode="after")
+    def _labels_do_not_overlap(self) -> LabelMapParams:
+        if len(set(self.class_names)) < len(self.class_names):
+            repeated = next(name for name in self.class_names if self.class_names.count(name) > 1)
+            raise ValueError(f"class_names has {repeated!r} twice; expected names that differ")
+        first = int(self.reduce_zero_label)
+        if first <= self.ignored < first + len(self.class_names):
+            raise ValueError(
+                f"ignored is {self.ignored}, which is a class; expected a value outside {first} to "
+                f"{first + len(self.class_names) - 1}"
+            )
+        return self
 
 
 def _group(value: str) -> str:
@@ -62,13 +90,18 @@ class DataParams(Section):
     max_per_class: largest number of training images per class, chosen by `seed` before the profile; null is all.
     test_share: test images as a share of each class, at least one and at most test_per_class; null is test_per_class
     for every class. group: images of one group are held out together: near, column:NAME of a table, or path:REGEX.
+    label_map: of task segmentation, where all images together count as one class of max_per_class, test_per_class,
+    test_share, validation_per_class and validation_share.
     """
 
-    source: Literal["digits", "folder", "table", "cifar10", "cifar100", "imagenet_lt", "places_lt", "inaturalist2018"]
+    source: Literal[
+        "digits", "folder", "table", "cifar10", "cifar100", "imagenet_lt", "places_lt", "inaturalist2018", "ade20k"
+    ]
     location: str
     download: bool = False
     lists: ListParams = ListParams()
     table: TableParams = TableParams()
+    label_map: LabelMapParams | None = None
     on_bad_image: Literal["fail", "skip"] = "fail"
     profile: Literal["natural", "exponential", "pareto", "step"]
     imbalance_factor: Annotated[Number, Field(ge=1, allow_inf_nan=False)]

@@ -15,6 +15,7 @@ from pipeline.params.operation import IngestParams, RetrainParams, TrackingParam
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, ServingParams
 from pipeline.params.second_stage import ClassifierParams
 from pipeline.params.section import Section
+from pipeline.params.tasks import SegmentationParams, Task, check_task
 from pipeline.params.training import EngineParams, StudentParams, TrainingParams
 from pipeline.shared.artifacts import PARAMS_FILE as PARAMS_FILE
 from pipeline.shared.errors import ParamsError
@@ -23,6 +24,7 @@ from pipeline.shared.errors import ParamsError
 class Params(Section):
     """All sections of params.yaml."""
 
+    task: Task = "classification"
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     engine: EngineParams = EngineParams()
@@ -31,6 +33,7 @@ class Params(Section):
     stream: StreamParams = StreamParams()
     image: ImageParams
     prior: PriorParams
+    segmentation: SegmentationParams | None = None
     encoder: EncoderParams | None = None
     teacher: TrainingParams
     student: StudentParams
@@ -45,11 +48,18 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _encoder_and_backbones_agree(self) -> Params:
+        check_task(self)
         check_encoder_sections(self.encoder, self.image, {"teacher": self.teacher, "student": self.student})
         if self.student.memory and not self.encoder:
             raise ValueError(
                 "student.memory is set, but section encoder is null; a memory holds features of an encoder"
             )
+        if not (self.student.trains_classifier or self.classifier.fits_anew):
+            raise ValueError(
+                "student.gamma and student.alpha are both 0, so no term trains the classifier; set one of them above 0, or "
+                "classifier.kind to a second stage that fits a new one (ncm, tau_norm, crt, or another with start: linear)"
+            )
+        _check_views(self.student, self.encoder)
         if self.student.memory and self.classifier.kind != "none":
             raise ValueError(
                 f"classifier.kind is {self.classifier.kind}, but student.memory is set; a second stage refits a "
@@ -60,6 +70,18 @@ class Params(Section):
                 "classifier.shift_batch_norm is true, but the features of a frozen encoder are stored; set it to false"
             )
         return self
+
+
+def _check_views(student: StudentParams, encoder: EncoderParams | None) -> None:
+    """Raise ValueError for a term that compares two views of an image, if these are equal."""
+    if not student.compares_views:
+        return
+    problem = f"student.contrast.kind is {student.contrast.kind}, which compares two views of an image, but "
+    if encoder and student.tune == "none":
+        if not encoder.views:
+            raise ValueError(problem + "encoder.views is 0; set it to 1 or more")
+    elif student.augment.one_view:
+        raise ValueError(problem + "student.augment changes no image; set flip, crop_padding or a policy")
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:

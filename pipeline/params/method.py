@@ -1,12 +1,12 @@
-"""Parts of sections `teacher` and `student` of params.yaml that are chosen by `kind`: L_cls and the classifier."""
+"""Parts of sections `teacher` and `student` of params.yaml that are chosen by `kind`: L_cls, classifier, contrast term."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.params.section import NonNegative, Number, PositiveInt, Section, Share
+from pipeline.params.section import Count, NonNegative, Number, Positive, PositiveInt, Section, Share
 
 BelowOne = Annotated[Number, Field(gt=0, lt=1)]
 
@@ -100,6 +100,100 @@ class CausalHead(Section):
 Head = Annotated[CosineHead | LinearHead | CausalHead, Field(discriminator="kind")]
 
 
+class GMLContrast(Section):
+    """L_GML and L_tau of the paper, with the keys of section student."""
+
+    kind: Literal["gml"] = "gml"
+    encoders: ClassVar = ("teacher", "momentum", "self")  # self: of task segmentation
+
+
+class SupConContrast(Section):
+    """SupCon (Khosla et al. 2020) on two query views.
+
+    base_temperature: the loss is multiplied by temperature / base_temperature, as in the authors' code; null: by 1.
+    """
+
+    kind: Literal["supcon"]
+    encoders: ClassVar = ("self",)
+    temperature: Positive = 0.1
+    base_temperature: Positive | None = None
+
+
+class BCLContrast(Section):
+    """Balanced contrastive learning (Zhu et al. 2022) on two query views, with one centre per class from its weights."""
+
+    kind: Literal["bcl"]
+    encoders: ClassVar = ("self",)
+    temperature: Positive = 0.1
+
+
+class PaCoContrast(Section):
+    """PaCo (Cui et al. 2021): class logits, batch and queue are the candidates. It trains the classifier too.
+
+    alpha: weight of a feature of the own class. queue: number of stored keys, at least batch_size.
+    """
+
+    kind: Literal["paco"]
+    encoders: ClassVar = ("momentum",)
+    temperature: Positive = 0.05
+    alpha: NonNegative = 0.05
+    queue: PositiveInt = 1024
+
+
+class GPaCoContrast(PaCoContrast):
+    """GPaCo (Cui et al. 2023): PaCo on two query views, without a momentum encoder."""
+
+    kind: Literal["gpaco"]  # type: ignore[assignment]
+    encoders: ClassVar = ("self",)
+
+
+class KCLContrast(Section):
+    """K-positive contrastive loss (Kang et al. 2021).
+
+    positives: keys of the own class that are used. queue: number of stored keys, at least batch_size.
+    """
+
+    kind: Literal["kcl"]
+    encoders: ClassVar = ("momentum",)
+    temperature: Positive = 0.07
+    positives: Count = 6
+    queue: PositiveInt = 4096
+
+
+class ProCoContrast(Section):
+    """Probabilistic contrastive learning (Du et al. 2024) on two query views: each class is a von Mises-Fisher distribution."""
+
+    kind: Literal["proco"]
+    encoders: ClassVar = ("self",)
+    temperature: Positive = 0.1
+
+
+class CRDContrast(Section):
+    """Contrastive representation distillation (Tian et al. 2020): the student's feature against the teacher's.
+
+    negatives: images of other classes for each image. rate: share of the old row when a row of the memory is updated.
+    """
+
+    kind: Literal["crd"]
+    encoders: ClassVar = ("teacher",)
+    temperature: Positive = 0.07
+    negatives: PositiveInt = 16384
+    rate: Share = 0.5
+
+
+Contrast = Annotated[
+    GMLContrast
+    | SupConContrast
+    | BCLContrast
+    | PaCoContrast
+    | GPaCoContrast
+    | KCLContrast
+    | ProCoContrast
+    | CRDContrast,
+    Field(discriminator="kind"),
+]
+
+
 def check_loss(loss: Loss, head: Head, adjustment: float, accumulate: int, mix: str) -> None:
     """Raise ValueError for a loss that does not fit the other keys of its section."""
     if loss.kind == "ldam" and head.kind != "cosine":
@@ -129,3 +223,32 @@ def check_loss(loss: Loss, head: Head, adjustment: float, accumulate: int, mix: 
 def weighted(loss: Loss) -> bool:
     """Whether the loss has class weights, so that its logits are balanced as they are."""
     return isinstance(loss, WeightedLoss) and loss.class_balance is not None
+
+
+def check_contrast(
+    contrast: Contrast, encoder: str, batch_size: int, accumulate: int, mix: str, projection_dim: int
+) -> None:
+    """Raise ValueError for a contrast term that does not fit the other keys of section student."""
+    kind = contrast.kind
+    if encoder not in contrast.encoders:
+        raise ValueError(
+            f"contrast_encoder is {encoder}, but contrast.kind {kind} takes {' or '.join(contrast.encoders)}; set "
+            f"contrast_encoder: {contrast.encoders[0]}"
+        )
+    if kind == "gml":
+        return
+    if accumulate > 1:
+        raise ValueError(
+            f"accumulate is {accumulate}, but contrast.kind {kind} compares the whole batch; set accumulate: 1, and "
+            "engine.checkpoint_activations: true or a smaller batch_size if the batch does not fit"
+        )
+    if kind in ("paco", "gpaco", "kcl", "crd") and mix != "none":
+        raise ValueError(
+            f"augment.mix is {mix}, but contrast.kind {kind} compares the classifier view; set augment.mix: none"
+        )
+    if isinstance(contrast, PaCoContrast | KCLContrast) and contrast.queue < batch_size:
+        raise ValueError(
+            f"contrast.queue is {contrast.queue}, below batch_size {batch_size}; set it to {batch_size} or more"
+        )
+    if kind == "proco" and projection_dim < 3:
+        raise ValueError(f"projection_dim is {projection_dim}; contrast.kind proco needs at least 3")

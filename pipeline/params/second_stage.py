@@ -49,6 +49,11 @@ class ClassifierParams(Section):
     views: Annotated[Count, Field(le=64)] = 1
     shift_batch_norm: bool = False
 
+    @property
+    def fits_anew(self) -> bool:
+        """Whether the second stage does not use the student's classifier."""
+        return self.kind in ("ncm", "tau_norm", "crt") or (self.kind != "none" and self.start == "linear")
+
     @model_validator(mode="after")
     def _keys_belong_to_the_kind(self) -> ClassifierParams:
         for key in sorted(TRAINING | {"smoothing", "start", "tau"}):

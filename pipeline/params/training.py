@@ -7,29 +7,43 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.params.experts import ExpertsParams, check_experts
-from pipeline.params.method import CosineHead, CrossEntropyLoss, Head, Loss, check_loss, weighted
+from pipeline.params.method import (
+    Contrast,
+    CosineHead,
+    CrossEntropyLoss,
+    GMLContrast,
+    Head,
+    Loss,
+    check_contrast,
+    check_loss,
+    weighted,
+)
 from pipeline.params.section import Count, NonNegative, Number, Positive, PositiveInt, Section, Share
 
 
 class LearningRateParams(Section):
     """Learning rate schedule: `cosine` to nearly zero, or `steps`, times `factor` at each milestone; linear warm-up.
 
+    `poly`, of task segmentation, changes with every step: (rate - minimum) * (1 - step/steps)^power + minimum.
+
     rule: `official` is that of the authors' code: warm-up and steps end an epoch later, and a cosine starts after
     warm-up.
     """
 
-    kind: Literal["cosine", "steps"]
+    kind: Literal["cosine", "steps", "poly"]
     rule: Literal["paper", "official"] = "paper"
     warmup_epochs: Count
     milestones: list[PositiveInt] = []
     factor: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    minimum: NonNegative = 1e-4
+    power: Positive = 0.9
 
     @model_validator(mode="after")
     def _milestones_belong_to_steps(self) -> LearningRateParams:
         if self.kind == "steps" and self.milestones != sorted(set(self.milestones)):
             raise ValueError(f"milestones is {self.milestones}; expected epochs in rising order")
-        if self.kind == "cosine" and self.milestones:
-            raise ValueError("milestones is set but kind is cosine; expected kind: steps, or no milestones")
+        if self.kind != "steps" and self.milestones:
+            raise ValueError(f"milestones is set but kind is {self.kind}; expected kind: steps, or no milestones")
         return self
 
 
@@ -55,6 +69,12 @@ class AugmentParams(Section):
     cutout: Count
     mix: Literal["none", "cutmix", "mixup"] = "none"
     mix_alpha: Positive = 1.0
+
+    @property
+    def one_view(self) -> bool:
+        """Whether all views of an image are equal."""
+        changes = self.crop != "pad" or self.crop_padding or self.flip or self.cutout
+        return not changes and {self.policy, self.contrast_policy} <= {"none", "same"}
 
     @model_validator(mode="after")
     def _scale_rises(self) -> AugmentParams:
@@ -134,10 +154,13 @@ class MemoryParams(Section):
 class StudentParams(TrainingParams):
     """Params of the student: the loss gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD, and the class-wise queues.
 
-    A term of weight 0 is not computed. contrast_encoder: the encoder that fills the queues, the frozen `teacher` or a
-    `momentum` copy of the student, updated with encoder_momentum in each step; with `momentum` and alpha 0 no teacher
-    is used. projection_hidden: hidden units of the projection heads, which embed all queue_total rows in each step; null:
-    the feature width. memory: null for no memory.
+    A term of weight 0 is not computed. contrast: the term of weight beta (docs/contrast-terms.md). contrast_encoder: the
+    encoder that gives the keys, the frozen `teacher` or a `momentum` copy of the student, updated with encoder_momentum in
+    each step; with `momentum` and alpha 0 no teacher is used. `self`: the student, for terms whose views all carry
+    gradients, and for task segmentation. prior_strength, tau_g, train_tau_g and the queues are used by `gml` alone.
+    projection_hidden: hidden units of the projection heads, which in `gml` embed all queue_total rows in each step; null: the
+    feature width. memory: null for no
+    memory.
 
     tune: `none` trains on the stored features of section encoder. `last_blocks` trains the last tune_blocks blocks of
     the encoder, `lora` a low-rank update (rank tune_rank) of its linear layers and convolutions, `adaptformer` an
@@ -153,7 +176,8 @@ class StudentParams(TrainingParams):
     alpha: NonNegative
     distillation_temperature: Positive
     prior_strength: NonNegative
-    contrast_encoder: Literal["teacher", "momentum"] = "teacher"
+    contrast: Contrast = GMLContrast()
+    contrast_encoder: Literal["teacher", "momentum", "self"] = "teacher"
     encoder_momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     tau_g: Positive
     train_tau_g: bool
@@ -169,11 +193,24 @@ class StudentParams(TrainingParams):
     tune_rate: Positive = 0.1
     tune_decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
 
+    @property
+    def trains_classifier(self) -> bool:
+        """Whether a term trains the classifier."""
+        return bool(self.gamma or self.alpha or (self.beta and self.contrast.kind in ("paco", "gpaco")))
+
     @model_validator(mode="after")
-    def _classifier_is_trained(self) -> StudentParams:
-        if not (self.gamma or self.alpha):
-            raise ValueError("gamma and alpha are both 0, so no term trains the classifier; set one of them above 0")
+    def _contrast_fits(self) -> StudentParams:
+        if self.beta:
+            augment = self.augment
+            check_contrast(
+                self.contrast, self.contrast_encoder, self.batch_size, self.accumulate, augment.mix, self.projection_dim
+            )
         return self
+
+    @property
+    def compares_views(self) -> bool:
+        """Whether a term other than GML compares two views of an image, which must differ."""
+        return self.beta > 0 and self.contrast.kind not in ("gml", "crd")
 
     @model_validator(mode="after")
     def _memory_has_the_frozen_features(self) -> StudentParams:

@@ -18,9 +18,10 @@ from pipeline.data.inspection import InspectionResult, Journal, inspect_images
 from pipeline.data.profiles import choose_images, class_sizes
 from pipeline.data.published import PUBLISHED, hash_of_ranks, published_choice
 from pipeline.params import Params
+from pipeline.segmentation import figures
 from pipeline.shared.artifacts import sha256_of_json
 from pipeline.shared.errors import StageError
-from pipeline.sources import FolderSource, Row, Source, open_base_source
+from pipeline.sources import FolderSource, LabelMapSource, Row, Source, open_base_source
 from serving.shared.terminal import counted
 
 Assigned = dict[str, list[Row]]
@@ -46,7 +47,8 @@ class DataReport:
 
     verdict, problems, remarks: lines of text. verdict: errors with which `split` would fail. problems: errors that
     `split` accepts and that make metrics wrong (duplicates in two splits). remarks: how the source reads folders that a
-    user may not expect, and what data.group could not do.
+    user may not expect, and what data.group could not do. label_maps: set for task segmentation, where `classes` is the one
+    class of all images.
     """
 
     source: str
@@ -65,6 +67,7 @@ class DataReport:
     verdict: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    label_maps: figures.LabelMapFigures | None = None
 
     @property
     def imbalance_factor(self) -> float:
@@ -112,7 +115,9 @@ def check(
     if fresh:
         journal.unlink(missing_ok=True)
     hashed = near is not None or data.group == NEAR
-    settings = sha256_of_json([data.source, data.location, data.table.model_dump(), hashed])
+    about = [data.source, data.location, data.table.model_dump(), hashed]
+    settings = sha256_of_json([*about, data.label_map.model_dump()] if data.label_map else about)
+    classes = ["images"] if data.label_map else source.classes
     inspected = inspect_images(source, "check", perceptual_hash if hashed else None, Journal(journal, settings), jobs)
     bad = [row for row in source.rows if inspected[row.reference].problem]
     names = class_names_problem(source.classes)
@@ -126,10 +131,10 @@ def check(
             verdict.append(cause)
     remarks = [*source.remarks] if isinstance(source, FolderSource) else []
     try:
-        rows = without(source, bad) if data.on_bad_image == "skip" else source.rows
+        rows = without(source, bad, classes) if data.on_bad_image == "skip" else source.rows
         groups, alone = image_groups(source, rows, data, inspected)
-        assigned = assign(rows, source.classes, data, source.origin, groups)
-        remarks += group_remarks(assigned, groups, source.classes, alone)
+        assigned = assign(rows, classes, data, source.origin, groups)
+        remarks += group_remarks(assigned, groups, classes, alone)
     except StageError as error:
         verdict.append(str(error))
         assigned = {split: [row for row in source.rows if row.split == split] for split in SPLITS}
@@ -150,11 +155,16 @@ def check(
         reliable = [group for group in near_duplicates or [] if _large_enough(group, inspected)]
         for kind, groups in (("duplicates", [*duplicates.values()]), ("near duplicates", reliable)):
             problems += _cross_split_problem(kind, groups, source)
+    label_maps, remarks = None, source.remarks if isinstance(source, FolderSource) else []
+    if isinstance(source, LabelMapSource):
+        label_maps = figures.label_map_figures(source.classes, assigned, inspected)
+        verdict += figures.missing_classes(label_maps, params.prior.smoothing)
+        remarks = figures.remarks(label_maps, params)
     return DataReport(
-        source.origin, data.location, source.classes, assigned, inspected,
-        {split: count_classes(rows, len(source.classes)) for split, rows in assigned.items()},
+        source.origin, data.location, classes, assigned, inspected,
+        {split: count_classes(rows, len(classes)) for split, rows in assigned.items()},
         bad, conflicts, duplicates, near_duplicates,
-        hash_split(assigned), hash_split(assigned, hashes), published, verdict, problems, remarks,
+        hash_split(assigned), hash_split(assigned, hashes), published, verdict, problems, remarks, label_maps,
     )  # fmt: skip
 
 

@@ -22,13 +22,17 @@ def print_report(report: DataReport, console: Console) -> None:
     """Print the report as text and tables."""
     console.print(f"[bold]{cell(report.source)}[/] at {cell(report.location)}", highlight=False)
     console.print(_split_table(report))
-    groups = ", ".join(f"{number:,} {group}" for group, number in report.groups().items())
-    train = report.counts["train"]
-    console.print(
-        f"train: {counted(len(report.classes), 'class')} of {max(train):,} to {counted(min(train), 'image')}, imbalance factor "
-        f"{report.imbalance_factor:.4g}; {groups}"
-    )
-    console.print(show_long_tail(train, report.classes))
+    if report.label_maps:
+        console.print(report.label_maps.summary())
+        console.print(report.label_maps.table())
+    else:
+        groups = ", ".join(f"{number:,} {group}" for group, number in report.groups().items())
+        train = report.counts["train"]
+        console.print(
+            f"train: {counted(len(report.classes), 'class')} of {max(train):,} to {counted(min(train), 'image')}, imbalance "
+            f"factor {report.imbalance_factor:.4g}; {groups}"
+        )
+        console.print(show_long_tail(train, report.classes))
     for line in _summary_lines(report):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if report.published:
@@ -86,11 +90,7 @@ def write_report(report: DataReport, folder: Path) -> None:
     """Write the report's files to a folder, which is replaced atomically."""
     with whole_folder(folder) as output:
         write_json(output / "report.json", as_json(report))
-        classes = [
-            (name, *(str(report.counts[split][c]) for split in SPLITS), shot_group(report.counts["train"][c]))
-            for c, name in enumerate(report.classes)
-        ]
-        write_file(output / "classes.csv", as_csv(classes, ["class", *SPLITS, "group"]))
+        write_file(output / "classes.csv", _classes_csv(report))
         problems = [
             (row.split, row.sample_id, report.classes[row.label], str(report.inspected[row.reference].problem))
             for row in report.bad
@@ -104,8 +104,28 @@ def write_report(report: DataReport, folder: Path) -> None:
                 for split, row in group
             ]
             write_file(output / f"{name}.csv", as_csv(members, ["group", "split", "sample_id", "class"]))
-        images, number = counted(sum(report.counts["train"]), "training image"), counted(len(report.classes), "class")
-        draw_long_tail(report.counts["train"], f"{report.source}: {images}, {number}", output / "long_tail.svg")
+        if not report.label_maps:
+            images, number = (
+                counted(sum(report.counts["train"]), "training image"),
+                counted(len(report.classes), "class"),
+            )
+            draw_long_tail(report.counts["train"], f"{report.source}: {images}, {number}", output / "long_tail.svg")
+
+
+def _classes_csv(report: DataReport) -> str:
+    """Training, validation and test images of each class; for task segmentation its pixels and images."""
+    if maps := report.label_maps:
+        rows = [
+            (name, *(str(numbers[split][c]) for numbers in (maps.pixels, maps.images) for split in SPLITS))
+            for c, name in enumerate(maps.classes)
+        ]
+        columns = [f"{split}_{unit}" for unit in ("pixels", "images") for split in SPLITS]
+        return as_csv(rows, ["class", *columns])
+    classes = [
+        (name, *(str(report.counts[split][c]) for split in SPLITS), shot_group(report.counts["train"][c]))
+        for c, name in enumerate(report.classes)
+    ]
+    return as_csv(classes, ["class", *SPLITS, "group"])
 
 
 def as_json(report: DataReport) -> dict[str, Any]:
@@ -140,4 +160,5 @@ def as_json(report: DataReport) -> dict[str, Any]:
         "remarks": report.remarks,
         "problems": report.problems,
         "verdict": report.verdict,
+        **({"label_maps": report.label_maps.as_json()} if report.label_maps else {}),
     }

@@ -86,6 +86,10 @@ def pack(
     bit-identical result. Raises ParamsError if `output` exists, DataError for missing or unreadable images unless
     data.on_bad_image is skip.
     """
+    if params.data.label_map:
+        raise ParamsError(
+            "data.label_map is set; a pack holds no label maps: write a table with a column of them instead"
+        )
     if output.exists():
         raise ParamsError(f"{output}: exists already; remove it or give another folder")
     source = open_base_source(params.data)

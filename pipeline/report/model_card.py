@@ -63,6 +63,9 @@ LOSSES = {
     "cross_entropy": "cross-entropy", "focal": "focal loss", "sigmoid_focal": "sigmoid focal loss", "ldam": "LDAM",
     "smoothing": "cross-entropy with label smoothing", "lade": "LADE",
 }  # fmt: skip
+CONTRASTS = {
+    "supcon": "SupCon", "bcl": "BCL", "paco": "PaCo", "gpaco": "GPaCo", "kcl": "KCL", "proco": "ProCo", "crd": "CRD",
+}  # fmt: skip
 
 
 def model_card(
@@ -156,7 +159,8 @@ def describe_training(teacher: TrainingParams, student: StudentParams, encoder: 
     loss = LOSSES[student.loss.kind]
     adjusted = f"logit-adjusted {loss}" if student.adjustment else loss
     gml = "the GML loss (ICML 2023, Mutual Information Maximization between Latent Features and Ground-Truth Labels)"
-    terms = [name for name, weight in ((adjusted, student.gamma), (gml, student.beta)) if weight]
+    contrast = gml if student.contrast.kind == "gml" else CONTRASTS[student.contrast.kind]
+    terms = [name for name, weight in ((adjusted, student.gamma), (contrast, student.beta)) if weight]
     distilled = ["distillation"] if student.alpha else []
     needed = student.alpha or (student.beta and student.contrast_encoder == "teacher")
     network = f"classifier on frozen {encoder['name']}" if encoder else teacher.backbone

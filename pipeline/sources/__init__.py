@@ -1,4 +1,4 @@
-"""Data sources of labelled images; each gives encoded bytes, a label, a stable sample id and a split."""
+"""Data sources of labelled images; each gives encoded bytes, a label or label map, a stable sample id and a split."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pipeline.sources.cifar import CifarSource
 from pipeline.sources.digits import DigitsSource
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.ingested import Ingested, ReaderWithIngested, SourceWithIngested
+from pipeline.sources.label_maps import UNLABELLED, LabelMapFolder, LabelMapSource, LabelMapTable, decode_label_map
 from pipeline.sources.lists import ListSource
 from pipeline.sources.shards import CACHE_BYTES
 from pipeline.sources.source import (
@@ -26,9 +27,9 @@ from pipeline.sources.source import (
 from pipeline.sources.table import TableReader, TableSource
 
 __all__ = [
-    "CACHE_BYTES", "BadImageError", "FileSource", "FolderSource", "Groups", "ImageReader", "Ingested",
-    "ReaderWithIngested", "Row", "Source", "SourceWithIngested", "in_parts", "open_base_source", "open_reader",
-    "open_source", "reading_order",
+    "CACHE_BYTES", "UNLABELLED", "BadImageError", "FileSource", "FolderSource", "Groups", "ImageReader", "Ingested",
+    "LabelMapSource", "ReaderWithIngested", "Row", "Source", "SourceWithIngested", "decode_label_map", "in_parts",
+    "open_base_source", "open_label_maps", "open_reader", "open_source", "reading_order",
 ]  # fmt: skip
 
 
@@ -39,6 +40,8 @@ def open_source(params: DataParams, ingested: Path = INGESTED) -> SourceWithInge
 
 def open_base_source(params: DataParams) -> Source:
     """Open the source of params.yaml without ingested images. Raises as `open_source` does."""
+    if params.label_map:
+        return open_label_maps(params)
     if params.source == "digits":
         return DigitsSource()
     if params.source == "table":
@@ -47,6 +50,14 @@ def open_base_source(params: DataParams) -> Source:
         return CifarSource(params.source, Path(params.location), params.download)
     root = existing_root(params.location, params.source)
     return FolderSource(root) if params.source == "folder" else ListSource(params.source, root, params.lists)
+
+
+def open_label_maps(params: DataParams) -> LabelMapSource:
+    """Open the source of task segmentation. Raises as `open_source` does."""
+    assert params.label_map
+    if params.source == "table":
+        return LabelMapTable(params.location, params.table, params.label_map)
+    return LabelMapFolder(existing_root(params.location, params.source), params.source, params.label_map)
 
 
 def open_reader(params: DataParams, cache_bytes: int = CACHE_BYTES, ingested: Path = INGESTED) -> ImageReader:

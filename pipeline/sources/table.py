@@ -42,7 +42,7 @@ class TableReader(ImageReader):
             existing_root(location, "table")
         self._storage, self._params = Storage(location), params
         files = {"train": params.train, "validation": params.validation, "test": params.test}
-        columns = [column for column in (params.image, params.path, params.label, params.id) if column]
+        columns = [column for column in (params.image, params.path, params.label, params.split, params.id) if column]
         limit = MemoryLimit(params.max_mib, LIMIT.key)
         self._splits = {
             split: open_shards(self._storage, names, columns, limit)

@@ -28,7 +28,7 @@ from pipeline.shared.progress import progress_bar
 from pipeline.training.cuda_graph import CapturedStep, CaptureError
 from pipeline.training.history import History, epoch_line
 from pipeline.training.non_finite import Failure, NonFiniteMonitor, dump_failure
-from pipeline.training.optimiser import ADAM_CAPTURE_RATE, learning_rate
+from pipeline.training.optimiser import ADAM_CAPTURE_RATE, step_rate
 from pipeline.training.resume import RunFolder, Snapshot
 from pipeline.training.state import (
     Best,
@@ -43,6 +43,22 @@ from pipeline.training.state import (
 from pipeline.training.step import Step, StepInputs, draw_ahead, own_indices, own_rows, precision_of
 
 
+@dataclass(frozen=True)
+class Score:
+    """How a network is evaluated on the validation split after each epoch; a larger value is better.
+
+    name: key of the value in the record. measure(model, validation, image, device, shift): the value. probe(model,
+    pixels, image, device): one batch of training images, if there is no validation. Both raise NotFiniteError.
+    """
+
+    name: str
+    measure: Callable[..., float]
+    probe: Callable[..., Any]
+
+
+ACCURACY = Score("validation_accuracy", accuracy, outputs)
+
+
 @dataclass
 class Training:
     """One training run. `name` is the stage, which is also the params section that error messages name.
@@ -51,7 +67,7 @@ class Training:
     epoch. A run that finds a checkpoint resumes from it; on the CPU the result is bit-identical to a run without
     interruption. shift: [C], added to the logits in validation to get logits for the balanced prior; None: no shift.
     After `run`, `model` is the network of the last epoch (the EMA of weights if the recipe has one) and `best` the
-    network of the epoch with the best validation accuracy.
+    network of the epoch with the best validation score.
     """
 
     name: str
@@ -65,6 +81,7 @@ class Training:
     on_epoch: Callable[[History], None] | None = None
     best: Best | None = None
     shift: np.ndarray | None = None
+    score: Score = ACCURACY
 
     @property
     def model(self) -> ImageClassifier:
@@ -72,7 +89,7 @@ class Training:
         return self.objective.model if self.step.average is None else self.step.average.average
 
     def run(self, train: AnyImages, validation: AnyImages) -> History:
-        """Train for params.epochs; returns one record per epoch: losses, learning rate, validation accuracy, speed.
+        """Train for params.epochs; returns one record per epoch: losses, learning rate, validation score, speed.
 
         Data order and augmentation use one CPU generator, so a run depends on the seed but not on the device or the
         number of ranks. Raises ParamsError when a batch cannot be filled or divided among the ranks, StageError when a
@@ -158,8 +175,7 @@ class Training:
     def _epoch(self, progress: Progress, bar: Any, steps: int, validation: AnyImages) -> dict[str, float]:
         """Run the remaining steps of the current epoch; returns its record."""
         at, batch = self._at, self.params.batch_size
-        rate = learning_rate(self.params.schedule, self.params.learning_rate, at.epoch, self.params.epochs)
-        self.step.optimiser.set_rate(rate)
+        rate = self._set_rate(at.step, steps)
         self.objective.begin_epoch(at.epoch, self.params.epochs)
         if at.order is None:
             at.order = self._train.order(self._generator)[: steps * batch]
@@ -172,6 +188,8 @@ class Training:
             del ahead, draws  # otherwise tee would buffer the draws of all steps if the feed does not read them
             for step, (inputs, state), pixels in zip(range(first, steps), drawn, feed, strict=False):
                 self._generator.set_state(state)
+                if self.params.schedule.kind == "poly":
+                    rate = self._set_rate(step, steps)
                 # The monitor stores the inputs of many steps without pixels; a dump reads the pixels again.
                 if failure := self._monitor.add(step, inputs, self._take_step(replace(inputs, pixels=pixels))):
                     self._fail(failure, steps, rate)
@@ -193,11 +211,13 @@ class Training:
         record = {"epoch": at.epoch + 1, **means, "learning_rate": rate, **self.objective.observations()}
         try:
             if len(validation):
-                record["validation_accuracy"] = accuracy(self.model, validation, self.image, self.device, self.shift)
+                record[self.score.name] = self.score.measure(
+                    self.model, validation, self.image, self.device, self.shift
+                )
                 self._update_best(record)
             elif at.epoch + 1 == self.params.epochs:
                 indices = torch.arange(min(batch, len(self._train)))
-                outputs(self.model, self._train.pixels(indices), self.image, self.device)
+                self.score.probe(self.model, self._train.pixels(indices), self.image, self.device)
         except NotFiniteError as error:
             raise self._diverged(str(error)) from None
         record["images_per_second"] = (steps - first) * batch / seconds
@@ -209,6 +229,13 @@ class Training:
             self.on_epoch(self._at.history)
         return record
 
+    def _set_rate(self, step: int, steps: int) -> float:
+        """Set the learning rate of a step of the current epoch, and return it."""
+        at, of = (self._at.epoch, step), (self.params.epochs, steps)
+        rate = step_rate(self.params.schedule, self.params.learning_rate, at, of)
+        self.step.optimiser.set_rate(rate)
+        return rate
+
     def _diverged(self, what: str) -> StageError:
         return StageError(
             f"{self.name}: the network has diverged by the end of epoch {self._at.epoch + 1}: {what}; lower "
@@ -216,9 +243,10 @@ class Training:
         )
 
     def _update_best(self, record: dict[str, float]) -> None:
-        if self.best is None or record["validation_accuracy"] > self.best.accuracy:
+        value = record[self.score.name]
+        if self.best is None or value > self.best.accuracy:
             weights = {name: tensor.detach().cpu().clone() for name, tensor in merged_state(self.model).items()}
-            self.best = Best(int(record["epoch"]), record["validation_accuracy"], weights)
+            self.best = Best(int(record["epoch"]), value, weights)
 
     def _fail(self, failure: Failure, steps: int, rate: float) -> None:
         """Dump the failure and raise StageError."""

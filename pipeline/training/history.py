@@ -13,9 +13,15 @@ History = list[dict[str, float]]
 def epoch_line(record: dict[str, float], epochs: int) -> str:
     """Text line for one epoch."""
     parts = "  ".join(f"{key} {value:.4f}" for key, value in record.items() if key in ("loss", "tau_g"))
-    score = f"  validation {record['validation_accuracy']:.1%}" if "validation_accuracy" in record else ""
+    value = validation_score(record)
+    score = "" if value is None else f"  validation {value:.1%}"
     speed = f"lr {record['learning_rate']:.4f}  {record['images_per_second']:,.0f} images/s"
     return f"epoch {record['epoch']}/{epochs}  {parts}{score}  {speed}"
+
+
+def validation_score(record: dict[str, float]) -> float | None:
+    """Score of an epoch on the validation split: accuracy, or mIoU of task segmentation; None without such images."""
+    return record.get("validation_accuracy", record.get("validation_miou"))
 
 
 def as_jsonl(history: History) -> str:

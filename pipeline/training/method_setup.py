@@ -1,11 +1,19 @@
-"""Construction of L_cls and of the objective of experts from params, and checks of experts before any training."""
+"""Construction of L_cls, the contrast term and the objective of experts from params; checks of experts before training."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from torch import Tensor
 
+from models.contrast.crd import CRD
+from models.contrast.kcl import KPositiveContrast
+from models.contrast.memories import FifoQueue
+from models.contrast.paco import GPaCo, PaCo
+from models.contrast.proco import ProCo
+from models.contrast.supcon import BalancedContrast, SupCon
+from models.contrast.terms import ContrastTerm
 from models.experts.backbone import SplitError, expert_backbone
 from models.losses.class_loss import (
     ClassLoss,
@@ -17,6 +25,7 @@ from models.losses.class_loss import (
     Weighting,
 )
 from models.networks.cosine_classifier import ImageClassifier
+from models.networks.projection_head import ProjectionHead
 from models.objectives.experts import BbnObjective, ExpertsObjective, Ncl, Reslt, Ride, Sade
 from pipeline.data.class_prior import Prior
 from pipeline.params import StudentParams, TrainingParams, method
@@ -41,6 +50,44 @@ def class_loss(section: TrainingParams, prior: Prior) -> ClassLoss:
     if isinstance(loss, method.SmoothingLoss):
         return SmoothingLoss(log_prior, strength, prior.counts, loss.head, loss.tail, weighting)
     return ClassLoss(log_prior, strength, weighting)
+
+
+def contrast_term(
+    section: StudentParams, prior: Prior, student_dim: int, teacher_dim: int, labels: Tensor | None = None
+) -> ContrastTerm:
+    """The contrast term of section.contrast with its heads; for every kind but gml.
+
+    student_dim, teacher_dim: feature widths. labels: int64 [N] of the training images, which CRD needs; None: classes in
+    order, which suffices to estimate memory. Raises ParamsError for labels of one class.
+    """
+    contrast, log_prior, dim = section.contrast, torch.tensor(prior.in_losses), section.projection_dim
+
+    def head() -> ProjectionHead:
+        return ProjectionHead(student_dim, section.projection_hidden or student_dim, dim)
+
+    if isinstance(contrast, method.SupConContrast):
+        return SupCon(head(), contrast.temperature, contrast.base_temperature)
+    if isinstance(contrast, method.BCLContrast):
+        return BalancedContrast(head(), head(), contrast.temperature)
+    if isinstance(contrast, method.PaCoContrast):
+        term = GPaCo if contrast.kind == "gpaco" else PaCo
+        return term(head(), log_prior, FifoQueue(contrast.queue, dim), contrast.temperature, contrast.alpha)
+    if isinstance(contrast, method.KCLContrast):
+        return KPositiveContrast(head(), FifoQueue(contrast.queue, dim), contrast.temperature, contrast.positives)
+    if isinstance(contrast, method.ProCoContrast):
+        return ProCo(head(), log_prior, dim, contrast.temperature)
+    assert isinstance(contrast, method.CRDContrast)
+    if labels is None:
+        # On the CPU also within torch.device("meta"): CRD reads the numbers.
+        counts = torch.tensor(prior.counts, device="cpu")
+        labels = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
+    try:
+        return CRD(
+            student_dim, teacher_dim, labels, dim=dim, negatives=contrast.negatives, temperature=contrast.temperature,
+            rate=contrast.rate,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ParamsError(f"student.contrast.kind is crd, but {error}") from None
 
 
 def experts_objective(

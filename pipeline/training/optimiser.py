@@ -115,6 +115,13 @@ def learning_rate(schedule: LearningRateParams, base: float, epoch: int, epochs:
     return base * schedule.factor ** sum(epoch >= milestone + late for milestone in schedule.milestones)
 
 
+def step_rate(schedule: LearningRateParams, base: float, at: tuple[int, int], of: tuple[int, int]) -> float:
+    """Learning rate of a 0-based epoch and step, `at`, out of the epochs and the steps of an epoch, `of`."""
+    if schedule.kind == "poly":
+        return polynomial_rate(base, at[0] * of[1] + at[1], of[0] * of[1], schedule.minimum, schedule.power)
+    return learning_rate(schedule, base, at[0], of[0])
+
+
 def polynomial_rate(base: float, step: int, steps: int, minimum: float = 1e-4, power: float = 0.9) -> float:
     """Learning rate of a 0-based step out of `steps`: (base - minimum) * (1 - step/steps)^power + minimum.
 

@@ -30,10 +30,13 @@ from pipeline.params import (
     EngineParams,
     ImageParams,
     Params,
+    SegmentationParams,
     StreamParams,
     StudentParams,
     TrainingParams,
 )
+from pipeline.segmentation.dataset import LabelMapSplit, load_labelled_images
+from pipeline.segmentation.inference import mean_iou, probe_finite
 from pipeline.shared.artifacts import (
     TENSORBOARD,
     as_csv,
@@ -45,13 +48,14 @@ from pipeline.shared.artifacts import (
     write_json,
 )
 from pipeline.shared.errors import ParamsError
-from pipeline.training.engine import Training
-from pipeline.training.history import History, as_jsonl, write_scalars
+from pipeline.training.engine import ACCURACY, Score, Training
+from pipeline.training.history import History, as_jsonl, validation_score, write_scalars
 from pipeline.training.method_setup import check_experts, class_loss
 from pipeline.training.resume import RunFolder
 from pipeline.training.student_memory import StudentMemory
 from serving.shared.terminal import counted, print
 
+MEAN_IOU = Score("validation_miou", mean_iou, probe_finite)
 ENCODER = "encoder"  # the backbone that takes the stored features of section encoder
 
 
@@ -64,7 +68,8 @@ class Result:
     memory: dict[str, Any] | None = None
 
     def __str__(self) -> str:
-        score = f", validation {self.last['validation_accuracy']:.1%}" if "validation_accuracy" in self.last else ""
+        value = validation_score(self.last)
+        score = "" if value is None else f", validation {value:.1%}"
         stored = describe_memory(self.memory) if self.memory else ""
         if "loss" not in self.last:
             return f"nothing trained, {stored}{score} → {self.output}"
@@ -73,7 +78,11 @@ class Result:
 
 
 def model_config(
-    section: TrainingParams, image: ImageParams, classes: int, encoder: dict[str, Any] | None = None
+    section: TrainingParams,
+    image: ImageParams,
+    classes: int,
+    encoder: dict[str, Any] | None = None,
+    segmentation: SegmentationParams | None = None,
 ) -> ModelConfig:
     """Return the config of the network that a params section trains. encoder: record of the encoder of its features."""
     tune, tune_rank = (section.tune, section.tune_rank) if isinstance(section, StudentParams) else ("none", 0)
@@ -89,6 +98,7 @@ def model_config(
         section.backbone, classes, tau_s, image.size, image.mean, image.std,
         section.assumed_adjustment, encoder, section.adapter, tune=tune, tune_rank=tune_rank,
         interpolation=image.interpolation, classifier=None if cosine else section.classifier.model_dump(), experts=split,
+        segmentation=segmentation and segmentation.model_dump(include={"canvas", "classifier"}),
     )  # fmt: skip
 
 
@@ -120,7 +130,9 @@ def train_network(
     folder.
     """
     section: TrainingParams = getattr(params, name)
-    folder = run_folder(section, params.image, params.engine, params.stream, params.seed, output, inputs)
+    folder = run_folder(
+        section, params.image, params.engine, params.stream, params.seed, output, inputs, params.segmentation
+    )
     tensorboard = TENSORBOARD / name if params.engine.tensorboard else None
 
     def record(history: History) -> None:
@@ -131,9 +143,15 @@ def train_network(
 
     shift, seed = prior.balanced_shift(section.assumed_adjustment), stage_seed(params.seed, name)
     training = Training(
-        name, objective, section, params.image, seed, device, folder, params.engine, record, shift=shift
-    )
-    train, validation, notice = training_inputs(params, name, device, augment=section.augment, views=objective.views)
+        name, objective, section, params.image, seed, device, folder, params.engine, record, shift=shift,
+        score=MEAN_IOU if params.segmentation else ACCURACY,
+    )  # fmt: skip
+    if params.segmentation:
+        train, validation, notice = load_labelled_images(params), LabelMapSplit(params, "validation"), None
+    else:
+        train, validation, notice = training_inputs(
+            params, name, device, augment=section.augment, views=objective.views
+        )
     if notice and rank() == 0:
         print(f"{name}  {notice}", flush=True)
     memory = None
@@ -163,6 +181,7 @@ def run_folder(
     seed: int,
     output: Path,
     inputs: Sequence[Path],
+    segmentation: SegmentationParams | None = None,
 ) -> RunFolder:
     """Folder for the checkpoints of `output`; a change of recipe, seed, library or input file starts the run from scratch."""
     depends = {
@@ -174,6 +193,8 @@ def run_folder(
         "torch": torch.__version__,
         "inputs": [sha256_of(path) for path in inputs],
     }
+    if segmentation:
+        depends["segmentation"] = segmentation.model_dump(mode="json")
     return RunFolder(unfinished(output), sha256_of_json(depends))
 
 
@@ -196,7 +217,7 @@ def save_run(
             if training.best:
                 best_network = training.best.weights, config
                 save_model(*(memory.add(*best_network) if memory else best_network), folder / BEST)
-                best = {"epoch": training.best.epoch, "validation_accuracy": training.best.accuracy}
+                best = {"epoch": training.best.epoch, training.score.name: training.best.accuracy}
                 write_json(folder / BEST / "best.json", best)
             write_file(folder / "metrics.jsonl", as_jsonl(history))
             write_file(folder / "history.csv", as_csv(history))
@@ -215,7 +236,7 @@ def check_recipe(teacher: TrainingParams, student: StudentParams, prior: Prior) 
         except UnknownBackboneError as error:
             raise ParamsError(f"{key}: {error}") from None
     check_experts(student, prior)
-    if not student.beta or memory_alone(student):
+    if not student.beta or student.contrast.kind != "gml" or memory_alone(student):
         return
     try:
         queue_lengths(prior.counts, student.queue_total, student.queue_minimum)

@@ -17,10 +17,22 @@ from models.losses.class_loss import Mixed
 from models.networks.activation_checkpointing import recompute_blocks
 from models.networks.ema import WeightAverage
 from models.objectives.objective import Objective
-from pipeline.augment import Draws, MixDraws, apply_mix, apply_views, draw_mix, draw_stored, draw_views, take_stored
+from pipeline.augment import (
+    Draws,
+    MixDraws,
+    apply_crops,
+    apply_mix,
+    apply_views,
+    draw_crops,
+    draw_mix,
+    draw_stored,
+    draw_views,
+    take_stored,
+)
 from pipeline.data.dataset import AnyImages, Normalisation
 from pipeline.features.stored import FeatureImages
 from pipeline.params import EngineParams, ImageParams, TrainingParams
+from pipeline.segmentation.dataset import LabelledImages
 from pipeline.shared.host_memory import copy_to_device
 from pipeline.training.optimiser import Optimiser
 
@@ -86,7 +98,9 @@ class Step:
         self._images = None if train.images is None else train.images.to(device)
         # Number of stored views of each image, for features. 0 for images: their views are drawn and cropped in this class.
         self._stored = train.images.shape[1] if isinstance(train, FeatureImages) else 0
-        self.labels, self._size = train.labels.to(device), image.size
+        self._crops = train.augment if isinstance(train, LabelledImages) else None
+        self._sizes = train.sizes.to(device) if isinstance(train, LabelledImages) else None
+        self.labels, self._size, self._mean = train.labels.to(device), image.size, image.mean
         self.normalise = Normalisation(image, device)
 
     def draw(self, chosen: Tensor, generator: torch.Generator) -> StepInputs:
@@ -98,6 +112,8 @@ class Step:
             chosen = torch.stack([chosen, self._companions.draw(len(chosen), generator)], 1).flatten()
         if self._stored:
             return StepInputs(chosen, draw_stored(len(chosen), self.objective.views, self._stored, generator), None)
+        if self._crops:
+            return StepInputs(chosen, draw_crops(len(chosen), self._crops, generator), None)
         size = self._size
         draws = draw_views(len(chosen), size, size, self.objective.views, self._augment, generator)
         return StepInputs(chosen, draws, draw_mix(len(chosen), size, size, self._augment, generator))
@@ -108,8 +124,18 @@ class Step:
         assert power is not None
         return ClassSampler(self.labels.cpu(), self.objective.model.classes, power)
 
+    def labelled_crops(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """This rank's crops uint8 [1,b,3,h,w] and their label maps uint8 [b,h,w], of task segmentation."""
+        own = own_rows(inputs)
+        pairs = self._images[own.chosen]
+        return apply_crops(
+            pairs[:, :3], pairs[:, 3], own.draws, self._crops, self._sizes[own.chosen], mean=tuple(self._mean)
+        )
+
     def views(self, inputs: StepInputs) -> tuple[Tensor, Mixed | None]:
         """This rank's views uint8 [views,b,3,H,W], or features [views,b,D], and mixed labels of the classifier view or None."""
+        if self._crops:
+            return self.labelled_crops(inputs)[0], None
         own = own_rows(inputs)
         pixels = self._images[own.chosen] if own.pixels is None else own.pixels
         if self._stored:
@@ -127,11 +153,16 @@ class Step:
         Returns the objective's losses and `gradient_norm`, detached scalars on the device.
         """
         chosen = own_rows(inputs).chosen
+        if self._crops:
+            return self.descend(*self.labelled_crops(inputs), chosen, None)
         views, mixed = self.views(inputs)
         return self.descend(views, self.labels[chosen], chosen, mixed)
 
     def descend(self, views: Tensor, target: Tensor, chosen: Tensor, mixed: Mixed | None) -> dict[str, Tensor]:
-        """Run the step on finished views: uint8 [views,b,3,H,W], with their labels and indices in the split, int64 [b]."""
+        """Run the step on finished views: uint8 [views,b,3,H,W], with their labels and indices in the split, int64 [b].
+
+        For task segmentation, target are label maps uint8 [b,H,W].
+        """
         self.objective.train()
         self.optimiser.zero_gradients()
         if self._parts > 1:

@@ -6,22 +6,26 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import Backbone
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.tuning import TunedBackbone, TuneError, Tuning
+from models.objectives.contrast import ContrastObjective
 from models.objectives.objective import Objective
 from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
 from pipeline.data.class_prior import Prior
+from pipeline.data.split_tables import read_split
 from pipeline.model_io.checkpoint import ModelConfig, build_model, check_encoder, check_image, load_model
 from pipeline.model_io.encoder import build_on_meta, describe, load_encoder
 from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import EncoderParams, ImageParams, StudentParams
 from pipeline.shared.errors import ParamsError
-from pipeline.training.method_setup import class_loss, experts_objective
+from pipeline.training.method_setup import class_loss, contrast_term, experts_objective
 
 
 def build_objective(
@@ -56,7 +60,13 @@ def build_objective(
         load_pretrained(model.backbone, section.pretrained, "student.pretrained")
         if pretrained:
             model.backbone = tuned_backbone(pretrained, model.backbone, section)
-        return student_objective(section, weights, prior, model, frozen, teacher_adjustment)
+        labels = training_labels() if section.beta and section.contrast.kind == "crd" else None
+        return student_objective(section, weights, prior, model, frozen, teacher_adjustment, labels)
+
+
+def training_labels() -> Tensor:
+    """Labels int64 [N] of the training split, in the order of its images."""
+    return torch.from_numpy(read_split("train", ["label"]).column("label").to_numpy().astype(np.int64))
 
 
 def _of_logits(adjustment: float | None) -> float:
@@ -88,12 +98,23 @@ def student_objective(
     model: ImageClassifier,
     teacher: ImageClassifier | None,
     teacher_adjustment: float | None = None,
+    labels: Tensor | None = None,
 ) -> Objective:
-    """The objective of params.student for a network and its teacher; teacher_adjustment: of the teacher's L_cls."""
+    """The objective of params.student for a network and its teacher.
+
+    teacher_adjustment: of the teacher's L_cls. labels: as in `contrast_term`.
+    """
     loss = class_loss(section, prior)
     loss.start(model.classifier)
     if section.experts:
         return experts_objective(section.experts, prior, model, loss)
+    if section.beta and section.contrast.kind != "gml":
+        width = model.feature_dim if teacher is None else teacher.feature_dim
+        return ContrastObjective(
+            model, teacher, torch.tensor(prior.in_losses), weights,
+            contrast_term(section, prior, model.feature_dim, width, labels),
+            encoder_momentum=section.encoder_momentum, teacher_adjustment=teacher_adjustment, loss=loss,
+        )  # fmt: skip
     return StudentObjective(
         model,
         teacher,

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, TypeVar
 
+from serving.client.class_maps import Segmentation
 from serving.client.extras import Extras
 from serving.client.images import ImageLike, encode_images
 from serving.client.options import BATCH, DEFAULT_URLS, ClientBase, encode_group, groups
@@ -47,6 +48,21 @@ class AsyncClient(ClientBase):
         parse_prior(prior)
         encoded = await asyncio.to_thread(encode_images, images, check)
         return await self._run(self._sequence.predict(encoded, prior, version, extras), deadline)
+
+    async def segment(
+        self,
+        images: Sequence[ImageLike],
+        prior: Prior = None,
+        *,
+        version: int | None = None,
+        timeout: float | None = None,
+        check: bool = True,
+    ) -> list[Segmentation]:
+        """Return the class map of each image under one prior, in order. Arguments: see Client.segment."""
+        deadline = self._deadline(timeout)
+        parse_prior(prior)
+        encoded = await asyncio.to_thread(encode_images, images, check)
+        return await self._run(self._sequence.segment(encoded, prior, version), deadline)
 
     async def stream(
         self,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from serving.client.class_maps import Segmentation, segmentations, upright_size
 from serving.client.extras import DECISION, Extras, outputs_of
 from serving.client.images import blank_image, header_pixels
 from serving.client.predictions import Decision, ModelStatus, Prediction, Status
@@ -27,6 +28,7 @@ Result = TypeVar("Result")
 Exchange = Generator[Sequence[Call], Sequence[Any], Result]
 
 OUTPUTS = {"class": 0, "index": 0, "probability": 0}
+CLASS_MAPS = {"class_map": 0, "confidence": 0, "size": 0, "names": 0}  # outputs of a release of task segmentation
 # Bytes of images in one request; recent Triton servers reject HTTP bodies above 64 MB.
 REQUEST_BYTES = 48 * 1024 * 1024
 REQUEST_PIXELS = Limits().request_pixels  # pixels of the images in one request: the default limit of a release
@@ -48,24 +50,53 @@ class RequestSequence:
         self, encoded: Sequence[bytes], prior: Prior, version: int | None, extras: Extras | None = None
     ) -> Exchange[list[Prediction]]:
         """Return one Prediction per encoded image, in order; split into several requests by the server's limits."""
+        answers = yield from self._answers(encoded, prior, version, OUTPUTS, extras)
+        with self._decoding(CLASSIFIER):
+            return [prediction for answer in answers for prediction in _predictions(answer)]
+
+    def segment(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Exchange[list[Segmentation]]:
+        """Return one class map per encoded image, in order. Raises ServingError if the server has no class maps."""
+        sizes = [upright_size(data) for data in encoded]
+        try:
+            answers = yield from self._answers(encoded, prior, version, CLASS_MAPS)
+        except RequestRejected as error:
+            if "class_map" not in str(error):
+                raise
+            raise ServingError(f"{self.url}: serves no class maps; serve a release of task segmentation") from error
+        maps: list[Segmentation] = []
+        with self._decoding(CLASSIFIER):
+            for answer in answers:
+                own = sizes[len(maps) : len(maps) + len(answer.outputs["size"])]
+                maps += segmentations(answer.outputs, own, answer.version)
+        return maps
+
+    def _answers(
+        self,
+        encoded: Sequence[bytes],
+        prior: Prior,
+        version: int | None,
+        outputs: Mapping[str, int],
+        extras: Extras | None = None,
+    ) -> Exchange[Sequence[Answer]]:
+        """Return the answers of `classifier`, in order; split into several requests by the server's limits."""
         parsed = parse_prior(prior)
-        if not encoded:
-            return []
         answers: Sequence[Answer] = []
+        if not encoded:
+            return answers
         for _ in range(2):
             rows, default = yield from self.limits()
             name, row = yield from self._prior_input(default if parsed is None else parsed)
             wanted = yield from self._extra_inputs(extras)
             answers = yield [
-                classifier_call(chunk, name, row, version, wanted, self._outputs) for chunk in chunks(encoded, rows)
+                classifier_call(chunk, name, row, version, wanted, self._outputs, outputs)
+                for chunk in chunks(encoded, rows)
             ]
             # A new release may change the classes and the default prior: repeat requests built from the old values.
             changed = version is None and self._release_changed(answers)
             named = isinstance(parsed, dict) or (extras is not None and extras.names_needed)
             if not (changed and (parsed is None or named)):
                 break
-        with self._decoding(CLASSIFIER):
-            return [prediction for answer in answers for prediction in _predictions(answer)]
+        return answers
 
     def predict_each(
         self,
@@ -117,6 +148,8 @@ class RequestSequence:
         if self._names is None:
             [metadata] = yield [ModelMetadata(STUDENT)]
             with self._decoding(STUDENT):
+                if any(tensor["name"] == "adjustment" for tensor in metadata["inputs"]):
+                    return (yield from self._segmentation_names())
                 [shape] = [tensor["shape"] for tensor in metadata["inputs"] if tensor["name"] == "image"]
                 image = np.full([1, *(int(side) for side in shape[1:])], 128, dtype=np.uint8)
             inputs = {"image": image, "strength": np.zeros((1, 1), dtype=np.float32)}
@@ -127,6 +160,13 @@ class RequestSequence:
             if any(len(parts) != 3 for parts in labels):
                 raise ServingError(f"{self.url}: student has no class labels; give the prior as a list, not by name")
             self._names = [name for _, _, name in sorted(labels, key=lambda parts: int(parts[1]))]
+        return list(self._names)
+
+    def _segmentation_names(self) -> Exchange[list[str]]:
+        """Return the class names of a release of task segmentation, whose logits have no labels."""
+        [answer] = yield [classifier_call([blank_image()], "prior", None, None, outputs={"names": 0})]
+        with self._decoding(CLASSIFIER):
+            self._names = [name.decode() for name in answer.outputs["names"][0]]
         return list(self._names)
 
     def status(self) -> Exchange[Status]:
@@ -236,6 +276,7 @@ def classifier_call(
     version: int | None,
     extras: Mapping[str, np.ndarray] = MappingProxyType({}),
     defaults: Sequence[str] = (),
+    outputs: Mapping[str, int] = MappingProxyType(OUTPUTS),
 ) -> Infer:
     """Build a request to `classifier`: encoded images, and the input `name` with `row` (the prior) for each image.
 
@@ -244,8 +285,9 @@ def classifier_call(
     inputs = {"image": np.array(encoded, dtype=np.object_).reshape(-1, 1)}
     rows = dict(extras) if row is None else {name: row, **extras}
     inputs |= {each: np.repeat(values[None], len(encoded), axis=0) for each, values in rows.items()}
-    outputs, optional = OUTPUTS | outputs_of(extras), tuple(name for name in defaults if name not in outputs_of(extras))
-    return Infer(CLASSIFIER, inputs, outputs, "" if version is None else str(version), optional)
+    requested = {**outputs, **outputs_of(extras)}
+    optional = tuple(name for name in defaults if name not in outputs_of(extras))
+    return Infer(CLASSIFIER, inputs, requested, "" if version is None else str(version), optional)
 
 
 def chunks(encoded: Sequence[bytes], rows: int) -> Iterator[list[bytes]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from serving.client.class_maps import Segmentation
 from serving.client.extras import Extras
 from serving.client.images import ImageLike, encode_images, read_image
 from serving.client.options import BATCH, DEFAULT_URLS, ClientBase, encode_group, groups
@@ -57,6 +58,24 @@ class Client(ClientBase):
         parse_prior(prior)
         encoded = encode_images(images, check)
         return self._run(self._sequence.predict(encoded, prior, version, extras), deadline)
+
+    def segment(
+        self,
+        images: Sequence[ImageLike],
+        prior: Prior = None,
+        *,
+        version: int | None = None,
+        timeout: float | None = None,
+        check: bool = True,
+    ) -> list[Segmentation]:
+        """Return the class map of each image under one prior, in order, from a server of task segmentation.
+
+        Arguments and errors: see predict.
+        """
+        deadline = self._deadline(timeout)
+        parse_prior(prior)
+        encoded = encode_images(images, check)
+        return self._run(self._sequence.segment(encoded, prior, version), deadline)
 
     def stream(
         self,

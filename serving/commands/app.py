@@ -23,7 +23,7 @@ from serving.commands.gateway import gateway
 from serving.commands.keys import app as keys
 from serving.commands.loadtest import loadtest
 from serving.commands.playground import playground
-from serving.commands.predict import predict, status
+from serving.commands.predict import predict, segment, status
 from serving.commands.repository import repository
 from serving.commands.serve import serve
 from serving.commands.versions import promote, rollback, versions
@@ -103,6 +103,7 @@ add(rollback, SERVE, "Example: tailor rollback, or: tailor rollback 3")
 add(versions, SERVE, "Example: tailor versions --json")
 app.add_typer(keys, name="keys", rich_help_panel=SERVE)
 add(predict, REQUEST, "Example: tailor predict cat.jpg dog.png --prior balanced --top 3 --json")
+add(segment, REQUEST, "Example: tailor segment street.jpg --prior train --out map.png")
 add(status, REQUEST, "Example: tailor status --url grpc://127.0.0.1:8001 --json")
 add(playground, REQUEST, "Example: tailor playground --port 7860")
 add(demo, REQUEST, "Example: tailor demo --samples artifacts/evaluation/samples")

@@ -1,4 +1,4 @@
-"""`tailor predict` and `tailor status`: classify images on a server, and show its state."""
+"""`tailor predict`, `tailor segment`, `tailor status`: classify or segment images on a server, and show its state."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
+from models.preprocess import decode
 from serving.client.extras import Extras, read_costs
 from serving.client.images import image_files
 from serving.client.predictions import CSV_COLUMNS, Prediction, Status, as_mapping, as_rows, best_classes, extras_text
-from serving.client.sync_client import Client
+from serving.client.sync_client import Client, read_image
 from serving.commands.options import (
     AsJson,
     CaFile,
@@ -99,6 +100,53 @@ def predict(
         failed = _print_csv(pairs, top) if as_csv else _print_all(pairs, top, prior, as_json)
     if failed:
         raise ServingError(f"{failed} of {counted(len(files), 'image')} could not be classified")
+
+
+def segment(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A JPEG, PNG or WebP file.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Where to write the class map, with a palette.")
+    ] = None,
+    overlay: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write the image with the class colours over it.")
+    ] = None,
+    url: Url = None,
+    protocol: ProtocolOption = None,
+    prior: Annotated[
+        str | None, typer.Option(metavar="balanced|train|live|NUMBER|FILE", help="Class prior, as in `tailor predict`.")
+    ] = None,
+    timeout: Timeout = 60.0,
+    header: Headers = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Segment an image into classes.
+
+    Print the share of each class in its pixels, and write the class map; the pixels of the PNG are the class numbers.
+    The server must serve a release of task segmentation.
+    """
+    for option, path in (("--out", out), ("--overlay", overlay)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"{option} is {str(path)!r}, in a folder that does not exist")
+    if out is not None and out.suffix.lower() != ".png":
+        raise InputError(f"--out is {str(out)!r}; a class map is written as PNG: expected a name that ends in .png")
+    data = read_image(image)
+    with Client(server_url(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
+        [found] = client.segment([data], prior)
+    if out is not None:
+        found.save(out)
+    if overlay is not None:
+        found.overlay(decode(data)).convert("RGB").save(overlay)
+    if as_json:
+        print_json({"image": str(image), "version": found.version, "shares": found.shares()})
+        return
+    table = Table(title=f"prior {cell(prior or 'the default of the server')}, version {found.version}")
+    table.add_column("class", overflow="fold")
+    table.add_column("share of the pixels", justify="right")
+    for name, share in found.shares().items():
+        table.add_row(cell(name), f"{share:.2%}")
+    Console().print(table)
 
 
 def status(

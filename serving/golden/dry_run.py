@@ -12,9 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from serving.repository.manifest import GOLDEN_NAME, served_probabilities
+from serving.golden.student_call import StudentCall
+from serving.repository.manifest import GOLDEN_NAME
 from serving.repository.release import Release, read_release
 from serving.shared.errors import RepositoryError, ServingError
 from serving.shared.names import CLASSIFIER, STUDENT
@@ -62,28 +61,20 @@ def run_golden(root: Path, release: Release) -> None:
     import onnxruntime
 
     path = root / STUDENT / str(release.version) / "model.onnx"
-    manifest = release.manifest
-    form = manifest.image
     try:
-        images = [form.pixels(golden.image_bytes()) for golden in release.golden]
+        calls = [StudentCall(release.manifest, golden) for golden in release.golden]
     except ValueError as error:
         raise RepositoryError(f"{root / CLASSIFIER / str(release.version) / GOLDEN_NAME}: image {error}") from None
-    strengths = [np.array([[golden.strength]], dtype=np.float32) for golden in release.golden]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        responses = [
-            session.run(["logits"], {"image": image[None], "strength": strength})[0][0]
-            for image, strength in zip(images, strengths, strict=True)
-        ]
+        outputs = [session.run([call.output], call.inputs)[0][0] for call in calls]
     except Exception as error:  # onnxruntime's exceptions have no other common base class
         reason = " ".join(str(error).split())[:300]
         raise RepositoryError(f"{path}: ONNX Runtime cannot run it: {reason}; export again") from error
-    for golden, logits in zip(release.golden, responses, strict=True):
-        probability = served_probabilities(logits, golden.strength, manifest.log_prior, manifest.calibration)
-        best = np.argsort(-probability, kind="stable")
-        difference = golden.difference(best.tolist(), probability[best].tolist())
+    for golden, call, output in zip(release.golden, calls, outputs, strict=True):
+        difference = golden.difference(*call.answer(output))
         if difference:
             raise RepositoryError(f"{path}: a golden request is answered wrongly: {difference}; export again")
 

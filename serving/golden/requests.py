@@ -7,7 +7,7 @@ from contextlib import closing
 import numpy as np
 
 from serving.client.sync_client import Client
-from serving.repository.manifest import served_probabilities
+from serving.golden.student_call import StudentCall
 from serving.repository.release import Release
 from serving.shared.errors import ServingError
 from serving.shared.names import STUDENT
@@ -36,27 +36,18 @@ def check_student(url: str, release: Release, timeout: float, pause: bool = True
 
     pause: as in check_golden. Raises ServingError if one fails or is answered wrongly.
     """
-    manifest = release.manifest
-    form = manifest.image
     with closing(Transport(url, timeout)) as transport:
         for golden in throttled(release.golden) if pause else release.golden:
-            image = form.pixels(golden.image_bytes())[None]
-            logits = _logits(transport, release.version, image, golden.strength)[0]
-            probability = served_probabilities(logits, golden.strength, manifest.log_prior, manifest.calibration)
-            best = np.argsort(-probability, kind="stable")
-            difference = golden.difference(best.tolist(), probability[best].tolist())
+            call = StudentCall(release.manifest, golden)
+            output = transport.infer(STUDENT, call.inputs, {call.output: 0}, str(release.version))[0][call.output]
+            difference = golden.difference(*call.answer(output[0]))
             if difference:
                 raise WrongResponseError(f"student {release.version} answers a golden request wrongly: {difference}")
 
 
 def send_whole_batch(url: str, release: Release, timeout: float) -> None:
     """Send `student` one request of max_batch_size images. Raises ServingError if it fails."""
-    form = release.manifest.image
+    call = StudentCall(release.manifest, release.golden[-1])
+    inputs = {name: np.repeat(row, release.manifest.max_batch_size, axis=0) for name, row in call.inputs.items()}
     with closing(Transport(url, timeout)) as transport:
-        image = form.pixels(release.golden[-1].image_bytes())[None]
-        _logits(transport, release.version, np.repeat(image, release.manifest.max_batch_size, axis=0), 0.0)
-
-
-def _logits(transport: Transport, version: int, images: np.ndarray, strength: float) -> np.ndarray:
-    inputs = {"image": images, "strength": np.full((len(images), 1), strength, dtype=np.float32)}
-    return transport.infer(STUDENT, inputs, {"logits": 0}, str(version))[0]["logits"]
+        transport.infer(STUDENT, inputs, {call.output: 0}, str(release.version))

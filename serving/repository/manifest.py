@@ -107,6 +107,20 @@ class DecisionDefaults(BaseModel):
     ask: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
 
+class SegmentationFormat(BaseModel):
+    """Input and output of a segmentation graph.
+
+    height, width: of the canvas, in pixels. An image is resized to fit, keeping its ratio, and padded at the bottom and
+    at the right with the colour `fill`. cells: height and width of the logits.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+    fill: tuple[int, int, int]
+    cells: tuple[int, int]
+
+
 class Manifest(BaseModel):
     """All data of a release that serving uses.
 
@@ -115,8 +129,10 @@ class Manifest(BaseModel):
     the memory of training features; None without one. half: set for a graph with a float16 backbone; None for float32.
     calibration, sets, decision: None in a release without them, such as one from before these keys existed. code_revision: the
     git commit of the project. code_sha256: hash of the source files that wrote the release; empty in releases from before this
-    key existed. runtime: sha256 of the files of Tailor that run inside Triton, by model/name;
-    a server that checks signatures accepts only these. Empty in releases from before this key existed.
+    key existed. segmentation: set for a release of task segmentation, whose graph returns class maps; its golden requests
+    have the largest classes of the class map and their shares. runtime: sha256 of the files of Tailor that run inside
+    Triton, by model/name; a server that checks signatures accepts only these. Empty in releases from before this key
+    existed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -146,6 +162,7 @@ class Manifest(BaseModel):
     sets: PredictionSets | None = None
     decision: DecisionDefaults | None = None
     limits: Limits = Limits()
+    segmentation: SegmentationFormat | None = None
 
     def balanced_metric(self, name: str) -> float | None:
         """A test metric for the balanced prior, such as `all` or `nll`; None if the release has none."""

@@ -9,7 +9,7 @@ from typing import Literal
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
-from serving.repository.manifest import Manifest
+from serving.repository.manifest import Manifest, SegmentationFormat
 from serving.shared.errors import InputError
 from serving.shared.names import CLASSIFIER, LABELS_NAME, STUDENT
 
@@ -138,6 +138,11 @@ def classifier_config(manifest: Manifest) -> ModelConfig:
     config.output.add(name="class", data_type=DataType.TYPE_STRING, dims=[manifest.top_k])
     config.output.add(name="index", data_type=DataType.TYPE_INT32, dims=[manifest.top_k])
     config.output.add(name="probability", data_type=DataType.TYPE_FP32, dims=[manifest.top_k])
+    if manifest.segmentation:
+        # The classes above are then the largest ones of the class map, and `probability` is their share of the pixels.
+        _add_class_maps(config, manifest.segmentation)
+        config.output.add(name="size", data_type=DataType.TYPE_INT32, dims=[2])
+        config.output.add(name="names", data_type=DataType.TYPE_STRING, dims=[len(manifest.classes)])
     add_extras(config)
     config.instance_group.add(count=CLASSIFIER_INSTANCES, kind=ModelInstanceGroup.Kind.KIND_CPU)
     set_defaults(config, manifest.strength, default_outputs(manifest))
@@ -165,6 +170,8 @@ def add_extras(config: ModelConfig) -> None:
     A response has an output only if it is wanted, so requests of older clients get the outputs that they know.
     """
     existing = {tensor.name for tensor in (*config.input, *config.output)}
+    if "class_map" in existing:  # a release of task segmentation has no extras
+        return
     for name, data_type in EXTRA_INPUTS.items():
         if name not in existing:
             config.input.add(name=name, data_type=data_type, dims=[1], optional=True)
@@ -180,16 +187,26 @@ def to_text(config: ModelConfig) -> str:
 
 def _student_signature(manifest: Manifest) -> ModelConfig:
     config = _common(STUDENT, manifest)
+    config.parameters["intra_op_thread_count"].string_value = THREAD_PER_CORE
+    classes = len(manifest.classes)
+    if canvas := manifest.segmentation:
+        config.input.add(name="image", data_type=DataType.TYPE_UINT8, dims=[3, canvas.height, canvas.width])
+        config.input.add(name="adjustment", data_type=DataType.TYPE_FP32, dims=[classes])
+        _add_class_maps(config, canvas)
+        config.output.add(name="logits", data_type=DataType.TYPE_FP32, dims=[classes, *canvas.cells])
+        return config
     size = manifest.image.size
     config.input.add(name="image", data_type=DataType.TYPE_UINT8, dims=[3, size, size])
     config.input.add(name="strength", data_type=DataType.TYPE_FP32, dims=[1])
     # With the labels Triton returns class names to a client that requests a classification of `logits`.
-    config.output.add(
-        name="logits", data_type=DataType.TYPE_FP32, dims=[len(manifest.classes)], label_filename=LABELS_NAME
-    )
+    config.output.add(name="logits", data_type=DataType.TYPE_FP32, dims=[classes], label_filename=LABELS_NAME)
     config.output.add(name="feature", data_type=DataType.TYPE_FP32, dims=[manifest.feature_dim])
-    config.parameters["intra_op_thread_count"].string_value = THREAD_PER_CORE
     return config
+
+
+def _add_class_maps(config: ModelConfig, canvas: SegmentationFormat) -> None:
+    for name in ("class_map", "confidence"):
+        config.output.add(name=name, data_type=DataType.TYPE_UINT8, dims=[canvas.height, canvas.width])
 
 
 def _add_warmup(config: ModelConfig, manifest: Manifest) -> None:

@@ -52,11 +52,17 @@ RUNTIME_FILES = {
 }
 
 
-def runtime_sha256() -> dict[str, str]:
+def runtime_files(segmentation: bool = False) -> dict[str, dict[str, Path]]:
+    """RUNTIME_FILES of a release; with the file that only a release of task segmentation has."""
+    if not segmentation:
+        return RUNTIME_FILES
+    return {**RUNTIME_FILES, CLASSIFIER: {**RUNTIME_FILES[CLASSIFIER], "segmenter.py": TRITON / "segmenter.py"}}
+
+
+def runtime_sha256(segmentation: bool = False) -> dict[str, str]:
     """The sha256 of each file that runs inside Triton, by model/name, for the key `runtime` of a manifest."""
-    return {
-        f"{model}/{name}": sha256_of(path) for model, files in RUNTIME_FILES.items() for name, path in files.items()
-    }
+    by_model = runtime_files(segmentation)
+    return {f"{model}/{name}": sha256_of(path) for model, files in by_model.items() for name, path in files.items()}
 
 
 def write_repository(
@@ -148,7 +154,7 @@ def _write_runtime(folder: Path, model: str, export_dir: Path, manifest: Manifes
 
     The manifest keeps the text of the export's, except for the version number, so that its signature stays valid.
     """
-    for name, source in RUNTIME_FILES[model].items():
+    for name, source in runtime_files(manifest.segmentation is not None)[model].items():
         shutil.copyfile(source, folder / name)
     path = export_dir / MANIFEST_NAME
     (folder / MANIFEST_NAME).write_bytes(renumbered(path.read_bytes(), manifest.version))

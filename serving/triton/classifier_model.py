@@ -50,13 +50,18 @@ class TritonPythonModel:
         )
         config = json.loads(args["model_config"])
         self.max_batch_size = config["max_batch_size"]
+        self.segmenter = None
         self.network = self.own_network(graph, config)
+        if canvas := manifest.get("segmentation"):
+            self.segmenter = sibling("segmenter").Segmenter(self.names, self.top_k, self.outputs, self.max_batch_size)
         groups = [self.prior.shot_group(count) for count in manifest["counts"]]
         ranks = np.argsort(np.argsort(-np.asarray(manifest["counts"]), kind="stable"), kind="stable")
         self.metrics = sibling("metrics").Metrics(self.version, manifest["classes"], groups, ranks)
         count_lost = partial(self.metrics.count, "tailor_access_log_lost_total")
         self.access_log = sibling("access_log").open_access_log(args, count_lost)
-        self.logit_log = sibling("logit_log").open_logit_log(args, manifest, self.parser.read_images, self.metrics)
+        self.logit_log = None
+        if not canvas:
+            self.logit_log = sibling("logit_log").open_logit_log(args, manifest, self.parser.read_images, self.metrics)
         start = sibling("start")
         start.decode_each_format(preprocess, self.parser.size, self.parser.resize_to)
         start.apply_priority()
@@ -66,7 +71,8 @@ class TritonPythonModel:
         if config["parameters"].get("network", {}).get("string_value") != "own":
             return None
         network = sibling("network").Network(graph, config)
-        network.warm_up((3, self.parser.size, self.parser.size))
+        canvas = self.parser.canvas
+        network.warm_up((3, canvas["height"], canvas["width"]) if canvas else (3, self.parser.size, self.parser.size))
         return network
 
     def execute(self, requests):
@@ -83,7 +89,7 @@ class TritonPythonModel:
                 self.metrics.count("tailor_refused_total", reason=error.reason)
         if parsed:
             try:
-                results = self.classify(list(parsed.values()))
+                results = self.segment(parsed, requests) if self.segmenter else self.classify(list(parsed.values()))
             except StudentFailed as error:
                 results = [error_response(str(error), pb_utils.TritonError.INTERNAL) for _ in parsed]
                 self.metrics.count("tailor_failed_total", len(parsed))
@@ -132,6 +138,26 @@ class TritonPythonModel:
         self.metrics.count_images(priors, best[:, 0], probability[:, 0])
         return responses
 
+    def segment(self, parsed, requests):
+        """The responses to parsed requests of task segmentation, by index, in order. Raises StudentFailed."""
+        wanted = {index: requests[index].requested_output_names() for index in parsed}
+        answers = self.segmenter.answer(list(parsed.values()), set().union(*wanted.values()))
+        responses, priors = [], Counter()
+        for (index, request), values in zip(parsed.items(), answers, strict=True):
+            names = [name for name in values if name in wanted[index]]
+            tensors = [pb_utils.Tensor(name, np.ascontiguousarray(values[name])) for name in names]
+            responses.append(pb_utils.InferenceResponse(tensors))
+            priors.update(request.priors)
+        best, share = (np.concatenate([values[name][:, 0] for values in answers]) for name in ("index", "probability"))
+        self.metrics.count_images(priors, best, share)
+        return responses
+
+    def outputs(self, images, second, names):
+        """Outputs of the graph of `student`, in this process or by a request to it. Raises StudentFailed."""
+        if self.network:
+            return self.run_network(images, second, names)
+        return self.request_student(images, second, names)
+
     def balanced_logits(self, images):
         """The network's logits at strength 0, float64 [n,C], computed in batches of at most max_batch_size.
 
@@ -149,28 +175,36 @@ class TritonPythonModel:
 
     def network_logits(self, images):
         """The logits of the graph in this process, float32 [n,C]. Raises StudentFailed."""
+        return self.run_network(images, np.zeros((len(images), 1), dtype=np.float32), ("logits",))[0]
+
+    def run_network(self, images, second, names):
+        """Outputs of the graph in this process. Raises StudentFailed."""
         try:
-            return self.network.run(images, np.zeros((len(images), 1), dtype=np.float32), ("logits",))[0]
+            return self.network.run(images, second, names)
         except Exception as error:  # ONNX Runtime's exceptions have no other common base class
             reason = " ".join(str(error).split())[:300]
             raise StudentFailed(f"student {self.version} failed: {reason}") from error
 
     def student_logits(self, images):
         """Send the images to `student` of the same version: logits, float32 [n,C]. Raises StudentFailed."""
+        return self.request_student(images, np.zeros((len(images), 1), dtype=np.float32), ["logits"])[0]
+
+    def request_student(self, images, second, names):
+        """Send the images to `student` of the same version; returns its outputs. Raises StudentFailed."""
         response = pb_utils.InferenceRequest(
             model_name="student",
             model_version=self.version,
-            requested_output_names=["logits"],
+            requested_output_names=list(names),
             inputs=[
                 pb_utils.Tensor("image", images),
-                pb_utils.Tensor("strength", np.zeros((len(images), 1), dtype=np.float32)),
+                pb_utils.Tensor("adjustment" if self.segmenter else "strength", second),
             ],
             # Without it a student on a GPU may return device memory, which has no numpy view.
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         ).exec()
         if response.has_error():
             raise StudentFailed(f"student {self.version} failed: {response.error().message()}")
-        return pb_utils.get_output_tensor_by_name(response, "logits").as_numpy()
+        return [pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names]
 
     def adjusted_logits(self, calibrated, parsed):
         """The calibrated logits [n,C] of all rows, adjusted for the requested prior of each."""

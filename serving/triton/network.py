@@ -47,18 +47,20 @@ class Network:
         self.full_session = self.share_session
         if not threads and share < cores and provider == "CPUExecutionProvider":
             self.full_session = new_session(path, provider, cores)
+        # `strength` of a classifier, one number a row; `adjustment` of a segmentation graph, one a class.
+        self.second = self.share_session.get_inputs()[1]
         self.quiet_runs = 0
         self.file = path.open("rb")  # for the lock that marks this process as working
 
     def warm_up(self, image_shape):
         """Run a black image in each session, because the first run allocates the session's memory."""
         for session in {self.share_session, self.full_session}:
-            image, strength = np.zeros((1, *image_shape), np.uint8), np.zeros((1, 1), np.float32)
-            session.run(OUTPUTS, {"image": image, "strength": strength})
+            image, second = np.zeros((1, *image_shape), np.uint8), np.zeros((1, self.second.shape[1]), np.float32)
+            session.run(None, {"image": image, self.second.name: second})
 
-    def run(self, image, strength, outputs=OUTPUTS):
-        """The outputs for image uint8 [n,3,S,S] and strength float32 [n,1]."""
-        inputs = {"image": image, "strength": strength}
+    def run(self, image, second, outputs=OUTPUTS):
+        """The outputs for image uint8 [n,3,H,W] and the second input: strength float32 [n,1], or adjustment [n,C]."""
+        inputs = {"image": image, self.second.name: second}
         if self.full_session is self.share_session:
             return self.share_session.run(outputs, inputs)
         # A shared lock on the first byte of the graph's file marks a working process. The kernel releases it when the

@@ -39,11 +39,12 @@ class BadRequest(Exception):
 class ParsedRequest(NamedTuple):
     """A parsed request."""
 
-    images: np.ndarray  # uint8 [n,3,S,S]
+    images: np.ndarray  # uint8 [n,3,S,S], or [n,3,H,W] of the canvas of task segmentation
     log_prior: np.ndarray  # [C] or [n,C]
     strength: np.ndarray  # [n,1]
     priors: Counter  # number of rows by kind of prior
     extras: tuple | None = None  # extras.Wanted
+    sizes: np.ndarray | None = None  # of task segmentation: height and width that each image takes in the canvas, [n,2]
 
 
 class RequestParser:
@@ -66,6 +67,7 @@ class RequestParser:
         self.image_pixels = limits.get("image_pixels", IMAGE_PIXELS)
         self.request_pixels = limits.get("request_pixels", REQUEST_PIXELS)
         self.strength = float(manifest["strength"])
+        self.canvas = manifest.get("segmentation")
 
     def parse(self, request):
         """Parse a request into `ParsedRequest`. Raises BadRequest naming the input, and the row if there are several."""
@@ -75,6 +77,9 @@ class RequestParser:
         # Small inputs first: a request that is rejected because of them needs no decoding.
         log_prior, strength, priors = self.read_adjustment(request, len(encoded))
         extras = self.extras.parse(request, len(encoded))
+        if self.canvas:
+            images, sizes = zip(*self.decode_rows(encoded[:, 0], self.letterbox), strict=True)
+            return ParsedRequest(np.stack(images), log_prior, strength, priors, extras, np.array(sizes))
         return ParsedRequest(self.read_images(encoded[:, 0]), log_prior, strength, priors, extras)
 
     def read_adjustment(self, request, rows):
@@ -145,6 +150,21 @@ class RequestParser:
 
     def read_images(self, encoded):
         """Decode a request's images to uint8 [n,3,S,S]. Raises BadRequest; images above the limits are not decoded."""
+
+        def read(file, check_pixels):
+            return self.preprocess.preprocess(
+                file, self.size, self.resize_to, self.room, check_pixels, self.interpolation
+            )
+
+        return np.stack(self.decode_rows(encoded, read))
+
+    def letterbox(self, file, check_pixels):
+        """Decode an image to a canvas uint8 [3,H,W], and the height and width that it takes in it."""
+        image = self.preprocess.decode(file, allow=check_pixels)
+        return self.preprocess.letterbox(image, self.canvas["height"], self.canvas["width"], self.canvas["fill"])
+
+    def decode_rows(self, encoded, read):
+        """Apply `read` to each image file of a request, with the check of its pixels. Raises as `read_images`."""
         total = 0
 
         def check_pixels(pixels):
@@ -163,10 +183,7 @@ class RequestParser:
 
         def read_image(data):
             try:
-                file = image_file(data, self.preprocess)
-                return self.preprocess.preprocess(
-                    file, self.size, self.resize_to, self.room, check_pixels, self.interpolation
-                )
+                return read(image_file(data, self.preprocess), check_pixels)
             except self.preprocess.ImageError as error:
                 reason = error.kind if error.kind == "request_pixels" else f"image_{error.kind}"
                 raise BadRequest(reason, f"image {error}") from None
@@ -175,7 +192,7 @@ class RequestParser:
                     "image_memory", "image needs more memory than is available; send a smaller one"
                 ) from None
 
-        return np.stack(parse_rows(read_image, encoded))
+        return parse_rows(read_image, encoded)
 
 
 def parse_rows(parse, values):

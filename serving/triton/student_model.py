@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-OUTPUTS = ("logits", "feature")
-
 
 class TritonPythonModel:
     """The model. Triton calls initialize once and execute for each batch."""
@@ -25,6 +23,9 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         # int(), because protobuf's JSON writes 64-bit numbers as strings.
         self.image_shape = tuple(int(side) for side in config["input"][0]["dims"])
+        # `strength` of a classifier, `adjustment` of a segmentation graph.
+        self.second, self.width = config["input"][1]["name"], int(config["input"][1]["dims"][0])
+        self.outputs = [tensor["name"] for tensor in config["output"]]
         sibling("integrity").check_graph(folder / "model.onnx", json.loads((folder / "manifest.json").read_bytes()))
         self.network = sibling("network").Network(folder / "model.onnx", config)
         self.network.warm_up(self.image_shape)
@@ -33,20 +34,20 @@ class TritonPythonModel:
     def execute(self, requests):
         """Process all requests of a batch in one run of the graph; a request with an invalid input fails alone."""
         responses = [None] * len(requests)
-        indexes, images, strengths, requested = [], [], [], set()
+        indexes, images, seconds, requested = [], [], [], set()
         for index, request in enumerate(requests):
             image = pb_utils.get_input_tensor_by_name(request, "image").as_numpy()
-            strength = pb_utils.get_input_tensor_by_name(request, "strength").as_numpy()
-            responses[index] = self.input_error(image, strength)
+            second = pb_utils.get_input_tensor_by_name(request, self.second).as_numpy()
+            responses[index] = self.input_error(image, second)
             if responses[index] is None:
                 indexes.append(index)
                 images.append(image)
-                strengths.append(strength)
+                seconds.append(second)
                 requested.update(request.requested_output_names())
         if indexes:
             # Only the requested outputs, because each is copied to the server.
-            names = [name for name in OUTPUTS if name in requested] or list(OUTPUTS)
-            outputs = self.network.run(concatenate(images), concatenate(strengths), names)
+            names = [name for name in self.outputs if name in requested] or self.outputs
+            outputs = self.network.run(concatenate(images), concatenate(seconds), names)
             # One check of the whole batch: checks of each request's rows would take longer than the rest of this
             # method.
             finite = all(np.isfinite(output).all() for output in outputs)
@@ -56,16 +57,16 @@ class TritonPythonModel:
                 responses[index] = build_response(names, [output[start:end] for output in outputs], finite)
         return responses
 
-    def input_error(self, image, strength):
+    def input_error(self, image, second):
         """The error response to a request with invalid inputs, else None."""
         # Triton checks the shapes too, but its product of huge sides overflows, and wrong shapes pass.
-        if image.shape[1:] != self.image_shape or strength.shape != (len(image), 1):
+        if image.shape[1:] != self.image_shape or second.shape != (len(image), self.width):
             return error_response(
-                f"image has shape {list(image.shape)} and strength {list(strength.shape)}; "
-                f"expected [n, {', '.join(map(str, self.image_shape))}] and [n, 1]"
+                f"image has shape {list(image.shape)} and {self.second} {list(second.shape)}; "
+                f"expected [n, {', '.join(map(str, self.image_shape))}] and [n, {self.width}]"
             )
-        if not np.isfinite(strength).all():
-            return error_response("strength holds a number that is not finite; expected finite numbers")
+        if not np.isfinite(second).all():
+            return error_response(f"{self.second} holds a number that is not finite; expected finite numbers")
         return None
 
 

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import pipeline.classifier
 import pipeline.prior
 import pipeline.split
 import pipeline.student
 import pipeline.teacher
 import pipeline.training.run
 from models.objectives.teacher import TeacherObjective
+from pipeline.data.dataset import load_images
 from pipeline.model_io.checkpoint import load_model
-from pipeline.shared.artifacts import STUDENT, TEACHER
+from pipeline.shared.artifacts import CLASSIFIER, STUDENT, TEACHER
 from pipeline.shared.errors import ParamsError
 from pipeline.training.run import model_config, stage_seed, train_network
 from tests.support.making import data_params, folder, params
@@ -126,3 +128,44 @@ def test_the_student_has_a_seed_derived_from_the_teachers():
     assert [stage_seed(seed, "teacher") for seed in (0, 7)] == [0, 7]
     assert len({*students, *range(100)}) == 201 and all(0 <= seed < 2**63 for seed in students)
     assert stage_seed(0, "student") == students[0]
+
+
+TERMS = {
+    "supcon": "self", "bcl": "self", "proco": "self", "gpaco": "self", "paco": "momentum", "kcl": "momentum",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_a_contrast_term_of_another_paper_needs_no_teacher(made, kind):
+    contrast = {"kind": kind, **({"queue": 16} if kind in ("paco", "gpaco", "kcl") else {})}
+    alone = {"gamma": 0.0} if kind in ("paco", "gpaco") else {}
+    pipeline.student.run(made(contrast=contrast, contrast_encoder=TERMS[kind], alpha=0.0, **alone))
+    record = last_record()
+    assert record["contrast"] > 0 and ("classification" in record) is not bool(alone) and not TEACHER.exists()
+    load_model(STUDENT, "student")
+
+
+def test_crd_compares_with_the_teacher_and_takes_the_classes_of_the_training_images(made):
+    recipe = made(contrast={"kind": "crd", "negatives": 16}, teacher={"teacher.backbone": "torchvision/resnet18"})
+    pipeline.teacher.run(recipe)
+    pipeline.student.run(recipe)
+    assert {"contrast", "distillation", "classification"} <= set(last_record())
+    prior = pipeline.data.class_prior.load_prior()
+    config = model_config(recipe.student, recipe.image, len(prior.classes))
+    term = pipeline.training.student_setup.build_objective(
+        recipe.student, recipe.image, config, prior, 0, TEACHER
+    ).term  # fmt: skip
+    labels = load_images(recipe.data, recipe.image, "train").labels
+    assert torch.equal(labels[term.order], labels.sort(stable=True).values)
+    assert torch.equal(term.lengths, torch.bincount(labels)) and term.teacher_head.linear.in_features == 512
+
+
+def test_an_encoder_trained_alone_gets_its_classifier_in_a_second_stage(made):
+    recipe = made(
+        contrast={"kind": "supcon"}, contrast_encoder="self", gamma=0.0, alpha=0.0,
+        teacher={"classifier.kind": "crt", "classifier.epochs": 1},
+    )  # fmt: skip
+    pipeline.student.run(recipe)
+    pipeline.classifier.run(recipe)
+    assert "classification" not in last_record()
+    assert load_model(CLASSIFIER, "classifier")[1].second_stage["kind"] == "crt"

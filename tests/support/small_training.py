@@ -9,9 +9,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from models.contrast.kcl import KPositiveContrast
+from models.contrast.memories import FifoQueue
+from models.contrast.proco import ProCo
 from models.experts.backbone import expert_backbone
 from models.losses.class_loss import FocalLoss, LDAMLoss, Weighting
 from models.networks.cosine_classifier import CausalClassifier, ImageClassifier, LinearClassifier
+from models.networks.projection_head import ProjectionHead
+from models.objectives.contrast import ContrastObjective
 from models.objectives.experts import BbnObjective, ExpertsObjective, Ride
 from models.objectives.objective import Objective
 from models.objectives.student import StudentObjective
@@ -55,8 +60,8 @@ def made_objective(stage: str, seed: int = 0) -> Objective:
     """Return the objective of a stage, initialised from a seed.
 
     `momentum`: a student with a momentum encoder. `deferred`: a teacher with class weights in the second half of the epochs
-    and a causal classifier. `experts`: a student of two experts, with class weights in the second half.
-    `bbn`: a student that draws a second batch.
+    and a causal classifier. `experts`: a student of two experts, with class weights in the second half. `bbn`: a student that
+    draws a second batch. `proco`, `kcl`: a student with that contrast term.
     """
     log_prior = torch.tensor([0.6, 0.3, 0.1]).log()
     with torch.random.fork_rng(devices=[]):
@@ -70,6 +75,12 @@ def made_objective(stage: str, seed: int = 0) -> Objective:
                 ImageClassifier(expert_backbone("resnet20", 2, "late"), 3, 1.0, head=LinearClassifier), -1.0
             )
         model = ImageClassifier("resnet20", 3, 1 / 30)
+        if stage == "proco":
+            head, weights = ProjectionHead(64, 64, 8), StudentWeights(1.0, 1.0, 0.0, 4.0, 1.0)
+            return ContrastObjective(model, None, log_prior, weights, ProCo(head, log_prior, 8, 0.1))
+        if stage == "kcl":
+            head, weights = ProjectionHead(64, 64, 8), StudentWeights(1.0, 1.0, 0.0, 4.0, 1.0)
+            return ContrastObjective(model, None, log_prior, weights, KPositiveContrast(head, FifoQueue(16, 8)))
         if stage == "deferred":
             loss = FocalLoss(log_prior, 0.0, 1.0, Weighting((6, 3, 1), 0.9, 0.5))
             return TeacherObjective(ImageClassifier("resnet20", 3, 1.0, head=CausalClassifier), log_prior, loss=loss)

@@ -270,6 +270,20 @@ def test_crd_equals_the_golden_values_and_keeps_the_z_of_the_first_batch(tau, z,
     assert term.log_z.exp().tolist() == pytest.approx(z, rel=1e-12)
 
 
+@pytest.mark.parametrize("tau", [0.07, 0.005])
+def test_crd_is_finite_in_float32_at_any_temperature(tau):
+    term, v1, v2, rows = crd(tau)
+    expected = term.losses(v1, v2, rows)
+    single, w1, w2, _ = crd(tau)
+    w1, w2 = (v.detach().float().requires_grad_() for v in (w1, w2))
+    single.float()
+    single.log_z.fill_(torch.inf)
+    losses = single.losses(w1, w2, rows)
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx(expected.tolist(), rel=1e-3)
+    assert w1.grad.isfinite().all() and w2.grad.isfinite().all()
+
+
 def test_crd_with_a_stored_z_and_its_gradients_equal_the_golden_values():
     term, v1, v2, rows = crd(0.5, [4.0, 3.0])
     assert term.losses(v1, v2, rows).mean().item() == pytest.approx(3.538835728278343, **EXACT)

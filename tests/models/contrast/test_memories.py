@@ -20,9 +20,18 @@ def test_the_queue_replaces_its_oldest_rows():
     assert queue.features[:, 0].tolist() == [4, 5, 2, 3]
 
 
-def test_a_total_that_is_not_a_multiple_of_the_batch_is_refused():
-    with pytest.raises(ValueError, match=r"queue total K is 10, not a multiple of the batch of 4 .*set K to 8 or 12"):
-        FifoQueue(10, 2).enqueue(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
+def test_a_total_below_the_batch_is_refused():
+    with pytest.raises(ValueError, match=r"queue total K is 3, below the batch of 4 images .*raise K"):
+        FifoQueue(3, 2).enqueue(unit(4, 2), torch.zeros(4, dtype=torch.int64))
+
+
+def test_a_queue_that_is_no_multiple_of_the_batch_holds_the_last_k_keys():
+    queue, features, labels = FifoQueue(10, 2), unit(24, 2).float(), torch.arange(24)
+    for start in range(0, 24, 4):
+        queue.enqueue(features[start : start + 4], labels[start : start + 4])
+        stored = queue.labels[queue.labels >= 0].sort().values
+        assert stored.tolist() == list(range(max(start + 4 - 10, 0), start + 4))
+    assert torch.equal(features[queue.labels], queue.features)
 
 
 def test_class_means_cover_this_epoch_and_the_one_before_and_a_resumed_epoch_keeps_them():

@@ -78,9 +78,11 @@ def test_a_term_switched_off_leaves_the_others_as_they_were(term):
         assert term == "beta" or torch.equal(remaining[name], parts[name]), name
 
 
-def test_a_classifier_that_no_term_trains_is_rejected():
-    with pytest.raises(ValueError, match="gamma and alpha are both 0, so no term trains the classifier"):
-        student(weights={"gamma": 0.0, "alpha": 0.0})
+def test_a_classifier_that_no_term_trains_is_frozen_for_a_second_stage():
+    objective = student(weights={"gamma": 0.0, "alpha": 0.0})
+    objective(views(), TARGET, IDS)["loss"].backward()
+    assert gradient(objective.model.classifier) == 0 and gradient(objective.model.backbone) > 0
+    assert not objective.model.classifier.weight.requires_grad
 
 
 @pytest.mark.parametrize(

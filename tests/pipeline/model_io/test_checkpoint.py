@@ -70,6 +70,13 @@ def test_a_network_with_another_classifier_is_bit_identical_after_loading(classi
     assert read == config and same(model, loaded) and torch.equal(loaded(images)[1], model.eval()(images)[1])
 
 
+def test_heads_that_do_not_divide_the_feature_are_refused_with_their_key():
+    with pytest.raises(
+        ParamsError, match=r"student.classifier.heads is 3, which does not divide the feature's 64 values"
+    ):
+        build_model(replace(MODEL_CONFIG, classifier={"kind": "causal", "heads": 3}), "student.backbone")
+
+
 def test_a_network_in_channels_last_memory_is_saved_as_well(tmp_path):
     model = trained().to(memory_format=torch.channels_last)
     save_model(model.state_dict(), MODEL_CONFIG, tmp_path)

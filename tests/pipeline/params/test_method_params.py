@@ -9,7 +9,7 @@ from models.losses.class_loss import LADELoss, LDAMLoss
 from pipeline.data.class_prior import Prior
 from pipeline.params.recipe import apply_recipe
 from pipeline.shared.errors import ParamsError
-from pipeline.training.method_setup import class_loss
+from pipeline.training.method_setup import class_loss, contrast_term
 from tests.support.making import ROOT, params
 
 METHODS = ROOT / "recipes/methods"
@@ -49,6 +49,68 @@ def test_a_loss_that_does_not_fit_is_refused_with_what_to_change(changes, messag
     assert str(error.value).partition(": ")[2].startswith(message)
 
 
+OWN = {"student.contrast_encoder": "self"}
+MOMENTUM = {"student.contrast_encoder": "momentum"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"student.contrast": {"kind": "bcl"}},
+            "student: contrast_encoder is teacher, but contrast.kind bcl takes self; set contrast_encoder: self",
+        ),
+        (OWN, "student.contrast_encoder is self, but task classification has it for other kinds than gml; set it to"),
+        (
+            {**OWN, "student.contrast": {"kind": "supcon"}, "student.accumulate": 2},
+            "student: accumulate is 2, but contrast.kind supcon compares the whole batch; set accumulate: 1",
+        ),
+        (
+            {**MOMENTUM, "student.contrast": {"kind": "paco"}, "student.augment.mix": "mixup"},
+            "student: augment.mix is mixup, but contrast.kind paco compares the classifier view",
+        ),
+        (
+            {**MOMENTUM, "student.contrast": {"kind": "kcl", "queue": 10}},
+            "student: contrast.queue is 10, below batch_size 32; set it to 32 or more",
+        ),
+        (
+            {**OWN, "student.contrast": {"kind": "proco"}, "student.projection_dim": 2},
+            "student: projection_dim is 2; contrast.kind proco needs at least 3",
+        ),
+        (
+            {**OWN, "student.contrast": {"kind": "bcl"}, "student.augment.crop_padding": 0},
+            "student.contrast.kind is bcl, which compares two views of an image, but student.augment changes no image",
+        ),
+        (
+            {"student.gamma": 0.0, "student.alpha": 0.0, "classifier": {"kind": "lws"}},
+            "student.gamma and student.alpha are both 0, so no term trains the classifier; set one of them above 0",
+        ),
+        ({"student.contrast": {"kind": "crd", "rate": 2}}, "student.contrast.rate is 2; input should be less"),
+    ],
+)  # fmt: skip
+def test_a_contrast_term_that_does_not_fit_is_refused_with_what_to_change(changes, message):
+    with pytest.raises(ParamsError) as error:
+        params(changes)
+    assert str(error.value).partition(": ")[2].startswith(message)
+
+
+def test_a_term_of_weight_0_is_not_checked():
+    assert params({"student.contrast": {"kind": "bcl"}, "student.beta": 0.0}).student.contrast.kind == "bcl"
+
+
+@pytest.mark.parametrize("classifier", [{"kind": "crt"}, {"kind": "lws", "start": "linear"}])
+def test_the_encoder_alone_is_trained_for_a_second_stage_that_fits_a_new_classifier(classifier):
+    made = params({"student.gamma": 0.0, "student.alpha": 0.0, "classifier": classifier})
+    assert not made.student.trains_classifier
+
+
+def test_crd_of_one_class_is_refused_with_its_key():
+    one = Prior(["a", "b"], [9, 0], [0.9, 0.1], [-0.1, -2.3], ["few", "few"])
+    student = params({"student.contrast": {"kind": "crd"}}).student
+    with pytest.raises(ParamsError, match=r"student.contrast.kind is crd, but labels contain one class only"):
+        contrast_term(student, one, 64, 64)
+
+
 def test_an_overlay_with_another_kind_replaces_the_keys_of_the_old_kind_and_one_of_the_same_kind_adds(tmp_path):
     target, more = tmp_path / "params.yaml", tmp_path / "more.yaml"
     target.write_text((ROOT / "params.yaml").read_text())
@@ -65,6 +127,9 @@ def test_each_method_is_valid_alone_and_on_a_recipe_of_the_paper(path):
     for recipes in ([path], [ROOT / "recipes/cifar100-if100-200.yaml", path]):
         made = params(yaml.safe_load(apply_recipe(recipes, ROOT / "params.yaml")[0]))
         assert class_loss(made.student, PRIOR).log_prior.tolist() == pytest.approx(PRIOR.log_prior)
+        if made.student.beta and made.student.contrast.kind != "gml":
+            term = contrast_term(made.student, PRIOR, 64, 64)
+            assert term.encoder == made.student.contrast_encoder and not term.divisible
 
 
 def test_the_margins_of_ldam_are_in_units_of_the_logits_and_its_logits_count_as_balanced():

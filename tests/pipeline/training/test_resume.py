@@ -45,6 +45,8 @@ RECIPES = {
     "student": {},
     "momentum": {},
     "deferred": {},
+    "proco": {},
+    "kcl": {},
     "experts": {},  # whose loss changes halfway
     "bbn": {},  # which draws a second batch
     "averaged": {"ema_decay": 0.9, "augment": AugmentParams(crop_padding=1, flip=True, cutout=2, mix="cutmix")},
@@ -57,7 +59,8 @@ RECIPES = {
 @pytest.mark.parametrize("name", list(RECIPES))
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 60.0], ids=["every step", "every epoch"])
 def test_a_run_cut_off_many_times_ends_as_one_that_was_not(name, checkpoint_seconds, tmp_path):
-    stage = name if name in ("teacher", "momentum", "deferred", "experts", "bbn") else "student"
+    made_here = ("teacher", "momentum", "deferred", "proco", "kcl", "experts", "bbn")
+    stage = name if name in made_here else "student"
 
     def made(run_folder=None):
         return made_training(
