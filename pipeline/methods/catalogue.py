@@ -105,6 +105,14 @@ METHODS = (
         "gml_without_teacher", "contrast", "GML, ICML 2023, Table 5", "GML with a momentum encoder, no teacher", "MIT",
         trained=2, forward=1,
     ),
+    Method(
+        "gml_encoder", "contrast", "GML, ICML 2023, Table 6", "encoder by GML alone, then the classifier", "none",
+        trained=2, forward=1,
+    ),
+    Method(
+        "supcon_encoder", "contrast", "Khosla et al. 2020", "encoder by SupCon alone, then the classifier", "BSD-2-Clause",
+        trained=3,
+    ),
     Method("bbn", "experts", "Zhou et al. 2020", "two last blocks, a second batch of rare classes", "MIT", trained=2),
     Method("ride", "experts", "Wang et al. 2021", "three branches, LDAM with deferred weights, diversity", "MIT"),
     Method("sade", "experts", "Zhang et al. 2022", "three branches for three priors", "MIT"),
