@@ -20,7 +20,9 @@ GPU_MACHINE = [
 NEEDS_MORE = {
     "pipeline.commands.doctor_checks",
     "pipeline.export",
+    "pipeline.onnx_export.added_class",
     "pipeline.onnx_export.float16",
+    "pipeline.onnx_export.larger_release",
     "pipeline.onnx_export.parity",
     "pipeline.onnx_export.release",
 }
