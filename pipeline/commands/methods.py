@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 WIDTH = 100  # columns of the list, at least
 CAPTION = (
-    "step: images through a network for each image of a batch, with a gradient + without. licence: of the authors' code; "
+    "step: images through a network for each image of a batch, with a gradient + without; "
+    "a network with several experts counts once. licence: of the authors' code; "
     "Tailor's is Apache-2.0."
 )
 SECONDS = {"s": 1, "m": 60, "h": 3600}

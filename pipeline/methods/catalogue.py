@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from pipeline.params import Params
 
 Kind = Literal["class loss", "contrast", "experts", "second stage", "own recipe"]
-CLASS_LOSS, CONTRAST, SECOND_STAGE = "class loss", "contrast", "second stage"
+CONTRAST = "contrast"
+WITH_CLASS_WEIGHTS = ("bcl", "paco", "gpaco")  # contrast terms that train the weights of the classifier
 ALL = "all"
 
 
@@ -27,8 +28,8 @@ class Method:
     paper: where it was published. changes: what it changes in training. trained, forward: images that go through a network
     for each training image of an epoch, with and without a gradient; the training of a teacher comes on top. licence: of
     the authors' code; `none` if there is no code or no licence. predicts: the target prior of the logits as the paper uses
-    them; `train` are the plain logits of a network without logit adjustment. two_views: the loss compares two views of one
-    image, which are equal if an encoder stores one. recipe: file of the overlay; None: recipes/methods/<name>.yaml.
+    them; `train` are the plain logits of a network without logit adjustment. recipe: file of the overlay; None:
+    recipes/methods/<name>.yaml.
     """
 
     name: str
@@ -39,7 +40,6 @@ class Method:
     trained: int = 1
     forward: int = 0
     predicts: Literal["balanced", "train"] = "balanced"
-    two_views: bool = False
     recipe: Path | None = None
 
     @property
@@ -78,18 +78,17 @@ METHODS = (
     Method("kd", "class loss", "Hinton et al. 2015", "balanced softmax and distillation from the teacher", "-", forward=1),
     Method(
         "supcon", "contrast", "Khosla et al. 2020", "contrast of two views in the batch", "BSD-2-Clause", trained=3,
-        two_views=True,
     ),
     Method(
-        "bcl", "contrast", "Zhu et al. 2022", "balanced contrast with one centre per class", "MIT", trained=3, two_views=True
+        "bcl", "contrast", "Zhu et al. 2022", "balanced contrast with one centre per class", "MIT", trained=3
     ),
     Method(
-        "paco", "contrast", "Cui et al. 2021", "class logits, batch and queue as candidates", "MIT", forward=1, two_views=True
+        "paco", "contrast", "Cui et al. 2021", "class logits, batch and queue as candidates", "MIT", forward=1
     ),
-    Method("gpaco", "contrast", "Cui et al. 2023", "PaCo without a momentum encoder", "MIT", trained=2, two_views=True),
-    Method("kcl", "contrast", "Kang et al. 2021", "a fixed number of positive keys", "none", forward=1, two_views=True),
+    Method("gpaco", "contrast", "Cui et al. 2023", "PaCo without a momentum encoder", "MIT", trained=2),
+    Method("kcl", "contrast", "Kang et al. 2021", "a fixed number of positive keys", "none", forward=1),
     Method(
-        "proco", "contrast", "Du et al. 2024", "classes as von Mises-Fisher distributions", "MIT", trained=3, two_views=True
+        "proco", "contrast", "Du et al. 2024", "classes as von Mises-Fisher distributions", "MIT", trained=3
     ),
     Method("crd", "contrast", "Tian et al. 2020", "student's feature against the teacher's", "not verified", forward=1),
     Method("crd_kd", "contrast", "Tian et al. 2020", "CRD and distillation, one teacher pass", "not verified", forward=1),
@@ -104,6 +103,14 @@ METHODS = (
     Method(
         "gml_without_teacher", "contrast", "GML, ICML 2023, Table 5", "GML with a momentum encoder, no teacher", "MIT",
         trained=2, forward=1,
+    ),
+    Method(
+        "gml_encoder", "contrast", "GML, ICML 2023, Table 6", "encoder by GML alone, then the classifier", "none",
+        trained=2, forward=1,
+    ),
+    Method(
+        "supcon_encoder", "contrast", "Khosla et al. 2020", "encoder by SupCon alone, then the classifier", "BSD-2-Clause",
+        trained=3,
     ),
     Method("bbn", "experts", "Zhou et al. 2020", "two last blocks, a second batch of rare classes", "MIT", trained=2),
     Method("ride", "experts", "Wang et al. 2021", "three branches, LDAM with deferred weights, diversity", "MIT"),
@@ -164,16 +171,10 @@ def params_of(method: Method, params: Params) -> Params:
     except ParamsError as error:
         raise ParamsError(f"{method.name} does not apply to this project: {error}") from None
     student = merged.student
-    if merged.encoder is None or student.tune != "none":
-        return merged
-    reason = None
-    if method.kind == CONTRAST and not student.adapter:
-        reason = (
-            "student.adapter is 0, so that on the features of a frozen encoder a contrast term has no layer to train; set "
-            "student.adapter, for example 128"
+    frozen = merged.encoder is not None and student.tune == "none" and not student.adapter
+    if method.kind == CONTRAST and frozen and student.contrast.kind not in WITH_CLASS_WEIGHTS:
+        raise ParamsError(
+            f"{method.name} does not apply to this project: student.adapter is 0, so that on the features of a frozen encoder "
+            "its contrast term has no layer to train; set student.adapter, for example 128"
         )
-    elif method.two_views and not merged.encoder.views:
-        reason = "encoder.views is 0, and it compares two views of an image; set encoder.views, for example 2"
-    if reason:
-        raise ParamsError(f"{method.name} does not apply to this project: {reason}")
     return merged

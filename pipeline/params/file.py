@@ -56,8 +56,9 @@ class Params(Section):
             )
         if not (self.student.trains_classifier or self.classifier.fits_anew):
             raise ValueError(
-                "student.gamma and student.alpha are both 0, so no term trains the classifier; set one of them above 0, or "
-                "classifier.kind to a second stage that fits a new one (ncm, tau_norm, crt, or another with start: linear)"
+                "student.gamma and student.alpha are both 0, so no term trains the classifier; set one of them above 0, "
+                "or classifier.kind to a second stage that fits a new one (ncm, tau_norm, crt, balanced_softmax, or another "
+                "with start: linear)"
             )
         _check_views(self.student, self.encoder)
         if self.student.memory and self.classifier.kind != "none":

@@ -52,7 +52,9 @@ class ClassifierParams(Section):
     @property
     def fits_anew(self) -> bool:
         """Whether the second stage does not use the student's classifier."""
-        return self.kind in ("ncm", "tau_norm", "crt") or (self.kind != "none" and self.start == "linear")
+        return self.kind in ("ncm", "tau_norm", "crt", "balanced_softmax") or (
+            self.kind != "none" and self.start == "linear"
+        )
 
     @model_validator(mode="after")
     def _keys_belong_to_the_kind(self) -> ClassifierParams:

@@ -75,14 +75,14 @@ def test_the_list_has_every_method_with_paper_cost_and_licence(capsys: pytest.Ca
 @pytest.mark.slow
 def test_methods_are_trained_once_judged_on_the_test_split_and_reported(project, capsys, monkeypatch) -> None:
     before = files(Path("artifacts"))
-    assert main([*COMPARE, "cross_entropy,post_hoc,gml,crt", "--seeds", "2"]) == 0
+    assert main([*COMPARE, "cross_entropy,post_hoc,gml,crt,gml_encoder", "--seeds", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "8/8  seed 1  crt: all " in printed and "comparison/comparison.html" in printed
+    assert "10/10  seed 1  gml_encoder: all " in printed and "comparison/comparison.html" in printed
     assert files(Path("artifacts")) == before
     content = result()
     assert content["complete"] and content["reference"] == "cross_entropy" and content["seeds"] == [0, 1]
     rows = {row["method"]: row for row in content["methods"]}
-    assert list(rows) == ["cross_entropy", "post_hoc", "gml", "crt"]
+    assert list(rows) == ["cross_entropy", "post_hoc", "gml", "crt", "gml_encoder"]
     # The student of cross_entropy again, with the stage itself.
     overlay = {"student": {**project.student.model_dump(), "beta": 0.0, "alpha": 0.0, "adjustment": 0.0}}
     plain = project.model_validate({**project.model_dump(), **overlay})
@@ -108,7 +108,7 @@ def test_methods_are_trained_once_judged_on_the_test_split_and_reported(project,
 
     for stage in (student, classifier):
         monkeypatch.setattr(stage, "run", never)
-    assert main([*COMPARE, "cross_entropy,post_hoc,gml,crt", "--seeds", "2", "--against", "crt"]) == 0
+    assert main([*COMPARE, "cross_entropy,post_hoc,gml,crt,gml_encoder", "--seeds", "2", "--against", "crt"]) == 0
     assert result()["reference"] == "crt" and [row["method"] for row in result()["methods"]] == list(rows)
     assert result()["methods"][2]["accuracy"] == rows["gml"]["accuracy"]
 
