@@ -81,7 +81,7 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     inspected = inspect_images(source, "split", hash_function(params.data))
     hashes = {reference: image.sha256 for reference, image in inspected.items() if image.sha256}
     skipped = [row for row in source.rows if inspected[row.reference].problem] if skip else []
-    rows = without(source, skipped, image_classes)
+    rows = without(source, skipped, image_classes if label_maps else None)
     _check_two_labels(source, rows, hashes)
     groups, alone = image_groups(source, rows, params.data, inspected)
     assigned = assign(rows, image_classes if label_maps else source.classes, params.data, source.origin, groups)

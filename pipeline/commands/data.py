@@ -55,7 +55,7 @@ JobsOption = Annotated[
 app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Check a data set, pack it into shards, find wrong labels and the images to label next.",
+    help="Check, pack, find wrong labels, rank images to label.",
     epilog="Example: tailor data check, then: tailor data pack data/packed",
 )
 
@@ -153,7 +153,7 @@ def suspects(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the images that look more like another class than like the class of their label."""
+    """List images whose labels may be wrong, with a page of pictures."""
     from pipeline.labels.features import FeatureNetwork, labelled_images
     from pipeline.labels.pages import write_suspects
     from pipeline.labels.suspects import by_group, find_suspects
@@ -188,7 +188,7 @@ def label_next(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Rank unlabelled images by what their labels would add to the small classes, and by how they differ."""
+    """Rank unlabelled images by what their labels would add."""
     from pipeline.labels.features import FeatureNetwork, known_hashes, labelled_images
     from pipeline.labels.next_images import choose_images, wanted_classes
     from pipeline.labels.pages import write_next

@@ -143,11 +143,11 @@ def add_class(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
-    """Add a class to the release without training; the next retraining learns it.
+    """Add a class to the release without training.
 
     The mean feature of its images becomes one more row of the cosine classifier. If the old classes keep their accuracy and
-    the held-out images are recognised, the new release is written with a repository of its own, and the images are ingested.
-    Exit status 1 if the gate refuses.
+    the held-out images are recognised, the new release is written with a repository of its own, and the images are
+    ingested, so that the next retraining learns the class. Exit status 1 if the gate refuses.
     """
     from pipeline.onnx_export import added_class
     from pipeline.params import load_params

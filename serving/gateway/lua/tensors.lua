@@ -9,14 +9,25 @@ local ITEM = {
     UINT8 = { bytes = 1, ctype = "uint8_t[?]", least = 0, most = 255, whole = true },
     FP32 = { bytes = 4, ctype = "float[?]", least = -math.huge, most = math.huge },
 }
--- A test compares MODELS with the model configs of a repository. labels: the parameter "classification" is allowed,
+-- A test compares MODELS with the model configs of classification and of segmentation. labels: the parameter "classification" is allowed,
 -- with which Triton returns the best classes with labels instead of numbers. On an output of strings Triton 24.10 then
 -- exits with SIGFPE.
 tensors.MODELS = {
-    student = { inputs = { image = "UINT8", strength = "FP32" }, outputs = { logits = { labels = true }, feature = {} } },
+    student = {
+        inputs = { image = "UINT8", strength = "FP32", adjustment = "FP32" },
+        outputs = { logits = { labels = true }, feature = {}, class_map = {}, confidence = {} },
+    },
     classifier = {
-        inputs = { image = "BYTES", prior = "BYTES", strength = "FP32", target_prior = "FP32" },
-        outputs = { class = {}, index = {}, probability = {} },
+        inputs = {
+            image = "BYTES", prior = "BYTES", strength = "FP32", target_prior = "FP32",
+            coverage = "FP32", costs = "BYTES", ask = "FP32", false_alarms = "FP32", level = "FP32",
+        },
+        outputs = {
+            class = {}, index = {}, probability = {},
+            set = {}, set_size = {}, decision = {}, decision_index = {}, expected_cost = {},
+            unknown = {}, typicality = {}, node = {}, node_probability = {},
+            class_map = {}, confidence = {}, size = {}, names = {},
+        },
     },
 }
 

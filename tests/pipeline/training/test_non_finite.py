@@ -66,7 +66,7 @@ def test_a_run_that_fails_stops_at_the_step_and_leaves_its_batch_and_state(tmp_p
     training.objective.forward = poisoned
     with pytest.raises(StageError, match=r"student: not finite in epoch 2, step 3 of 5: loss, gml, gradient_norm; "):
         training.run(made_images(40), made_images(9, seed=1))
-    folder = tmp_path / "artifacts/failures/student"
+    folder = tmp_path / "failures/student"  # beside the run
     content = json.loads((folder / "failure.json").read_text())
     assert (content["step"], content["epoch"], content["terms"]) == (3, 2, ["loss", "gml", "gradient_norm"])
     assert content["sample_ids"] == [str(i) for i in calls[7]]

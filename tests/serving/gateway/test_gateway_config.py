@@ -15,6 +15,8 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from serving.gateway import nginx_process as gateway_process
 from serving.gateway.config import Gateway, read_gateway
 from serving.gateway.nginx_process import check_config, find_nginx, write_config
+from serving.repository.manifest import SegmentationFormat, read_manifest
+from serving.repository.model_config import Placement, classifier_config, student_config
 from serving.shared.errors import InputError, ServingError
 from tests.support.running_gateway import make_certificate, require_nginx
 
@@ -74,13 +76,19 @@ def test_nginx_accepts_the_written_configuration(tmp_path: Path, full: bool, nam
 def test_the_accepted_tensors_are_those_of_the_model_configs(repository: Path) -> None:
     source = (Path(gateway_process.__file__).with_name("lua") / "tensors.lua").read_text()
     table = source.partition("tensors.MODELS = {")[2].partition("\n}\n")[0]
+    manifest = read_manifest(repository / "classifier/1")
+    maps = manifest.model_copy(
+        update={"segmentation": SegmentationFormat(height=8, width=8, fill=(0, 0, 0), cells=(2, 2))}
+    )
+    kinds = {kind: name.removeprefix("TYPE_").replace("STRING", "BYTES") for name, kind in DataType.items()}
     for model in ("student", "classifier"):
-        config = text_format.Parse((repository / model / "config.pbtxt").read_text(), ModelConfig())
-        entry = re.search(rf"{model} = {{\s*inputs = {{(.*?)}},\s*outputs = {{(.*?)}},?\s*}},\n", table, re.DOTALL)
+        configs = [text_format.Parse((repository / model / "config.pbtxt").read_text(), ModelConfig())]
+        configs.append(student_config(maps, Placement()) if model == "student" else classifier_config(maps))
+        entry = re.search(rf"{model} = {{\s*inputs = {{(.*?)}},\s*outputs = {{(.*?)}},\s*}},\n", table, re.DOTALL)
         inputs = dict(re.findall(r'(\w+) = "(\w+)"', entry[1]))
-        kinds = {kind: name.removeprefix("TYPE_").replace("STRING", "BYTES") for name, kind in DataType.items()}
-        assert inputs == {tensor.name: kinds[tensor.data_type] for tensor in config.input}
-        assert set(re.findall(r"(\w+) = {", entry[2])) == {tensor.name for tensor in config.output}
+        assert inputs == {tensor.name: kinds[tensor.data_type] for config in configs for tensor in config.input}
+        outputs = {tensor.name for config in configs for tensor in config.output}
+        assert set(re.findall(r"(\w+) = {", entry[2])) == outputs
 
 
 def test_the_error_of_a_missing_nginx_names_the_packages_to_install() -> None:

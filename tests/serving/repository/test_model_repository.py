@@ -49,6 +49,7 @@ def test_tree_holds_the_release_and_nothing_else(repository: Path) -> None:
         "classifier/1/prior.py",
         "classifier/1/request_parser.py",
         "classifier/1/start.py",
+        "classifier/1/taxonomy.py",
         "classifier/config.pbtxt",
         "classifier/configs/local.pbtxt",
         "student/1/__pycache__",
