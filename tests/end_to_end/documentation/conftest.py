@@ -83,6 +83,18 @@ ELSEWHERE = {
     ("docs/compare-methods.md", "dvc repro"): "the stages of docs/training.md",
     ("docs/compare-methods.md", "tailor methods"): "tests/pipeline/commands/test_methods_command.py",
     ("docs/compare-methods.md", "tailor recipe"): "tests/pipeline/params/test_recipe.py",
+    ("docs/methods.md", "tailor recipe"): "tests/pipeline/params/test_recipe.py",
+    ("docs/methods.md", "dvc repro"): "the stages of docs/training.md",
+    ("docs/contrast-terms.md", "tailor recipe"): "tests/pipeline/params/test_recipe.py",
+    ("docs/contrast-terms.md", "dvc repro"): "the stages of docs/training.md",
+    ("docs/contrast-terms.md", "dvc exp run"): "tests/end_to_end/test_dvc_stages.py changes the kind by `dvc repro`",
+    ("docs/answers.md", "tailor predict"): "the inputs against a server: tests/serving/triton/test_served_extras.py",
+    ("docs/labels.md", "dvc repro"): "the stage: tests/pipeline/test_embed.py",
+    ("docs/labels.md", "tailor data"): "tests/pipeline/labels",
+    ("docs/labels.md", "python -m benchmarks.label_errors"): "a data pack; tests/benchmarks/test_label_errors.py",
+    ("docs/segmentation.md", "tailor data check"): "tests/pipeline/segmentation/test_label_map_sources.py",
+    ("docs/segmentation.md", "tailor serve"): "the release: tests/pipeline/segmentation/test_segmentation_stages.py",
+    ("docs/segmentation.md", "tailor segment"): "needs that server",
     ("docs/second-stages.md", "dvc exp run"): "tests/end_to_end/test_dvc_stages.py changes the kind by `dvc repro`",
     ("docs/second-stages.md", "tailor experiments"): "tests/pipeline/commands/test_experiments_command.py",
     ("docs/serving-performance.md", "python -m benchmarks.serving"): "measures for minutes on a quiet machine",
@@ -93,7 +105,12 @@ ELSEWHERE = {
     ("docs/gpu.md", "python -m benchmarks.gpu"): "minutes; tests/benchmarks/test_gpu.py",
 }
 # Pages whose Python runs elsewhere; that of FOLLOWED runs in its position among the commands.
-PROGRAMS_ELSEWHERE = {"docs/losses.md": "needs no project: tests/test_docs.py runs it"}
+PROGRAMS_ELSEWHERE = {
+    "docs/losses.md": "needs no project: tests/test_docs.py runs it",
+    "docs/contrast-terms.md": "needs no project: tests/test_docs.py runs it",
+    "docs/answers.md": "the same inputs: tests/serving/triton/test_served_extras.py",
+    "docs/segmentation.md": "the same outputs: tests/pipeline/segmentation/test_segmentation_stages.py",
+}
 # Changes of a test to a command, besides ports: only its size, not its kind.
 LESS = {"--log-share 0.01": "--log-share 1"}
 LESS_LOAD = {
