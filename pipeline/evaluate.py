@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-import yaml
 
 from models.prior import calibrate_logits
 from models.sample_size import from_json, warnings_of
@@ -31,16 +30,15 @@ from pipeline.evaluation.network_metrics import (
 )
 from pipeline.evaluation.predictions import CALIBRATION_NOTE, GateError, Predictions, check_comparable, load_predictions
 from pipeline.evaluation.runs import load_run
-from pipeline.evaluation.segmentation import evaluate_networks, legend
+from pipeline.evaluation.segmentation import evaluate_networks
 from pipeline.features.stored import evaluation_inputs, stored_encoder
 from pipeline.model_io.checkpoint import BEST, load_config, student_folder
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
-from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report
+from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report, render_segmentation_report
 from pipeline.report.analysis import write_plots
 from pipeline.report.data_card import SplitSizes, data_card, data_facts
 from pipeline.report.model_card import model_card, model_facts, network_name
-from pipeline.report.page import render_page
 from pipeline.shared.artifacts import (
     ANSWERS,
     EVALUATION,
@@ -147,15 +145,10 @@ def _evaluate_segmentation(params: Params, output: Path) -> Result:
     """Evaluate both networks on the test split at several strengths; write metrics, tables and the report."""
     prior = load_prior()
     result = evaluate_networks(params, prior, NETWORKS, choose_device(params.device))
-    recipe = params.model_dump(mode="json")
     with whole_folder(output) as folder:
         result.write(folder)
         write_json(folder / ANSWERS.name, {"calibration": None, "sets": None})  # of classifiers only
-        page = render_page(
-            "segmentation.html.jinja", {"figures": {"strength": result.curve_figure()}}, metrics=result.metrics,
-            curve=result.curve, classes=result.classes, worst=result.worst, legend=legend(prior), prior=prior,
-            params=recipe, recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), provenance=_provenance(),
-        )  # fmt: skip
+        page = render_segmentation_report(result, prior, params.model_dump(mode="json"), _provenance())
         write_file(folder / "report.html", page)
     return Result(result.metrics, output)
 

@@ -5,3 +5,4 @@ from pipeline.report.comparison_page import render_comparison as render_comparis
 from pipeline.report.evaluation_page import Evaluation as Evaluation
 from pipeline.report.evaluation_page import Provenance as Provenance
 from pipeline.report.evaluation_page import render_report as render_report
+from pipeline.report.evaluation_page import render_segmentation_report as render_segmentation_report

@@ -14,6 +14,7 @@ from models.sample_size import ADVICE, from_json
 from pipeline.data.class_prior import Prior
 from pipeline.evaluation.answers import Answers
 from pipeline.evaluation.metrics import GROUPS
+from pipeline.evaluation.segmentation import SegmentationEvaluation, legend
 from pipeline.evaluation.shifted_priors import SETS
 from pipeline.report import figures
 from pipeline.report.analysis import Analysis
@@ -98,6 +99,17 @@ def render_report(evaluation: Evaluation) -> str:
         curves=list(curves),
         test_images=count_test_images(classes), params=recipe,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), command=COMMAND,
+    )  # fmt: skip
+
+
+def render_segmentation_report(
+    result: SegmentationEvaluation, prior: Prior, params: dict[str, Any], provenance: Provenance
+) -> str:
+    """Render the page of task segmentation as HTML text."""
+    return render_page(
+        "segmentation.html.jinja", {"figures": {"strength": result.curve_figure()}}, metrics=result.metrics,
+        curve=result.curve, classes=result.classes, worst=result.worst, legend=legend(prior), prior=prior, params=params,
+        recipe=yaml.safe_dump(params, sort_keys=False, allow_unicode=True), provenance=provenance,
     )  # fmt: skip
 
 
