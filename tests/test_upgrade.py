@@ -25,7 +25,7 @@ from pipeline.evaluation.predictions import Contender, load_predictions
 from pipeline.params import load_params
 from pipeline.shared.errors import ParamsError
 from serving.repository.manifest import ManifestError, load_golden, load_manifest
-from serving.repository.release import read_champion, read_release
+from serving.repository.release import find_releases, published_versions, read_champion, read_release
 from serving.repository.writer import publish, write_repository
 
 OLD = Path(__file__).parent / "data/release-0.1.0"
@@ -87,6 +87,13 @@ def test_a_new_release_is_published_beside_the_release_before(tmp_path: Path) ->
     manifest["params_sha256"] = "1" * 64
     (tmp_path / "export/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     assert publish(tmp_path / "export", tmp_path / "repository") == 2
+
+
+def test_a_repository_that_the_release_before_wrote_is_served(tmp_path: Path) -> None:
+    root = write_repository(OLD / "export", tmp_path / "repository")
+    for name in ("extras.py", "decisions.py", "taxonomy.py"):  # that release did not write them
+        (root / "classifier/1" / name).unlink()
+    assert [release.version for release in find_releases(root)] == published_versions(root) == [1]
 
 
 @pytest.mark.parametrize(("key", "value"), [("format", 2), ("of_a_later_release", 1)])

@@ -33,7 +33,10 @@ from serving.shared.errors import RepositoryError
 from serving.shared.names import CLASSIFIER, STUDENT
 
 # Releases made by older versions of Tailor do not have these files and do not need them.
-LATER_FILES = {"integrity.py", "network.py", "start.py", "request_parser.py"}
+LATER_FILES = {
+    *("integrity.py", "network.py", "start.py", "request_parser.py"),
+    *("extras.py", "decisions.py", "taxonomy.py"),
+}
 NEEDED = {
     STUDENT: ("model.onnx", *RUNTIME_FILES[STUDENT], MANIFEST_NAME),
     CLASSIFIER: (*RUNTIME_FILES[CLASSIFIER], MANIFEST_NAME, GOLDEN_NAME),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 SIGNATURE_NAME = f"{MANIFEST_NAME}.sig"
+LARGEST_BYTES = 1024  # of a signature file; a whole one has about 180
 VERSION = re.compile(rb'("version":\s*)\d+')
 
 
@@ -64,7 +65,8 @@ def read_signature(folder: Path) -> Signature:
     """Read the signature file of a folder. Raises SignatureError if it is missing or damaged."""
     path = folder / SIGNATURE_NAME
     try:
-        data = path.read_bytes()
+        with path.open("rb") as stream:
+            data = stream.read(LARGEST_BYTES)
     except FileNotFoundError:
         raise SignatureError(
             f"{path}: no such file; the release is not signed, and {trusted_source()} lists keys: `tailor keys sign`"

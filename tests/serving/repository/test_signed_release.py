@@ -174,6 +174,13 @@ def test_a_signature_that_is_not_64_bytes_in_base64_is_refused(
         assert_refused(lambda: verify_manifest(folder, [signer.public]), SIGNATURE_NAME, "is damaged")
 
 
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe" * 90, b" " * 2_000_000], ids=["empty", "not text", "large"])
+def test_a_signature_file_of_any_bytes_is_refused(signed: Path, signer: Signer, tmp_path: Path, data: bytes) -> None:
+    folder = shutil.copytree(signed, tmp_path / "export")
+    (folder / SIGNATURE_NAME).write_bytes(data)
+    assert_refused(lambda: verify_manifest(folder, [signer.public]), SIGNATURE_NAME, "is damaged")
+
+
 @pytest.mark.parametrize("name", ["student.onnx", "golden.json"])
 def test_a_manifest_that_lacks_a_file_cannot_be_signed(signed: Path, signer: Signer, tmp_path: Path, name: str) -> None:
     folder = shutil.copytree(signed, tmp_path / "export")
