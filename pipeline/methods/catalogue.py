@@ -105,7 +105,7 @@ METHODS = (
         trained=2, forward=1,
     ),
     Method(
-        "gml_encoder", "contrast", "GML, ICML 2023, Table 6", "encoder by GML alone, then the classifier", "none",
+        "gml_encoder", "contrast", "GML, ICML 2023, Table 6", "encoder by GML alone, then the classifier", "MIT",
         trained=2, forward=1,
     ),
     Method(
