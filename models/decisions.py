@@ -9,7 +9,7 @@ weighted mean of the quantile of the class's own validation scores and a quantil
 paper); the weight of the own quantile grows with its images. Under label shift only the frequencies of the classes change, so a
 class's own quantile is valid for every prior; the quantile over all classes weighs the scores of class y by q(y) / n_y for the
 prior q of the request (Podkopaev and Ramdas 2021), so it is valid for q. Each of the two alone gives coverage 1 - a, and their
-mean at least 1 - 2a for every prior; measured, it stays near 1 - a or above.
+mean at least 1 - 2a for every prior; the report lists the measured coverage.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def familiarity(balanced_logits: Floats, log_prior: Floats) -> Floats:
 
     balanced_logits: calibrated, [N,C]; log_prior: of the training data, [C], whatever prior a request names. It is the
     negative energy of Liu et al. 2020 with the training prior: rare classes add little to the density of an image that
-    resembles none. docs/answers.md compares it with other scores.
+    resembles none.
     """
     adjusted = balanced_logits + log_prior
     top = adjusted.max(axis=1)
