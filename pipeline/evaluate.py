@@ -15,12 +15,12 @@ import pyarrow.parquet
 
 from models.prior import calibrate_logits
 from models.sample_size import from_json, warnings_of
+from pipeline.answers.fit import fit_answers
+from pipeline.answers.hierarchy import taxonomy_record
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
 from pipeline.data.split_tables import load_taxonomy, read_groups
-from pipeline.evaluation.answers import fit_answers
-from pipeline.evaluation.hierarchy import taxonomy_record
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import (
     network_logits,

@@ -18,7 +18,7 @@ GPU_MACHINE = [
     *("pydantic", "psutil", "ruamel.yaml", "hypothesis"),
 ]
 NEEDS_MORE = {
-    "pipeline.commands.doctor_checks",
+    "pipeline.doctor.checks",
     "pipeline.export",
     "pipeline.onnx_export.added_class",
     "pipeline.onnx_export.float16",
