@@ -18,7 +18,6 @@ GPU_MACHINE = [
     *("pydantic", "psutil", "ruamel.yaml", "hypothesis"),
 ]
 NEEDS_MORE = {
-    "pipeline.doctor.checks",
     "pipeline.export",
     "pipeline.onnx_export.added_class",
     "pipeline.onnx_export.float16",
@@ -26,7 +25,7 @@ NEEDS_MORE = {
     "pipeline.onnx_export.parity",
     "pipeline.onnx_export.release",
 }
-NEED_MORE = ("pipeline.commands.", "pipeline.flows.", "pipeline.scheduling.")  # typer; Prefect and DVC
+NEED_MORE = ("pipeline.commands.", "pipeline.doctor.", "pipeline.flows.", "pipeline.scheduling.")  # typer; Prefect and DVC
 
 # Hides every package outside TRAINING and its dependencies, then imports the modules one after another.
 BARE_MACHINE = """
