@@ -13,6 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from models.class_sampler import ClassSampler
 from models.distributed import rank, rank_count, synchronise_batch_norm
 from models.networks.activation_checkpointing import NoBlocksError
 from models.networks.cosine_classifier import ImageClassifier
@@ -96,10 +97,12 @@ class Training:
         loss is not finite, naming step and terms; the batch and the state are then dumped to artifacts/failures/.
         """
         check_batch(self.name, self.params, len(train))
-        if self.objective.companion is not None and train.images is None:
+        draws = "draws a second batch in each step" if self.objective.companion is not None else ""
+        if getattr(self.params, "sampling", 1.0) != 1:
+            draws = f"has sampling {self.params.sampling:g}"
+        if draws and train.images is None:
             raise ParamsError(
-                f"stream.mode: the images are streamed in a fixed order, but {self.name} draws a second batch in each step; "
-                "set stream.mode: off"
+                f"stream.mode: the images are streamed in a fixed order, but {self.name} {draws}; set stream.mode: off"
             )
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
@@ -178,7 +181,7 @@ class Training:
         rate = self._set_rate(at.step, steps)
         self.objective.begin_epoch(at.epoch, self.params.epochs)
         if at.order is None:
-            at.order = self._train.order(self._generator)[: steps * batch]
+            at.order = self._order(steps * batch)
         self._monitor.begin(at.sums)
         started, first = time.perf_counter(), at.step
         batches = at.order.view(steps, batch)
@@ -228,6 +231,12 @@ class Training:
         if self.on_epoch:
             self.on_epoch(self._at.history)
         return record
+
+    def _order(self, images: int) -> Tensor:
+        """Indices of the images of an epoch, int64 [images]."""
+        if (power := getattr(self.params, "sampling", 1.0)) == 1:
+            return self._train.order(self._generator)[:images]
+        return ClassSampler(self._train.labels, self.objective.model.classes, power).draw(images, self._generator)
 
     def _set_rate(self, step: int, steps: int) -> float:
         """Set the learning rate of a step of the current epoch, and return it."""
