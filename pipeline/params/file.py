@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.params.data import DataParams, ImageParams, PriorParams, StreamParams
-from pipeline.params.encoder import EncoderParams, check_encoder_sections
+from pipeline.params.encoder import EncoderParams, TextParams, check_encoder_sections
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, ServingParams
 from pipeline.params.second_stage import ClassifierParams
@@ -35,6 +35,7 @@ class Params(Section):
     prior: PriorParams
     segmentation: SegmentationParams | None = None
     encoder: EncoderParams | None = None
+    text: TextParams | None = None
     teacher: TrainingParams
     student: StudentParams
     classifier: ClassifierParams = ClassifierParams()
