@@ -91,7 +91,8 @@ def gml_params(params: Params, keys: str = "teacher") -> Params:
     """Return params whose student has the contrast term with these keys, student.contrast_encoder."""
     if not params.student.beta:
         params = merged(params, {"student": GML_STUDENT})
-    return merged(params, {"student": {"contrast_encoder": keys}})
+    text = {"text": {"encoder": "features", "file": "unused"}} if "text" in keys else {}
+    return merged(params, {"student": {"contrast_encoder": keys}, **text})
 
 
 def project_folder(work: Path, data_set: str, params: Params) -> Path:

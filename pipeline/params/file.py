@@ -62,6 +62,11 @@ class Params(Section):
                 "with start: linear)"
             )
         _check_views(self.student, self.encoder)
+        if self.student.uses_text and not self.text:
+            raise ValueError(
+                f"student.contrast_encoder is {self.student.contrast_encoder}, but section text is null; set it, such as to "
+                "{encoder: features, file: text.safetensors}"
+            )
         if self.student.uses_text and self.encoder and self.student.tune == "none" and not self.student.adapter:
             raise ValueError(
                 f"student.contrast_encoder is {self.student.contrast_encoder}, but student.adapter is 0 and the encoder is "

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from models.class_sampler import ClassSampler
-from pipeline import classifier, embed, evaluate, export, prior, split, student, teacher
+from pipeline import classifier, embed, prior, split, student, teacher
 from pipeline.data.class_prior import load_prior
 from pipeline.features.stored import load_features
+from pipeline.model_io.checkpoint import attach_encoder, load_model
+from pipeline.onnx_export.graph import ServedStudent, to_onnx
 from pipeline.preparation.gpu_memory import estimate_memory
-from pipeline.shared.artifacts import CLASSIFIER, EXPORT, STUDENT, TEACHER, TEXT, sha256_of
+from pipeline.shared.artifacts import CLASSIFIER, STUDENT, TEACHER, TEXT
 from pipeline.shared.errors import ParamsError
 from pipeline.text.stored import TextFeatures, write_text_features
 from pipeline.training.engine import Training
@@ -25,7 +27,10 @@ from tests.support.making import folder
 from tests.support.small_encoder import tiny_encoder, tiny_params
 
 SIZES = {"a": 40, "b": 12, "c": 8}
-ALONE = {"student.contrast_encoder": "text", "student.alpha": 0.0, "student.projection_dim": 8}
+ALONE = {
+    "text": {"encoder": "features", "file": "own.safetensors"}, "student.contrast_encoder": "text", "student.alpha": 0.0,
+    "student.projection_dim": 8,
+}  # fmt: skip
 RAW = {"student.contrast": {"kind": "gml", "centres": "raw", "sentences": "mean"}}
 TUNED = {"student.tune": "last_blocks", "student.optimizer": "adamw", "student.learning_rate": 0.001}
 WIDTH = 24
@@ -118,6 +123,10 @@ def test_missing_text_features_are_named_with_the_stage_to_run(with_changes):
     ("changes", "message"),
     [
         (
+            {"text": None},
+            "student.contrast_encoder is text, but section text is null; set it, such as to {encoder: features",
+        ),
+        (
             {"student.adapter": 0},
             "student.contrast_encoder is text, but student.adapter is 0 and the encoder is frozen",
         ),
@@ -177,15 +186,13 @@ def test_the_memory_of_a_step_is_estimated_before_the_text_features_exist(with_c
     assert estimate_memory(with_changes(images), "student", load_prior()).peak > 0
 
 
-@pytest.mark.slow
-def test_the_export_is_the_same_kind_of_graph_without_a_tensor_of_text(with_changes):
-    shapes, params = [], [with_changes({}), with_changes({"student.beta": 0.0})]
-    teacher.run(params[0])
-    for made in params:
-        for stage in (student, evaluate, export):
-            stage.run(made)
-        graph = onnx.load(EXPORT / "student.onnx").graph
-        shapes.append(sorted(tuple(tensor.dims) for tensor in graph.initializer))
-    assert shapes[0] == shapes[1] and not any(WIDTH in shape for shape in shapes[0])
-    card, text = (EXPORT / "model_card.md").read_text(), sha256_of(TEXT / "text_features.safetensors")
-    assert text not in card
+def test_the_exported_graph_has_the_student_without_a_tensor_of_text(with_changes):
+    made = with_changes({})
+    student.run(made)
+    model, config = load_model(STUDENT, "student")
+    attach_encoder(model, config, made, STUDENT)
+    served = ServedStudent(model, config.mean, config.std, load_prior().log_prior, [0.0] * 3).eval()
+    graph = onnx.load_from_string(to_onnx(served, made.image.size, made.export.opset)).graph
+    shapes = [tuple(tensor.dims) for tensor in graph.initializer]
+    assert (3, 64) in shapes and [each.name for each in graph.output] == ["logits", "feature"]
+    assert not any({WIDTH, made.student.projection_dim} & set(shape) for shape in shapes)
