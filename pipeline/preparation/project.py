@@ -17,9 +17,7 @@ FILES = Path(__file__).with_name("project_files")  # its dvc.yaml is named stage
 SOURCE_README = (
     "Put one folder of images per class here, with the name of the class. Then run: tailor init data/source\n"
 )
-TEXT_README = (
-    "Texts of stage embed_text, such as classes.csv and descriptions; a change here runs it again if section text is set.\n"
-)
+TEXT_README = "Texts of the classes, such as classes.csv; stage embed_text runs again after a change here.\n"
 SITE_CACHE = ".dvc-site-cache"  # DVC resolves it against its working folder, so it must not lie in .dvc
 DVC_CONFIG = {
     "core.analytics": "false",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,26 @@ def _open_clip(text: TextParams) -> TextEncoder:
         raise not_installed(text, error) from None
     from pipeline.model_io.pretrained import read_weights
 
-    if text.model not in open_clip.list_models():
-        raise ParamsError(f"text.model is {text.model!r}, which open_clip does not have, such as RN50 and ViT-B-16")
+    config = open_clip.get_model_config(text.model)
+    if config is None:
+        raise ParamsError(f"text.model is {text.model!r}, which open_clip does not have; expected one such as RN50")
+    if foreign := {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys():
+        raise ParamsError(
+            f"text.model is {text.model!r}, whose {foreign.pop()} open_clip would download; use encoder transformers or onnx"
+        )
     path, sha256 = checked_file(text.file, text.sha256, text.download)
     weights = read_weights(path, sha256, "text.file", "text.sha256")
-    network = open_clip.create_model(text.model).eval()
+    logging.disable(logging.WARNING)  # open_clip warns that the weights are random; they are loaded next
+    try:
+        network = open_clip.create_model(text.model, pretrained=None).eval()
+    finally:
+        logging.disable(logging.NOTSET)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ParamsError(f"text.file: {path} does not hold the weights of {text.model}: {reason}") from None
     tokenizer = open_clip.get_tokenizer(text.model)
-    if not hasattr(tokenizer, "encode"):
-        raise ParamsError(f"text.model is {text.model!r}, whose tokenizer open_clip downloads; use text.encoder: onnx")
     limit = min(text.max_tokens or tokenizer.context_length, tokenizer.context_length)
 
     def lengths(sentences: Sequence[str]) -> list[int]:
@@ -74,10 +82,18 @@ def _transformers(text: TextParams) -> TextEncoder:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        network = transformers.AutoModel.from_pretrained(folder, use_safetensors=True, **options).eval()
+        network, loading = transformers.AutoModel.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **options
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ParamsError(f"text.file is {text.file!r}, which transformers cannot load: {reason}") from None
+    # The library only warns about missing weights, and draws them at random. A feature does not need those of a pooler.
+    if missing := [name for name in sorted(loading["missing_keys"]) if "pooler" not in name]:
+        raise ParamsError(
+            f"text.file is {text.file!r}: its model.safetensors has no {missing[0]}; is it of this model?"
+        )
+    network.eval()
     config = getattr(network.config, "text_config", network.config)
     longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 512))
     limit = min(text.max_tokens or longest, longest)

@@ -34,7 +34,7 @@ def is_code(name: str) -> bool:
 
 
 def class_sentences(text: TextParams, classes: Sequence[str]) -> ClassSentences:
-    """Make the sentences of all classes: each word in each template, then the descriptions; equal sentences once.
+    """Make the sentences of all classes: each template with each word, then the descriptions; equal sentences once.
 
     Raises ParamsError for a missing file, DataError that names the class or the file: a class without words or sentences,
     an empty description, a table with a class twice.
@@ -43,7 +43,7 @@ def class_sentences(text: TextParams, classes: Sequence[str]) -> ClassSentences:
     described, remarks = _descriptions(text.descriptions, classes) if text.descriptions else ({}, [])
     result, problems, longer = [], [], []
     for name, own in zip(classes, words, strict=True):
-        filled = [template.replace("{}", " ".join(word.split())) for word in own for template in text.templates]
+        filled = [template.replace("{}", " ".join(word.split())) for template in text.templates for word in own]
         sentences = list(dict.fromkeys([*filled, *described.get(name, [])]))
         if not sentences:
             problems.append((Path(f"{text.descriptions}/{name}.txt"), "no such file, and text.templates is empty"))
