@@ -25,7 +25,7 @@ NEEDS_MORE = {
     "pipeline.onnx_export.parity",
     "pipeline.onnx_export.release",
 }
-NEED_MORE = ("pipeline.commands.", "pipeline.doctor.", "pipeline.flows.", "pipeline.scheduling.")  # typer; Prefect and DVC
+NEED_MORE = ("pipeline.commands.", "pipeline.doctor.", "pipeline.flows.", "pipeline.scheduling.")  # typer, Prefect, DVC
 
 # Hides every package outside TRAINING and its dependencies, then imports the modules one after another.
 BARE_MACHINE = """
