@@ -14,7 +14,7 @@ import numpy as np
 from models.preprocess import ImageError, decode
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
-from pipeline.data.dataset import evaluation_images
+from pipeline.data.dataset import AnyImages, evaluation_images
 from pipeline.model_io.checkpoint import attach_encoder, check_canvas, check_image, load_model, student_folder
 from pipeline.onnx_export import segmentation
 from pipeline.onnx_export.float16 import to_float16
@@ -105,14 +105,7 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
             write_file(path, to_onnx(served, image.size, export.opset))
             session = open_session(path)
             difference = check_parity(session, trained, examples, export, params.seed)
-        order = np.random.default_rng(params.data.seed).permutation(len(examples)).tolist()
-        usable = (index for index in order if _is_served(examples.encoded(index), image.resize_to, serving))
-        chosen = list(islice(usable, export.golden))
-        if not chosen:
-            raise StageError(
-                f"serving.image_pixels is {serving.image_pixels} and serving.request_pixels {serving.request_pixels}; every "
-                "validation image has more pixels than one of them allows, so no golden request can be made; raise them"
-            )
+        chosen = _golden_images(examples, params)
         golden = golden_requests(
             session, examples, chosen, top_k(serving, prior), golden_tolerance(half, calibration), prior, calibration
         )
@@ -133,6 +126,20 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     write_repository(output, repository)
     record_after_stage("export", params, output)
     return Result(difference, manifest, output, half)
+
+
+def _golden_images(examples: AnyImages, params: Params) -> list[int]:
+    """Indices of the images of the golden requests: the first ones in random order that the server accepts."""
+    serving = params.serving
+    order = np.random.default_rng(params.data.seed).permutation(len(examples)).tolist()
+    usable = (index for index in order if _is_served(examples.encoded(index), params.image.resize_to, serving))
+    chosen = list(islice(usable, params.export.golden))
+    if not chosen:
+        raise StageError(
+            f"serving.image_pixels is {serving.image_pixels} and serving.request_pixels {serving.request_pixels}; every "
+            "validation image has more pixels than one of them allows, so no golden request can be made; raise them"
+        )
+    return chosen
 
 
 def _export_segmentation(params: Params, output: Path, repository: Path, key: Ed25519PrivateKey | None) -> Result:
