@@ -32,7 +32,7 @@ def test_the_stage_writes_the_unit_means_of_the_tokens(
     write_json(SPLIT / "classes.json", ["dog", "cat", "собака"])
     done = pipeline.embed_text.run(params({"text": section.model_dump(mode="json")}))
     assert str(done) == "text.onnx: 4 features of 3 classes, 8 values each → artifacts/text"
-    assert "1 sentence of 4 were cut to 12 tokens" in capsys.readouterr().err
+    assert "1 sentence is cut to 12 tokens, of 4" in capsys.readouterr().err
     text = load_text_features(TEXT, ["dog", "cat", "собака"])
     assert text.row_class.tolist() == [0, 0, 1, 2]
     np.testing.assert_allclose(text.features, expected_features(list(text.sentences)), atol=1e-6)
