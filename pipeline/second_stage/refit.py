@@ -144,8 +144,14 @@ class _Refit:
                 return methods.train_disalign(start, self.data, how, self._log_prior())
             if self.section.kind == "balms":
                 return methods.train_balms(start, self.data, how, self._log_prior())
-            train = {"lws": methods.train_lws, "los": methods.train_los, "metasaug": methods.train_metasaug}
+            if self.section.kind == "los":
+                held = len(self.held.labels) >= MINIMUM_IMAGES
+                return methods.train_los(start, self.data, how, self._score if held else None)
+            train = {"lws": methods.train_lws, "metasaug": methods.train_metasaug}
             return train[self.section.kind](start, self.data, how)
+
+    def _score(self, head: LinearHead) -> float:
+        return self.held.balanced_accuracy(head) or 0.0
 
     def _log_prior(self) -> Tensor:
         return torch.tensor(self.prior.in_losses, dtype=torch.float64)
@@ -170,12 +176,13 @@ class _Refit:
 def _student_head(model: ImageClassifier) -> LinearHead:
     """The student's classifier as a linear head of features of length 1, on the CPU.
 
-    Of a linear classifier, the head has the logits of a feature of mean length; of a causal one, those of a feature whose
-    parts have equal lengths.
+    Of a linear classifier on features of any length, the head has the logits of a feature of mean length; of a causal one,
+    those of a feature whose parts have equal lengths.
     """
     folded = model.folded()
     assert folded is not None  # a second stage takes a student without a memory, and no second stage
-    length = model.classifier.length.cpu() if isinstance(model.classifier, LinearClassifier) else folded.parts**0.5
+    as_it_is = isinstance(model.classifier, LinearClassifier) and not folded.parts
+    length = model.classifier.length.cpu() if as_it_is else folded.parts**0.5
     bias = torch.zeros(len(folded.matrix)) if folded.bias is None else folded.bias.cpu()
     return linear_head(folded.matrix.cpu() * length, bias)
 
