@@ -89,16 +89,13 @@ class LinearClassifier(nn.Linear):
 
     A second stage and the check of float16 need the length of a feature: `length`, a running mean over training batches. Its
     own class, because LinearHead below takes features of length 1.
-
-    length: each feature is scaled to this length first; None: it is used as it is.
     """
 
     length: Tensor
 
-    def __init__(self, feature_dim: int, classes: int, length: float | None = None) -> None:
+    def __init__(self, feature_dim: int, classes: int) -> None:
         super().__init__(feature_dim, classes)
-        self.scaled = length is not None
-        self.register_buffer("length", torch.tensor(1.0 if length is None else length))
+        self.register_buffer("length", torch.ones(()))
 
     @property
     def scale(self) -> float:
@@ -109,16 +106,12 @@ class LinearClassifier(nn.Linear):
         """features [B,D] → logits [B,C]; computed in float32 also under autocast."""
         with without_autocast(features):
             outputs = full_precision(features)
-            if self.scaled:
-                return super().forward(self.length * F.normalize(outputs, dim=1))
             if self.training:
                 self.length.lerp_(mean_over_ranks(outputs.detach().norm(dim=1).mean()).to(self.length), 0.01)
             return super().forward(outputs)
 
     def folded(self) -> Folded:
-        """Weight and bias; the weight times the length of the features if that is fixed."""
-        if self.scaled:
-            return Folded(self.length * self.weight.detach(), self.bias.detach(), 1)
+        """Weight and bias."""
         return Folded(self.weight.detach(), self.bias.detach(), 0)
 
 

@@ -123,15 +123,6 @@ def rate_of(recipe: Recipe, classes: int) -> float:
     return recipe.learning_rate * classes / REFERENCE_CLASSES
 
 
-def trained_length(classes: int) -> float:
-    """Length of the features of a frozen encoder for a linear classifier that is trained with the learning rate of a paper.
-
-    The curvature of cross-entropy grows with the squared length / classes: the length is NORM at 1,000 classes, as in
-    `rate_of`. Encoders have features of any length; at length 25 with 121 classes, the rate 0.3 diverges within 12 steps.
-    """
-    return NORM * math.sqrt(classes / REFERENCE_CLASSES)
-
-
 def fit(trained: Trained, loss: Loss, data: TrainingFeatures, how: Fit) -> None:
     """Minimise `loss` over the tensors of `trained`, which are changed in place; on their device, in float32.
 

@@ -176,13 +176,12 @@ class _Refit:
 def _student_head(model: ImageClassifier) -> LinearHead:
     """The student's classifier as a linear head of features of length 1, on the CPU.
 
-    Of a linear classifier on features of any length, the head has the logits of a feature of mean length; of a causal one,
-    those of a feature whose parts have equal lengths.
+    Of a linear classifier, the head has the logits of a feature of mean length; of a causal one, those of a feature whose
+    parts have equal lengths.
     """
     folded = model.folded()
     assert folded is not None  # a second stage takes a student without a memory, and no second stage
-    as_it_is = isinstance(model.classifier, LinearClassifier) and not folded.parts
-    length = model.classifier.length.cpu() if as_it_is else folded.parts**0.5
+    length = model.classifier.length.cpu() if isinstance(model.classifier, LinearClassifier) else folded.parts**0.5
     bias = torch.zeros(len(folded.matrix)) if folded.bias is None else folded.bias.cpu()
     return linear_head(folded.matrix.cpu() * length, bias)
 

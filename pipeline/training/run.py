@@ -20,7 +20,6 @@ from models.networks.backbones import UnknownBackboneError, check_backbone
 from models.networks.tuning import merged_state
 from models.objectives.objective import Objective
 from models.objectives.teacher import TeacherObjective
-from models.second_stage.fitting import trained_length
 from pipeline.data.class_prior import Prior
 from pipeline.features.stored import FeatureImages, training_inputs
 from pipeline.model_io.checkpoint import BEST, ModelConfig, build_model, describe_memory, save_model
@@ -91,9 +90,6 @@ def model_config(
     tune, tune_rank = (section.tune, section.tune_rank) if isinstance(section, StudentParams) else ("none", 0)
     experts = section.experts if isinstance(section, StudentParams) else None
     cosine = section.classifier.kind == "cosine"
-    head = None if cosine else section.classifier.model_dump()
-    if head and section.classifier.kind == "linear" and encoder and tune == "none":
-        head["length"] = trained_length(classes)
     tau_s = section.tau_s if cosine else 1.0
     split = experts and {"experts": experts.count, "shared": experts.shared, "narrow": experts.narrow}
     if experts and experts.shared == "map":
@@ -101,7 +97,7 @@ def model_config(
     return ModelConfig(
         section.backbone, classes, tau_s, image.size, image.mean, image.std,
         section.assumed_adjustment, encoder, section.adapter, tune=tune, tune_rank=tune_rank,
-        interpolation=image.interpolation, classifier=head, experts=split,
+        interpolation=image.interpolation, classifier=None if cosine else section.classifier.model_dump(), experts=split,
         segmentation=segmentation and segmentation.model_dump(include={"canvas", "classifier"}),
     )  # fmt: skip
 

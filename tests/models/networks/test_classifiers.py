@@ -9,10 +9,7 @@ import torch.nn.functional as F
 from models.networks.cosine_classifier import CausalClassifier, CosineClassifier, ImageClassifier, LinearClassifier
 
 X = torch.tensor([[3, 4, 0, 1], [1, 0, 2, 2]], dtype=torch.float64)
-HEADS = {
-    "cosine": CosineClassifier, "linear": LinearClassifier, "causal": partial(CausalClassifier, heads=4),
-    "linear of one length": partial(LinearClassifier, length=7.0),
-}  # fmt: skip
+HEADS = {"cosine": CosineClassifier, "linear": LinearClassifier, "causal": partial(CausalClassifier, heads=4)}
 
 
 def causal():
@@ -88,11 +85,3 @@ def test_the_linear_classifier_is_a_linear_layer_and_records_the_length_of_its_f
         classifier(features)
     assert classifier.length.item() == pytest.approx(7, rel=1e-3)
     assert classifier.scale == pytest.approx(7 * layer.weight.norm(dim=1).max().item(), rel=1e-3)
-
-
-def test_a_linear_classifier_with_a_length_is_a_linear_layer_on_features_of_that_length():
-    torch.manual_seed(0)
-    classifier = LinearClassifier(8, 3, length=7.0)
-    features = torch.randn(32, 8)
-    assert torch.allclose(classifier(features), F.linear(7 * F.normalize(features, dim=1), *classifier.parameters()))
-    assert torch.allclose(classifier(100 * features), classifier(features), atol=1e-5) and classifier.length == 7

@@ -8,14 +8,10 @@ import math
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 
-from pipeline.model_io.checkpoint import build_model
 from pipeline.shared.errors import StageError
 from pipeline.training.non_finite import WINDOW, Failure, NonFiniteMonitor
 from pipeline.training.resume import RunFolder
-from pipeline.training.run import model_config
-from tests.support.making import params
 from tests.support.small_training import CPU, made_images, made_training
 
 
@@ -80,24 +76,3 @@ def test_a_run_that_fails_stops_at_the_step_and_leaves_its_batch_and_state(tmp_p
     assert "objective.log_tau_g" in tensors
     # The checkpoint of the last good epoch remains, and a run with a corrected recipe starts from scratch.
     assert RunFolder(tmp_path / "unfinished", "run").load().state["epoch"] == 1
-
-
-def test_a_linear_classifier_on_long_features_of_an_encoder_trains_at_the_learning_rate_of_a_cosine_one():
-    # Features as they are, of length 25, diverge within 12 steps at the rate 0.3.
-    torch.manual_seed(0)
-    classes, width = 121, 256
-    labels = (classes * torch.rand(512) ** 3).long()  # a long tail
-    features = 25 * F.normalize(torch.rand(classes, width)[labels] ** 2 + 0.3 * torch.rand(512, width), dim=1)
-    made = params({"student.classifier": {"kind": "linear"}})
-    section = made.student.model_copy(update={"adapter": 32})
-    config = model_config(section, made.image, classes, {"name": "any", "width": width})
-    model = build_model(config, "student.backbone")
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    losses = []
-    for _ in range(40):
-        loss = F.cross_entropy(model(features)[1], labels)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    assert max(losses) == losses[0] and losses[-1] < 0.1
