@@ -109,15 +109,20 @@ def _from_hub(source: str, download: bool) -> Path:
                 repository, HUB_FILE, revision=revision, local_files_only=not download, etag_timeout=10
             )
         )
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
         if not download:
             raise ParamsError(
                 f"encoder.download is false, and {source} is not in this machine's cache; set encoder.download: true, or "
                 "give a file as encoder.weights"
             ) from None
-        reason = "the hub cannot be reached"
+        cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
+        reason = f"the hub cannot be reached{cause}"
     except (HTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = _one_line(error)
     raise ParamsError(
         f"encoder.weights: {source}: {reason}; check the address and the network, or give a file as encoder.weights"
     )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
