@@ -12,7 +12,7 @@ from pipeline.params.data import (
 from pipeline.params.encoder import EncoderParams
 from pipeline.params.file import PARAMS_FILE, Params, load_params, parse_params, read_yaml
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
-from pipeline.params.release import EvaluateParams, ExportParams, GateParams, GateRule, ServingParams
+from pipeline.params.release import EvaluateParams, ExplainParams, ExportParams, GateParams, GateRule, ServingParams
 from pipeline.params.second_stage import ClassifierParams
 from pipeline.params.tasks import SegmentationAugmentParams, SegmentationParams
 from pipeline.params.training import (
@@ -27,8 +27,8 @@ from pipeline.params.training import (
 
 __all__ = [
     "PARAMS_FILE", "AugmentParams", "ClassifierParams", "DataParams", "EncoderParams", "EngineParams", "EvaluateParams",
-    "ExportParams", "GateParams", "GateRule", "ImageParams", "IngestParams", "LabelMapParams", "LearningRateParams",
-    "ListParams", "MemoryParams", "Params", "PretrainedParams", "PriorParams", "RetrainParams",
+    "ExplainParams", "ExportParams", "GateParams", "GateRule", "ImageParams", "IngestParams", "LabelMapParams",
+    "LearningRateParams", "ListParams", "MemoryParams", "Params", "PretrainedParams", "PriorParams", "RetrainParams",
     "SegmentationAugmentParams", "SegmentationParams", "ServingParams", "StreamParams", "StudentParams", "TableParams",
     "TrackingParams", "TrainingParams", "load_params", "parse_params", "read_yaml",
 ]  # fmt: skip
