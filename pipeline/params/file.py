@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.params.data import DataParams, ImageParams, PriorParams, StreamParams
-from pipeline.params.encoder import EncoderParams, check_encoder_sections
+from pipeline.params.encoder import EncoderParams, TextParams, check_encoder_sections
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, ServingParams
 from pipeline.params.second_stage import ClassifierParams
@@ -35,6 +35,7 @@ class Params(Section):
     prior: PriorParams
     segmentation: SegmentationParams | None = None
     encoder: EncoderParams | None = None
+    text: TextParams | None = None
     teacher: TrainingParams
     student: StudentParams
     classifier: ClassifierParams = ClassifierParams()
@@ -61,6 +62,21 @@ class Params(Section):
                 "with start: linear)"
             )
         _check_views(self.student, self.encoder)
+        if self.student.uses_text and not self.text:
+            raise ValueError(
+                f"student.contrast_encoder is {self.student.contrast_encoder}, but section text is null; set it, such as to "
+                "{encoder: features, file: text.safetensors}"
+            )
+        if self.student.uses_text and self.encoder and self.student.tune == "none" and not self.student.adapter:
+            raise ValueError(
+                f"student.contrast_encoder is {self.student.contrast_encoder}, but student.adapter is 0 and the encoder is "
+                "frozen, so that L_GML trains no weight of the student; set student.adapter above 0, or student.tune"
+            )
+        if self.student.sampling != 1 and self.prior.weighting != "frequency":
+            raise ValueError(
+                f"student.sampling is {self.student.sampling:g}, but prior.weighting is {self.prior.weighting}; both change "
+                "the prior in the losses: set one of them to 1.0 or frequency"
+            )
         if self.student.memory and self.classifier.kind != "none":
             raise ValueError(
                 f"classifier.kind is {self.classifier.kind}, but student.memory is set; a second stage refits a "

@@ -33,7 +33,9 @@ def test_the_first_version_is_served_with_its_evidence(project):
 
 def test_a_run_without_changes_ends_early(project, context):
     project.choose("first")
-    assert Begun(context, project.root).outcome().ending in ("unchanged", "refused")
+    served = champion_of(project)
+    Begun(context, project.root).outcome()  # records a promotion that a killed run of an earlier test has made, if any
+    assert champion_of(project) == served
     run = Begun(context, project.root)
     outcome = run.outcome()
     assert outcome.ending == "unchanged" and "no new data and no changed params" in outcome.message

@@ -21,6 +21,14 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         yield port
 
 
+@pytest.fixture(autouse=True)
+def idle() -> None:
+    """Wait until the fake server has ended the requests that an earlier test has left."""
+    deadline = time.monotonic() + 10
+    while any(FakeTriton.now.values()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 CHEAP, COSTLY = 100_000, 1_000_000  # pixels
 
 
