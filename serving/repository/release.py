@@ -35,7 +35,7 @@ from serving.shared.names import CLASSIFIER, STUDENT
 
 # Releases made by older versions of Tailor do not have these files and do not need them.
 LATER_FILES = {
-    *("integrity.py", "network.py", "start.py", "request_parser.py"),
+    *("network.py", "start.py", "request_parser.py"),
     *("extras.py", "decisions.py", "taxonomy.py", "explain.py"),
 }
 NEEDED = {

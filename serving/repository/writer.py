@@ -41,7 +41,7 @@ from serving.shared.names import CLASSIFIER, LABELS_NAME, LOCAL_CONFIG, STUDENT
 
 # By model, the files that run inside Triton: name in a version folder -> source file that is copied.
 TRITON = Path(__file__).parents[1] / "triton"
-_BOTH = ("integrity.py", "network.py", "start.py")
+_BOTH = ("network.py", "start.py")
 _CLASSIFIER = (
     *("request_parser.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py"),
     *("extras.py", "explain.py"),

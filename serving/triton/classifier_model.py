@@ -2,7 +2,7 @@
 
 Runs in an inference process (Triton's stub) with numpy and Pillow and with the files beside it: prior.py,
 preprocess.py, decisions.py and taxonomy.py (copies of the modules of training), request_parser.py, extras.py, explain.py,
-integrity.py, metrics.py, live_prior.py, start.py and the logs. The network runs in `student` of the same version, or in
+metrics.py, live_prior.py, start.py and the logs. The network runs in `student` of the same version, or in
 this process if the config's parameter `network` is `own`: running a small network takes less time than a request to `student`.
 """
 
@@ -36,7 +36,7 @@ class TritonPythonModel:
         folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         graph = folder.parents[1] / "student" / args["model_version"] / "model.onnx"
-        sibling("integrity").check_graph(graph, manifest)
+        sibling("start").check_graph(graph, manifest)
         request_parser, live_prior = sibling("request_parser"), sibling("live_prior")
         preprocess, self.prior, self.bad_request = sibling("preprocess"), sibling("prior"), request_parser.BadRequest
         self.version, self.top_k = int(args["model_version"]), manifest["top_k"]
