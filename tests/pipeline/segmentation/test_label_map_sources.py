@@ -205,5 +205,5 @@ def test_a_retraining_ingests_nothing_and_images_without_label_maps_are_refused(
 
 def test_init_names_the_way_for_a_folder_of_label_maps(tmp_path):
     root = label_map_folder(tmp_path / "scenes", 2)
-    with pytest.raises(ParamsError, match="holds label maps.*set task: segmentation"):
+    with pytest.raises(ParamsError, match=r"holds label maps.*set task: segmentation"):
         inspect_folder(root)
