@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.networks.resnet_cifar import BLOCKS_PER_STAGE, CifarResNet
+from models.networks.resnet_cifar import BLOCKS_PER_STAGE, CifarResNet, MeanOverPositions
 
 OWN = "backbone.network."  # prefix of the backbone's weights in a model.safetensors written by Tailor
 PROJECTION = "+projection"  # at the end of timm/<model>: keep the last layer
@@ -17,6 +17,15 @@ PROJECTION = "+projection"  # at the end of timm/<model>: keep the last layer
 
 class UnknownBackboneError(ValueError):
     """A backbone name that is not in any library; the message names the nearest valid one."""
+
+
+class NoFeatureMapError(ValueError):
+    """A backbone does not end in global average pooling, so its feature is not the mean of a map."""
+
+    MESSAGE = "the network does not end in global average pooling"
+
+    def __init__(self) -> None:
+        super().__init__(self.MESSAGE)
 
 
 class Backbone(nn.Module):
@@ -38,6 +47,23 @@ class Backbone(nn.Module):
         """images [B,3,H,W] → features [B,feature_dim]."""
         features: Tensor = self.network(images)
         return features
+
+    def with_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B,3,H,W] → features [B,D], and the map [B,D,h,w] that the last average pooling gets.
+
+        The features are the mean of the map over its positions if the network ends in that pooling; the caller checks it.
+        Raises NoFeatureMapError for a network without such a pooling.
+        """
+        pools = [
+            module for module in self.network.modules() if isinstance(module, MeanOverPositions | nn.AdaptiveAvgPool2d)
+        ]
+        maps: list[Tensor] = []
+        if pools:
+            with pools[-1].register_forward_pre_hook(lambda _module, inputs: maps.append(inputs[0])):
+                features = self(images)
+        if len(maps) != 1 or maps[0].ndim != 4 or maps[0].shape[1] != features.shape[1]:
+            raise NoFeatureMapError
+        return features, maps[0]
 
     def rate_factors(self) -> dict[nn.Parameter, float]:
         """Factors of the learning rate, by weight. Empty here: only TunedBackbone has weights with another rate."""

@@ -40,23 +40,24 @@ def memory(
 
     Needs no GPU and no images. Exit status 1 if the step does not fit.
     """
+    from pipeline.features.stored import takes_features
     from pipeline.params import load_params
     from pipeline.preparation.gpu_memory import choose_prior, estimate_memory, memory_advice, memory_table
 
     if card <= 0:
         raise ParamsError(f"--card is {card:g}; expected more than 0")
     recipe = load_params(params)
-    if recipe.encoder:
-        trains = f"{stage} trains on stored features, not on images, and needs no estimate"
-        if stage.value == "student" and recipe.student.tune != "none":
-            trains = "there is no estimate for a student that tunes the encoder"
-        raise ParamsError(f"encoder is {recipe.encoder.name}: {trains}")
-    needed = estimate_memory(recipe, stage.value, choose_prior(recipe, classes, images))
     section = getattr(recipe, stage.value)
+    network = section.backbone
+    if recipe.encoder:
+        if takes_features(recipe, stage.value):
+            raise ParamsError(
+                f"encoder is {recipe.encoder.name}: {stage} trains on stored features, not on images, and needs no estimate"
+            )
+        network = f"{recipe.encoder.name}, tune {recipe.student.tune}"
+    needed = estimate_memory(recipe, stage.value, choose_prior(recipe, classes, images))
     console = Console(width=100)
-    console.print(
-        memory_table(needed, f"{stage}: {section.backbone}, batch {section.batch_size}, {recipe.image.size} pixels")
-    )
+    console.print(memory_table(needed, f"{stage}: {network}, batch {section.batch_size}, {recipe.image.size} pixels"))
     for line in memory_advice(needed, stage.value, card):
         console.print(line, highlight=False)
     return 0 if needed.fits(card * 1e9) else 1

@@ -113,14 +113,19 @@ def _from_hub(source: str, download: bool, key: str) -> Path:
                 repository, file or HUB_FILE, revision=revision, local_files_only=not download, etag_timeout=10
             )
         )
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
         if not download:
             section = key.partition(".")[0]
             raise ParamsError(
                 f"{section}.download is false, and {source} is not in this machine's cache; set {section}.download: true, "
                 f"or give a file as {key}"
             ) from None
-        reason = "the hub cannot be reached"
+        cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
+        reason = f"the hub cannot be reached{cause}"
     except (HTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = _one_line(error)
     raise ParamsError(f"{key}: {source}: {reason}; check the address and the network, or give a file as {key}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

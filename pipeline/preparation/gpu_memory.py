@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from models.networks.adapters import with_encoder
+from models.networks.backbones import build_backbone
 from models.networks.ema import WeightAverage
 from models.objectives.objective import Objective
 from models.objectives.teacher import TeacherObjective
@@ -26,6 +28,7 @@ from pipeline.data.dataset import Images
 from pipeline.data.published import PUBLISHED
 from pipeline.data.stream_decoding import enough_pixels
 from pipeline.model_io.checkpoint import build_model
+from pipeline.model_io.encoder import describe
 from pipeline.params import Params
 from pipeline.preparation.live_tensors import LiveMemory
 from pipeline.shared.artifacts import PRIOR
@@ -33,7 +36,7 @@ from pipeline.shared.errors import ParamsError
 from pipeline.training.method_setup import class_loss
 from pipeline.training.run import check_recipe, model_config
 from pipeline.training.step import Step, precision_of
-from pipeline.training.student_setup import student_objective, weights_of
+from pipeline.training.student_setup import student_objective, tuned_backbone, weights_of
 
 GIB = 2**30
 ALLOWANCE = 0.1  # of the card, for what is not counted
@@ -60,9 +63,9 @@ class MemoryEstimate:
 def estimate_memory(params: Params, stage: str, prior: Prior) -> MemoryEstimate:
     """Memory of one step of stage `teacher` or `student` on CUDA, of one process.
 
-    Raises ParamsError as the stage does.
+    The inputs are images; a student that tunes the encoder trains on images too. Raises ParamsError as the stage does.
     """
-    with fake_step(params, stage, prior) as step:
+    with fake_step(params, stage, prior, tuned_record(params, stage)) as step:
         live = LiveMemory()
         _declare_state(live, step)
         live.follow_gradients(step.objective.parameters())
@@ -82,8 +85,8 @@ def estimate_memory(params: Params, stage: str, prior: Prior) -> MemoryEstimate:
 def fake_step(params: Params, stage: str, prior: Prior, encoder: dict[str, Any] | None = None) -> Iterator[Step]:
     """Context with the step of stage `teacher` or `student` on fake tensors, as on CUDA in one process.
 
-    encoder: record of the frozen encoder whose stored features are the inputs; None: images. Raises ParamsError as the
-    stage does.
+    encoder: record of the encoder; None without one. The inputs are its stored features, or images if the stage tunes it.
+    Raises ParamsError as the stage does.
     """
     check_recipe(params.teacher, params.student, prior)
     try:
@@ -127,7 +130,7 @@ def _build_modules(
 def new_objective(params: Params, stage: str, prior: Prior, encoder: dict[str, Any] | None = None) -> Objective:
     """The objective of a stage with random weights, also in a student's teacher; memory depends on sizes only."""
     sections, classes = (params.teacher, params.student), len(prior.classes)
-    configs = [model_config(section, params.image, classes, encoder) for section in sections]
+    configs = [replace(model_config(section, params.image, classes, encoder), tune="none") for section in sections]
     if stage == "teacher":
         return TeacherObjective(
             build_model(configs[0], "teacher.backbone"),
@@ -136,7 +139,20 @@ def new_objective(params: Params, stage: str, prior: Prior, encoder: dict[str, A
             class_loss(params.teacher, prior),
         )
     model, teacher = build_model(configs[1], "student.backbone"), build_model(configs[0], "teacher.backbone")
+    if params.student.tune != "none":  # as training/student_setup.py does
+        assert encoder is not None
+        network = build_backbone(f"timm/{encoder['model']}", encoder["size"])
+        model.backbone = tuned_backbone(network, model.backbone, params.student)
+        teacher.backbone = with_encoder(network, teacher.backbone)
     return student_objective(params.student, weights_of(params.student), prior, model, teacher)
+
+
+def tuned_record(params: Params, stage: str) -> dict[str, Any] | None:
+    """Record of the encoder that the stage tunes, without source and sha256; None for a stage that tunes none."""
+    if params.encoder is None or stage == "teacher" or params.student.tune == "none":
+        return None
+    listed = describe(params.encoder)
+    return {"name": listed.name, "model": listed.model, "size": params.image.size, "width": listed.width}
 
 
 def _to_fake_tensors(module: nn.Module) -> None:

@@ -39,7 +39,7 @@ def text_features(text: TextParams, classes: Sequence[str]) -> tuple[TextFeature
         sentences = tuple(sentence for own in rows for sentence in own)
         features, cut = encoder.encode(sentences, text.batch_size)
         if cut:
-            remarks.append(f"{counted(cut, 'sentence')} of {len(sentences):,} were cut to {encoder.limit} tokens")
+            remarks.append(f"{counted(cut, 'sentence', 'are')} cut to {encoder.limit} tokens, of {len(sentences):,}")
         record = {**encoder.record, "templates": text.templates, "cut": cut}
     row_class = np.repeat(np.arange(len(classes)), [len(own) for own in rows])
     norms = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)

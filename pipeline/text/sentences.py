@@ -53,12 +53,12 @@ def class_sentences(text: TextParams, classes: Sequence[str]) -> ClassSentences:
     raise_problems(Path(text.descriptions or "text"), problems)
     if longer:
         remarks.append(
-            f"{counted(len(longer), 'class')} such as {longer[0]!r} have more than text.max_sentences, "
-            f"{text.max_sentences}: the first ones are used"
+            f"the first {text.max_sentences} sentences (text.max_sentences) are used of {counted(len(longer), 'class')} "
+            f"with more, such as {longer[0]!r}"
         )
     if not text.names and text.templates and (codes := [name for name in classes if is_code(name)]):
         remarks.append(
-            f"warning: {counted(len(codes), 'class name')} such as {codes[0]!r} are codes, not words; "
+            f"warning: class names that are codes, not words: {len(codes):,}, such as {codes[0]!r}; "
             "set text.names to a table with words"
         )
     return ClassSentences(result, remarks)
@@ -112,11 +112,9 @@ def _descriptions(folder: str, classes: Sequence[str]) -> tuple[dict[str, list[s
     raise_problems(root, [(files[name], "is empty; expected sentences") for name in described if not described[name]])
     remarks = []
     if missing := [name for name in classes if name not in files]:
-        remarks.append(f"{counted(len(missing), 'class')} such as {missing[0]!r} have no file in {folder}")
+        remarks.append(f"{folder}: no file for {counted(len(missing), 'class')}, such as {missing[0]!r}")
     if foreign := sorted(files.keys() - set(classes)):
-        remarks.append(
-            f"{folder}: {counted(len(foreign), 'file')} such as {files[foreign[0]].name!r} belong to no class"
-        )
+        remarks.append(f"{folder}: {counted(len(foreign), 'file')} of no class, such as {files[foreign[0]].name!r}")
     return described, remarks
 
 

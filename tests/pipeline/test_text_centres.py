@@ -140,6 +140,10 @@ def test_missing_text_features_are_named_with_the_stage_to_run(with_changes):
         ),
         ({"student.sampling": 0.5, "student.adjustment": 0.0}, "student: sampling is 0.5, but adjustment is 0"),
         (
+            {"student.sampling": 0.5, "student.alpha": 1.0, "teacher.adjustment": 0.0},
+            "student.sampling is 0.5, but student.alpha is 1 and teacher.adjustment 0",
+        ),
+        (
             {"student.sampling": 0.5, "prior.weighting": "effective_number"},
             "student.sampling is 0.5, but prior.weighting",
         ),

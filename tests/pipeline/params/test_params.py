@@ -65,7 +65,7 @@ TOO_LOW = {
     "student.queue_minimum": 0, "student.projection_dim": 0, "evaluate.ece_bins": 1, "evaluate.top_k": 0,
     "evaluate.samples": 0,
     "export.opset": 17, "export.max_batch_size": 1, "export.tolerance": 0.0, "export.golden": 0, "serving.top_k": 0,
-    "serving.image_pixels": 0, "serving.request_pixels": 0,
+    "serving.image_pixels": 0, "serving.request_pixels": 0, "serving.explain.images": -1,
     "export.half.tolerance": 0.0, "export.half.agreement": -0.01,
 }  # fmt: skip
 TOO_HIGH = {
@@ -76,6 +76,7 @@ TOO_HIGH = {
     "student.tune_decay": 1.01, "student.sampling": 1.01,
     "student.encoder_momentum": 1.0, "evaluate.ece_bins": 1001, "export.opset": 21, "export.max_batch_size": 1025,
     "ingest.min_good_share": 1.01, "stream.prefetch": 65,
+    "serving.explain.images": 1_000_001,
 }  # fmt: skip
 
 

@@ -7,12 +7,11 @@ import torch
 import yaml
 from torch.profiler import ProfilerActivity, profile
 
-import pipeline.preparation.gpu_memory
 from pipeline.commands.app import main
-from pipeline.preparation.gpu_memory import choose_prior, estimate_memory
+from pipeline.preparation.gpu_memory import choose_prior, estimate_memory, new_objective, tuned_record
 from pipeline.training.step import Step
 from tests.support.making import ROOT, params
-from tests.support.small_encoder import tiny_params
+from tests.support.small_encoder import tiny_encoder, tiny_params
 from tests.support.small_training import CPU, made_images
 
 pytestmark = pytest.mark.slow
@@ -32,7 +31,8 @@ def made(**changes):
 def measure_allocated(given, prior, stage: str) -> int:
     """Return the peak bytes of the real step, from the allocations and frees of PyTorch's CPU allocator."""
     section = getattr(given, stage)
-    objective = pipeline.preparation.gpu_memory.new_objective(given, stage, prior).to(memory_format=torch.channels_last)
+    encoder = tuned_record(given, stage)
+    objective = new_objective(given, stage, prior, encoder).to(memory_format=torch.channels_last)
     recompute = given.engine.checkpoint_activations
     step = Step(objective, section, given.image, made_images(0), CPU, checkpoint_activations=recompute)
     state = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state_tensors(step)}
@@ -72,13 +72,19 @@ def test_the_estimate_is_within_a_tenth_of_the_real_step(stage, changes):
     assert estimate.peak == sum(estimate.at_peak.values())
 
 
+@pytest.mark.parametrize("tune", ["last_blocks", "lora", "adaptformer", "all"])
+def test_the_estimate_of_a_tuned_encoder_is_within_a_tenth_of_the_real_step(tmp_path, monkeypatch, tune):
+    tuned = {"student.tune": tune, "student.batch_size": 64, "student.queue_total": 256, "engine.precision": "float32"}
+    given = tiny_params(tiny_encoder(tmp_path, monkeypatch), tmp_path, tuned)
+    prior = choose_prior(given, 30, 3000)
+    estimate = estimate_memory(given, "student", prior)
+    assert estimate.peak == pytest.approx(measure_allocated(given, prior, "student"), rel=0.1)
+
+
 def test_every_kind_is_counted_at_its_size():
     given, prior = made()
     largest = estimate_memory(given, "student", prior).largest
-    network = sum(
-        p.nbytes
-        for p in pipeline.preparation.gpu_memory.new_objective(given, "student", prior).model.backbone.parameters()
-    )
+    network = sum(p.nbytes for p in new_objective(given, "student", prior).model.backbone.parameters())
     assert largest["queue"] == pytest.approx(4096 * 512 * 4, rel=0.02)
     assert network < largest["gradients"] <= largest["weights"] and largest["optimiser"] == largest["gradients"]
     assert largest["activations: similarity"] >= 16 * 4096 * 4
@@ -129,20 +135,22 @@ def test_a_step_that_does_not_fit_is_reported_with_remedies(capsys):
     assert "to reduce memory: student.accumulate, engine.checkpoint_activations" in printed
 
 
-@pytest.mark.parametrize(
-    ("stage", "tune", "reason"),
-    [
-        ("teacher", "lora", "teacher trains on stored features, not on images, and needs no estimate"),
-        ("student", "none", "student trains on stored features, not on images, and needs no estimate"),
-        ("student", "lora", "there is no estimate for a student that tunes the encoder"),
-    ],
-)
-def test_with_an_encoder_the_reason_for_no_estimate_is_printed(tmp_path, capsys, stage, tune, reason):
+@pytest.mark.parametrize(("stage", "tune"), [("teacher", "lora"), ("student", "none")])
+def test_a_stage_on_stored_features_needs_no_estimate_and_one_that_tunes_the_encoder_gets_one(
+    tmp_path, monkeypatch, capsys, stage, tune
+):
+    monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "params.yaml"
-    given = tiny_params(ROOT / "params.yaml", tmp_path, {"student.tune": tune})
+    given = tiny_params(
+        tiny_encoder(tmp_path, monkeypatch), tmp_path, {"student.tune": tune, "student.queue_total": 64}
+    )
     recipe.write_text(yaml.safe_dump(given.model_dump(mode="json")))
     assert main(["memory", "--params", str(recipe), "--stage", stage]) == 2
-    assert f"encoder is tiny: {reason}" in " ".join(capsys.readouterr().err.split())
+    reason = f"encoder is tiny: {stage} trains on stored features, not on images, and needs no estimate"
+    assert reason in " ".join(capsys.readouterr().err.split())
+    if tune == "lora":
+        assert main(["memory", "--params", str(recipe), "--classes", "10"]) == 0
+        assert "student: tiny, tune lora, batch 8, 32 pixels" in capsys.readouterr().out
 
 
 def test_originals_of_resized_crops_count_as_host_memory_at_their_upper_bound(tmp_path, capsys):

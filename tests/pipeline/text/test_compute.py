@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -32,7 +33,7 @@ def test_the_stage_writes_the_unit_means_of_the_tokens(
     write_json(SPLIT / "classes.json", ["dog", "cat", "собака"])
     done = pipeline.embed_text.run(params({"text": section.model_dump(mode="json")}))
     assert str(done) == "text.onnx: 4 features of 3 classes, 8 values each → artifacts/text"
-    assert "1 sentence of 4 were cut to 12 tokens" in capsys.readouterr().err
+    assert "1 sentence is cut to 12 tokens, of 4" in capsys.readouterr().err
     text = load_text_features(TEXT, ["dog", "cat", "собака"])
     assert text.row_class.tolist() == [0, 0, 1, 2]
     np.testing.assert_allclose(text.features, expected_features(list(text.sentences)), atol=1e-6)
@@ -99,6 +100,35 @@ def test_a_missing_package_is_named_in_one_line(package: str, tmp_path: Path, mo
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ParamsError, match=f"the package {package} is not installed; run `pip install "):
         text_features(section, ["cat"])
+
+
+def test_files_come_from_a_package_or_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny_minilm").mkdir()
+    (tmp_path / "tiny_minilm/__init__.py").touch()
+    section = tiny_text(tmp_path / "tiny_minilm", tokenizer="hf://owner/name@v1/onnx/tokenizer.json")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    requested = []
+
+    def download(repository: str, file: str, **options: Any) -> str:
+        requested.append((repository, file, options["revision"], options["local_files_only"]))
+        if options["local_files_only"]:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
+        return str(tmp_path / "tiny_minilm/tokenizer.json")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    changes = {"file": "package:tiny_minilm/text.onnx", "download": True}
+    text, _ = text_features(section.model_copy(update=changes), ["cat", "dog"])
+    np.testing.assert_allclose(text.features, expected_features(list(text.sentences)), atol=1e-6)
+    with pytest.raises(
+        ParamsError, match=r"text\.download is false, and hf://owner.* or give a file as text\.tokenizer"
+    ):
+        text_features(section, ["cat", "dog"])
+    expected = ("owner/name", "onnx/tokenizer.json", "v1")
+    assert requested == [(*expected, False), (*expected, True)]
+    with pytest.raises(
+        ParamsError, match=r"^text\.file: the file is in the Python package no-minilm, which is not installed"
+    ):
+        text_features(section.model_copy(update={"file": "package:no_minilm/text.onnx", "download": True}), ["cat"])
 
 
 def own(root: Path, tensors: dict[str, np.ndarray]) -> TextParams:

@@ -44,10 +44,10 @@ def test_words_of_a_table_and_descriptions_follow_the_class(tmp_path: Path) -> N
     made = class_sentences(section, ["n1", "n2"])
     assert made.sentences == [["a caf\u00e9"], ["a toad", "a frog", "It jumps.", "It is green!", "青い。", "小さい。"]]
     assert made.remarks == [
-        f"1 class such as 'n1' have no file in {tmp_path}", f"{tmp_path}: 1 file such as 'n9.txt' belong to no class"
+        f"{tmp_path}: no file for 1 class, such as 'n1'", f"{tmp_path}: 1 file of no class, such as 'n9.txt'"
     ]  # fmt: skip
     cut = class_sentences(section.model_copy(update={"max_sentences": 3}), ["n1", "n2"])
-    assert cut.sentences[1] == ["a toad", "a frog", "It jumps."] and "text.max_sentences, 3" in cut.remarks[-1]
+    assert cut.sentences[1] == ["a toad", "a frog", "It jumps."] and "the first 3 sentences" in cut.remarks[-1]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_class_name_cannot_name_a_file_outside_of_the_folder(tmp_path: Path) -
 def test_codes_are_told_from_words() -> None:
     assert all(map(is_code, ("n01440764", "class12", "class_3", "7", "label-004", "C10")))
     assert not any(map(is_code, ("cat", "boeing 747", "собака", "sea_horse", "b2 bomber", "a310")))
-    assert "2 class names such as '0' are codes" in class_sentences(text(), ["0", "1"]).remarks[0]
+    assert "class names that are codes, not words: 2, such as '0'" in class_sentences(text(), ["0", "1"]).remarks[0]
 
 
 def test_sentences_end_at_punctuation_and_lines() -> None:
