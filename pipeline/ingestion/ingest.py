@@ -25,12 +25,11 @@ def ingest(params: Params, drop: Path | None = None) -> IngestReport:
     Good rows are written to one new shard of data/ingested/, bad rows to data/quarantine/ with the reason; ingest.taken
     defines whether their files are kept in the drop folder's `.taken` or deleted. The validation and test splits are
     read, never written. The run is a transaction: after a kill at any point, the next run completes the round or starts
-    again. Raises ParamsError if `drop` is not a folder or `split` has not run yet; StageError if another ingest runs.
+    again. For task segmentation nothing is ingested. Raises ParamsError if `drop` is not a folder, `split` has not run yet
+    or the task is segmentation and there is something to ingest; StageError if another ingest runs.
     """
     if params.task == "segmentation":
-        raise ParamsError(
-            "task is segmentation; ingest takes images of one class each; add images with label maps to the source"
-        )
+        return _without_label_maps(Path(params.ingest.drop), params.data.location, drop)
     from filelock import FileLock, Timeout  # in the extra `pipeline`, which a training machine does not need
 
     root = Path(params.ingest.drop) if drop is None else drop
@@ -45,6 +44,19 @@ def ingest(params: Params, drop: Path | None = None) -> IngestReport:
         raise StageError(
             f"{INGEST_STATE / 'lock'}: another ingest holds it; wait for that one to end and run again"
         ) from None
+
+
+def _without_label_maps(root: Path, location: str, drop: Path | None) -> IngestReport:
+    """Nothing to ingest for task segmentation, whose new images belong into the source, so that `retrain` goes on.
+
+    Raises ParamsError when images were put into the drop folder, which has no label maps.
+    """
+    if drop is not None or (root.is_dir() and any(root.iterdir())):
+        raise ParamsError(
+            f"{drop or root}: is a drop folder, but task is segmentation; add images with their label maps to "
+            f"data.location ({location}) and run `tailor retrain`"
+        )
+    return IngestReport()
 
 
 def _ingest_drop(params: Params, root: Path) -> IngestReport:

@@ -10,8 +10,11 @@ from PIL import Image
 
 from models.preprocess import ImageError
 from pipeline import prior, split
+from pipeline.ingestion.ingest import ingest
+from pipeline.ingestion.transaction import IngestReport
 from pipeline.params import LabelMapParams
 from pipeline.preparation.check import check
+from pipeline.preparation.folder_summary import inspect_folder
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources import decode_label_map, open_base_source
 from tests.support.data_commands import command, report
@@ -187,3 +190,20 @@ def test_a_split_for_classification_has_no_columns_of_label_maps(tmp_path):
     names = pyarrow.parquet.read_schema(tmp_path / "split/train.parquet").names
     assert names == ["sample_id", "label", "reference", "sha256"] and params().task == "classification"
     assert json.loads((tmp_path / "split/classes.json").read_text()) == ["a", "b"]
+
+
+def test_a_retraining_ingests_nothing_and_images_without_label_maps_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = segmentation_params(label_map_folder(tmp_path / "source"))
+    assert ingest(params) == IngestReport()
+    with pytest.raises(ParamsError, match="given: is a drop folder, but task is segmentation; add images with their"):
+        ingest(params, tmp_path / "given")
+    write(tmp_path / params.ingest.drop / "road/1.png", encode(picture(0)))
+    with pytest.raises(ParamsError, match=r"add images with their label maps to data\.location"):
+        ingest(params)
+
+
+def test_init_names_the_way_for_a_folder_of_label_maps(tmp_path):
+    root = label_map_folder(tmp_path / "scenes", 2)
+    with pytest.raises(ParamsError, match=r"holds label maps.*set task: segmentation"):
+        inspect_folder(root)
