@@ -40,7 +40,7 @@ import torch
 
 from benchmarks.accuracy import format_difference, format_mean_std, merged, publish
 from benchmarks.encoder_projects import NOTES, add_options, prepare, project_folder, project_params
-from benchmarks.encoder_rows import Features, Row, rows, text_hash, text_rows
+from benchmarks.encoder_rows import TEXT_ALONE, Features, Row, rows, text_hash, text_rows
 from pipeline.data.class_prior import load_prior
 from pipeline.evaluation.network_metrics import network_metrics
 from pipeline.features.stored import load_features
@@ -56,7 +56,7 @@ def measure(row: Row, params: Params, data: Features) -> dict[str, Any]:
     name = row.name.replace(" ", "-").replace(",", "")
     params = row.changes(params)
     depends = params.model_dump(mode="json", include={"seed", *row.sections} if row.sections else {"encoder"})
-    depends |= text_hash(params if row.sections else None, zero_shot=row.name == "zero-shot")
+    depends |= text_hash(params if row.sections else None, alone=row.logits in TEXT_ALONE)
     path = Path(f"runs/{name}-{sha256_of_json(depends)[:12]}.json")
     if not path.is_file():
         print(f"seed {params.seed}, {row.name}", flush=True)

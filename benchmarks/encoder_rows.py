@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from benchmarks.accuracy import classification_alone, merged
 from benchmarks.encoder_projects import gml_params
 from benchmarks.feature_classifiers import knn, logistic_regression
+from benchmarks.language_guided import train_language_guided
 from models.networks.memory import FeatureMemory, build_memory
 from models.networks.memory_fit import LEAST_WEIGHT, fit_memory
 from pipeline import classifier, student, teacher
@@ -91,6 +92,7 @@ def text_rows() -> list[Row]:
     both = ("teacher", "student")
     return [
         Row("zero-shot", zero_shot),
+        Row("VL-LTR's second stage", language_guided, ("encoder",)),
         Row("GML with text centres", gml, both, changes=functools.partial(gml_params, keys="text")),
         Row(
             "GML with image and text centres", gml, both, changes=functools.partial(gml_params, keys="teacher_and_text")
@@ -154,6 +156,19 @@ def zero_shot(_: Params, data: Features) -> Logits:
     return validation, test
 
 
+def language_guided(params: Params, data: Features) -> Logits:
+    """Return the log probabilities of VL-LTR's second stage on the features of the images and of the sentences."""
+    assert data.text is not None
+    sentences, row_class = torch.from_numpy(data.text.features), torch.from_numpy(data.text.row_class)
+    model = train_language_guided(data.train.images[:, 0], data.train.labels, sentences, row_class, params.seed)
+    with torch.inference_mode():
+        validation, test = (
+            torch.cat([model.log_probabilities(part.float()) for part in split.images[:, 0].split(256)]).numpy()
+            for split in (data.validation, data.test)
+        )
+    return validation, test
+
+
 def run_folder(params: Params, kind: str) -> Path:
     """Return the folder of a trained network; its name is a hash of the params and texts that the network depends on."""
     sections = {
@@ -198,7 +213,10 @@ def with_memory(base: Logits | None, data: Features) -> Logits:
     return validation + added[0], test + added[1]
 
 
-def text_hash(params: Params | None, zero_shot: bool = False) -> dict[str, str]:
+TEXT_ALONE = (zero_shot, language_guided)  # depend on the texts, whatever the params of the student
+
+
+def text_hash(params: Params | None, alone: bool = False) -> dict[str, str]:
     """Hash of the text features, if the result depends on them."""
-    uses = zero_shot or (params is not None and params.student.uses_text)
+    uses = alone or (params is not None and params.student.uses_text)
     return {"text": sha256_of(TEXT / FEATURES_FILE)} if uses else {}
