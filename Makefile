@@ -132,7 +132,7 @@ extras = $(addprefix --extra ,$(1))
 
 .PHONY: lock
 lock: install ## resolve newer exact versions, with hashes, into requirements/*.txt
-	@$(LOCK) pyproject.toml $(call extras,pipeline s3 gcs export cpu serve loadtest monitor playground mlflow ray) \
+	@$(LOCK) pyproject.toml $(call extras,pipeline s3 gcs export cpu serve loadtest monitor playground text mlflow ray) \
 		--group docs --group test --group supply -o requirements/development.txt
 	@$(PART) pyproject.toml $(call extras,pipeline export cpu) -o requirements/train.txt
 	@echo setuptools | $(PART) pyproject.toml - $(call extras,serve cpu) -o requirements/server.txt

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.other_work import OtherWork, load_average, processor
-from models import decisions, prior
+from models import decisions, prior, taxonomy
 from models.networks.cosine_classifier import ImageClassifier
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 from serving.triton.extras import Extras, Wanted
@@ -63,7 +63,7 @@ def of_answers(classes: int, repeats: int) -> dict[str, float]:
         "unknown": {"scores": {group: random.normal(size=600).tolist() for group in prior.GROUPS}},
     }  # fmt: skip
     names = np.array([f"class {c}".encode() for c in range(classes)], dtype=np.object_)
-    extras = Extras(manifest, names, SimpleNamespace(), prior, decisions)
+    extras = Extras(manifest, names, SimpleNamespace(), prior, decisions, taxonomy)
     logits = 4 * random.normal(size=(BATCH, classes)).astype(np.float32)
     log_prior, strength = extras.log_prior, np.ones((1, 1))
 
@@ -74,10 +74,10 @@ def of_answers(classes: int, repeats: int) -> dict[str, float]:
     probability, calibrated = plain(), logits / 1.3
     costs = random.uniform(size=classes)
     parts = {
-        "prediction set": Wanted([0.9], None, None, None),
-        "decision": Wanted(None, [costs], [0.2], None),
-        "unknown": Wanted(None, None, None, [0.05]),
-        "all three": Wanted([0.9], [costs], [0.2], [0.05]),
+        "prediction set": Wanted([0.9], None, None, None, None),
+        "decision": Wanted(None, [costs], [0.2], None, None),
+        "unknown": Wanted(None, None, None, [0.05], None),
+        "all three": Wanted([0.9], [costs], [0.2], [0.05], None),
     }
     times = {"calibration, adjustment, softmax": microseconds(plain, repeats)}
     for name, wanted in parts.items():

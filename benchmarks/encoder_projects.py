@@ -87,9 +87,12 @@ def project_params(data_set: str, location: Path, encoder: str, size: int, views
     return merged(parse_params(yaml.safe_load(text), RECIPE), changes)
 
 
-def gml_params(params: Params) -> Params:
-    """Return params whose student has the contrast term."""
-    return params if params.student.beta else merged(params, {"student": GML_STUDENT})
+def gml_params(params: Params, keys: str = "teacher") -> Params:
+    """Return params whose student has the contrast term with these keys, student.contrast_encoder."""
+    if not params.student.beta:
+        params = merged(params, {"student": GML_STUDENT})
+    text = {"text": {"encoder": "features", "file": "unused"}} if "text" in keys else {}
+    return merged(params, {"student": {"contrast_encoder": keys}, **text})
 
 
 def project_folder(work: Path, data_set: str, params: Params) -> Path:

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import torch
 
 from models.prior import calibrate_logits
 from models.sample_size import from_json, warnings_of
+from pipeline.answers.fit import fit_answers
+from pipeline.answers.hierarchy import taxonomy_record
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
 from pipeline.data.split_tables import load_taxonomy, read_groups
-from pipeline.evaluation.answers import fit_answers
-from pipeline.evaluation.hierarchy import taxonomy_record
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import (
     network_logits,
@@ -34,7 +35,7 @@ from pipeline.evaluation.segmentation import evaluate_networks
 from pipeline.features.stored import evaluation_inputs, stored_encoder
 from pipeline.model_io.checkpoint import BEST, load_config, student_folder
 from pipeline.model_io.devices import choose_device
-from pipeline.params import Params
+from pipeline.params import ImageParams, Params
 from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report, render_segmentation_report
 from pipeline.report.analysis import write_plots
 from pipeline.report.data_card import SplitSizes, data_card, data_facts
@@ -91,13 +92,8 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         "student": network_logits(student, stage, test, image, prior, device),
     }
     probabilities = {name: probabilities_by_target_prior(values, prior) for name, values in logits.items()}
-    metrics = {name: network_metrics(values, labels, prior, settings) for name, values in logits.items()}
-    parts = student_parts(STUDENT, test, image, prior, device, refitted=student != STUDENT)
-    metrics |= {name: network_metrics(values, labels, prior, settings) for name, values in parts.items()}
-    if (STUDENT / BEST).is_dir():
-        # Listed separately: a score of an epoch that was selected by its score must be labelled as such.
-        best = network_logits(STUDENT / BEST, "student", test, image, prior, device)
-        metrics["student_best_epoch"] = network_metrics(best, labels, prior, settings)
+    further = _further_logits(test, image, prior, device, refitted=student != STUDENT)
+    metrics = {name: network_metrics(values, labels, prior, settings) for name, values in (logits | further).items()}
     validation, held_out = None, evaluation_inputs(params, "validation")["student"]
     if len(held_out):
         validation = network_logits(student, stage, held_out, image, prior, device), held_out.labels.numpy()
@@ -111,14 +107,12 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     )  # fmt: skip
     chosen = choose_samples(probabilities["student"], settings.samples, data.seed)
     sizes = SplitSizes(sum(prior.counts), len(held_out), len(test))
-    for line in warnings_of(from_json(metrics["student"]["balanced"]["test_images"])):
-        print(f"evaluate: warning: {line}", file=sys.stderr)
+    _warn_of_few_images(metrics)
     about_data = data_facts(data, image, prior, sizes)
     strength, encoder = params.serving.strength, stored_encoder(params)
     config = load_config(student, stage)
-    memory = config.memory
     about_model = model_facts(
-        params.teacher, params.student, image.size, strength, prior, encoder, memory, config.second_stage
+        params.teacher, params.student, image.size, strength, prior, encoder, config.memory, config.second_stage
     )
     with whole_folder(output) as folder:
         classes = _per_class(probabilities, labels, prior)
@@ -130,7 +124,7 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         )
         write_json(folder / ANSWERS.name, answers.as_json() | {"taxonomy": hierarchy})
         samples = _write_samples(folder / "samples", test, chosen, probabilities["student"], prior.classes)
-        write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes, memory))
+        write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes, config.memory))
         card = model_card(data, network_name(params), params.seed, about_model, prior, metrics["student"])
         write_file(folder / "model_card.md", card)
         evaluation = Evaluation(
@@ -151,6 +145,23 @@ def _evaluate_segmentation(params: Params, output: Path) -> Result:
         page = render_segmentation_report(result, prior, params.model_dump(mode="json"), _provenance())
         write_file(folder / "report.html", page)
     return Result(result.metrics, output)
+
+
+def _further_logits(
+    test: AnyImages, image: ImageParams, prior: Prior, device: torch.device, *, refitted: bool
+) -> dict[str, np.ndarray]:
+    """Logits that have metrics only: of parts of the student, and of its best epoch if it was kept."""
+    logits = student_parts(STUDENT, test, image, prior, device, refitted=refitted)
+    if (STUDENT / BEST).is_dir():
+        # Listed separately: a score of an epoch that was selected by its score must be labelled as such.
+        best = network_logits(STUDENT / BEST, "student", test, image, prior, device)
+        logits = logits | {"student_best_epoch": best}
+    return logits
+
+
+def _warn_of_few_images(metrics: dict[str, Any]) -> None:
+    for line in warnings_of(from_json(metrics["student"]["balanced"]["test_images"])):
+        print(f"evaluate: warning: {line}", file=sys.stderr)
 
 
 def _write_tables(

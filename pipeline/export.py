@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from models.networks.backbones import NoFeatureMapError
 from models.preprocess import ImageError, decode
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import load_prior
-from pipeline.data.dataset import evaluation_images
+from pipeline.data.dataset import AnyImages, evaluation_images
 from pipeline.model_io.checkpoint import attach_encoder, check_canvas, check_image, load_model, student_folder
 from pipeline.onnx_export import segmentation
+from pipeline.onnx_export.explanations import NO_MAP, check_map, write_explanations
 from pipeline.onnx_export.float16 import to_float16
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 from pipeline.onnx_export.parity import Parity, TrainedNetwork, check_float16, check_parity
@@ -47,6 +49,7 @@ from serving.shared.terminal import counted
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from onnxruntime import InferenceSession
 
 ONNX_NAME = "student.onnx"
 CARD_NAME = "model_card.md"
@@ -89,30 +92,14 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     image, export, serving = params.image, params.export, params.serving
     held_out = evaluation_images(params, "validation")
     examples = held_out if len(held_out) else evaluation_images(params, "train")
-    shift = prior.balanced_shift(config.adjustment).tolist()
-    served = ServedStudent(model, image.mean, image.std, prior.log_prior, shift).eval()
+    shift, explain = prior.balanced_shift(config.adjustment).tolist(), serving.explain
+    if explain.map:
+        check_map(model, export.precision)
+    served = ServedStudent(model, image.mean, image.std, prior.log_prior, shift, with_map=explain.map).eval()
     trained = TrainedNetwork(model, image, prior.log_prior, shift)
     with whole_folder(output) as folder:
-        path, half = folder / ONNX_NAME, None
-        if export.precision == "float16":
-            graph = to_float16(served, image.size, export.opset)
-            write_file(path, graph.served)
-            session = open_session(path)
-            sessions = session, open_session(graph.rounding)
-            half = check_float16(graph, sessions, trained, examples, export, params.seed)
-            difference = half.logit
-        else:
-            write_file(path, to_onnx(served, image.size, export.opset))
-            session = open_session(path)
-            difference = check_parity(session, trained, examples, export, params.seed)
-        order = np.random.default_rng(params.data.seed).permutation(len(examples)).tolist()
-        usable = (index for index in order if _is_served(examples.encoded(index), image.resize_to, serving))
-        chosen = list(islice(usable, export.golden))
-        if not chosen:
-            raise StageError(
-                f"serving.image_pixels is {serving.image_pixels} and serving.request_pixels {serving.request_pixels}; every "
-                "validation image has more pixels than one of them allows, so no golden request can be made; raise them"
-            )
+        session, difference, half = _write_graph(folder / ONNX_NAME, served, trained, examples, params)
+        chosen = _golden_images(examples, params)
         golden = golden_requests(
             session, examples, chosen, top_k(serving, prior), golden_tolerance(half, calibration), prior, calibration
         )
@@ -124,15 +111,52 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
         )  # fmt: skip
         card = model_card(params.data, network_name(params), params.seed, facts, prior, metrics)
         write_file(folder / CARD_NAME, card)
+        reasons = None
+        if explain.images or explain.map:
+            reasons = write_explanations(folder, session, model, evaluation_images(params, "train"), explain)
         manifest = build_manifest(
-            folder, params, prior, model, metrics, half, config, calibration, sets, decision, unknown, taxonomy=taxonomy
-        )
+            folder, params, prior, model, metrics, half, config, calibration, sets, decision, unknown, taxonomy=taxonomy,
+            explain=reasons,
+        )  # fmt: skip
         write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
         if key:
             write_file(folder / SIGNATURE_NAME, sign_manifest(folder, key).text())
     write_repository(output, repository)
     record_after_stage("export", params, output)
     return Result(difference, manifest, output, half)
+
+
+def _golden_images(examples: AnyImages, params: Params) -> list[int]:
+    """Indices of the images of the golden requests: the first ones in random order that the server accepts."""
+    serving = params.serving
+    order = np.random.default_rng(params.data.seed).permutation(len(examples)).tolist()
+    usable = (index for index in order if _is_served(examples.encoded(index), params.image.resize_to, serving))
+    chosen = list(islice(usable, params.export.golden))
+    if not chosen:
+        raise StageError(
+            f"serving.image_pixels is {serving.image_pixels} and serving.request_pixels {serving.request_pixels}; every "
+            "validation image has more pixels than one of them allows, so no golden request can be made; raise them"
+        )
+    return chosen
+
+
+def _write_graph(
+    path: Path, served: ServedStudent, trained: TrainedNetwork, examples: AnyImages, params: Params
+) -> tuple[InferenceSession, float, Parity | None]:
+    """Write the graph and check it against PyTorch; returns its session, the largest logit difference, effects of float16."""
+    export, size = params.export, params.image.size
+    if export.precision == "float16":
+        graph = to_float16(served, size, export.opset)
+        write_file(path, graph.served)
+        session = open_session(path)
+        half = check_float16(graph, (session, open_session(graph.rounding)), trained, examples, export, params.seed)
+        return session, half.logit, half
+    try:
+        write_file(path, to_onnx(served, size, export.opset))
+    except NoFeatureMapError as error:
+        raise StageError(f"serving.explain.map is true, but {error}; {NO_MAP}") from None
+    session = open_session(path)
+    return session, check_parity(session, trained, examples, export, params.seed), None
 
 
 def _export_segmentation(params: Params, output: Path, repository: Path, key: Ed25519PrivateKey | None) -> Result:

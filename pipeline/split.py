@@ -101,19 +101,26 @@ def run(params: Params, output: Path = SPLIT) -> Result:
     reasons = [(row.split, row.sample_id, image_classes[row.label], problem) for row, problem in excluded]
     label_map_fields = inspected if label_maps else None
     _write(output, assigned, hashes, everything.classes, shared, reasons, groups, taxonomy, label_map_fields)
-    if duplicates:
-        remarks.append(f"{counted(duplicates, 'image', 'are')} in more than one split; see {output}/duplicates.csv")
-    if skipped:
-        share = f"{len(skipped):,} of {counted(len(source.rows), 'image')}"
-        remarks.append(f"{share} cannot be used and were left out; see {output}/skipped.csv")
-    if already_held:
-        where = "in a split of the source already" + (", or of a held-out group" if groups else "")
-        remarks.append(f"{counted(len(already_held), 'ingested image', 'are')} {where}; see {output}/skipped.csv")
+    remarks += _remarks(output, duplicates, len(skipped), len(source.rows), len(already_held), bool(groups))
     for remark in remarks:
         print(f"split: {remark}", file=sys.stderr)
     sizes = {split: len(rows) for split, rows in assigned.items()}
     number = len({groups[row.reference] for rows in assigned.values() for row in rows}) if groups else 0
     return Result(sizes, len(everything.classes), duplicates, len(skipped), len(ingested), output, number)
+
+
+def _remarks(output: Path, duplicates: int, skipped: int, images: int, already_held: int, grouped: bool) -> list[str]:
+    """Remarks on images in two splits, unusable ones, and ingested ones that are left out, each with its table."""
+    remarks = []
+    if duplicates:
+        remarks.append(f"{counted(duplicates, 'image', 'are')} in more than one split; see {output}/duplicates.csv")
+    if skipped:
+        share = f"{skipped:,} of {counted(images, 'image')}"
+        remarks.append(f"{share} cannot be used and were left out; see {output}/skipped.csv")
+    if already_held:
+        where = "in a split of the source already" + (", or of a held-out group" if grouped else "")
+        remarks.append(f"{counted(already_held, 'ingested image', 'are')} {where}; see {output}/skipped.csv")
+    return remarks
 
 
 def _check_two_labels(source: Source, rows: list[Row], hashes: dict[str, str]) -> None:

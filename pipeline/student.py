@@ -12,7 +12,8 @@ from pipeline.model_io.checkpoint import WEIGHTS
 from pipeline.model_io.devices import joined_ranks
 from pipeline.params import Params
 from pipeline.segmentation import objectives
-from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, STUDENT, TEACHER
+from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, STUDENT, TEACHER, TEXT
+from pipeline.text.stored import FEATURES_FILE
 from pipeline.training.run import (
     Result,
     check_backbones,
@@ -31,7 +32,7 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
     """Train the student on three views with gamma·L_cls + beta·(L_GML + L_tau) + alpha·L_KD; saves the last epoch.
 
     Resumes an interrupted run. A teacher that no loss term needs is not loaded (with alpha 0 and contrast_encoder
-    momentum). With student.memory.classifier `memory` nothing is trained: the memory is the student.
+    momentum or text). With student.memory.classifier `memory` nothing is trained: the memory is the student.
     Raises ParamsError when the queues cannot hold queue_minimum rows of every class.
     """
     prior, section, image = load_prior(), params.student, params.image
@@ -48,6 +49,7 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
         objective = build_objective(section, image, config, prior, seed, teacher, params.encoder)
         inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS_INDEX] if config.encoder else [])]
         inputs += [teacher / WEIGHTS] if getattr(objective, "teacher", None) is not None else []
+        inputs += [TEXT / FEATURES_FILE] if section.uses_text else []
         return train_network("student", objective, config, params, prior, device, output, inputs)
 
 

@@ -10,7 +10,7 @@ needed:
 
 L_tau excludes the query's own sample. At equal temperature it has the same `other_logsumexp` as L_GML; only `own`
 differs. Both are separate sums and are never obtained by subtraction, so there is no cancellation. Neither underflows
-to log 0 at any temperature.
+to log 0 at any temperature. `TextCentres` is the term of constant keys, such as text features.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models.contrast.fused_kernel import FLOOR, FusedOwnClassLogSumExp
 from models.contrast.fused_kernel_check import kernels_pass_check, kernels_supported
 from models.contrast.queues import ClassQueues
+from models.contrast.terms import ContrastInputs, ContrastTerm
+from models.networks.autocast import full_precision, without_autocast
 
 
 class ClassSegments(NamedTuple):
@@ -156,3 +158,82 @@ class OwnClassLogSumExp(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_temperature = -(grad_other_tau * mean).sum() / temperature**2
         return grad_similarity, None, None, grad_temperature
+
+
+class UnitVectors(nn.Module):
+    """Features → unit vectors, without weights: the heads of centres in the space of the image features."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N,D] → [N,D]."""
+        return F.normalize(full_precision(features), dim=1)
+
+
+class TextCentres(ContrastTerm):
+    """L_GML + L_tau of one query view against constant features with classes, such as text features (Sec. 3.4).
+
+    There is no queue: the keys of class c are its rows, n of them are its |Z_c|. No key is a training image, so that L_tau
+    excludes no pair and its value is that of L_GML. Buffers, not in the state_dict: features [N,E], row_class [N] int64
+    sorted, starts, lengths [C], log_prior [C]. query_head: [B,D] → unit vectors [B,P]; key_head: [N,E] → [N,P], embeds all
+    rows in each step.
+    """
+
+    divisible = True
+    features: Tensor
+    row_class: Tensor
+    starts: Tensor
+    lengths: Tensor
+    log_prior: Tensor
+
+    def __init__(
+        self,
+        query_head: nn.Module,
+        key_head: nn.Module,
+        features: Tensor,
+        row_class: Tensor,
+        log_prior: Tensor,
+        tau_g: float,
+        train_tau_g: bool = False,
+        strength: float = 1.0,
+    ) -> None:
+        """strength: α of Eq. 10. Raises ValueError if row_class is not sorted or a class of the prior has no row."""
+        super().__init__()
+        lengths = torch.bincount(row_class, minlength=len(log_prior))
+        if not torch.equal(row_class, row_class.sort().values) or len(lengths) > len(log_prior) or not lengths.all():
+            raise ValueError(
+                f"row_class is not sorted, or its classes are not 0 to {len(log_prior) - 1}, each with a row"
+            )
+        self.query_head, self.key_head, self.strength = query_head, key_head, strength
+        self.longest = int(lengths.max())  # a Python int, because shapes depend on it
+        constants = {
+            "features": features, "row_class": row_class, "starts": lengths.cumsum(0) - lengths, "lengths": lengths,
+            "log_prior": log_prior,
+        }  # fmt: skip
+        for name, tensor in constants.items():
+            self.register_buffer(name, tensor, persistent=False)
+        initial = torch.tensor(tau_g, dtype=log_prior.dtype)
+        self.log_tau_g = nn.Parameter(initial.log(), requires_grad=train_tau_g)
+
+    def forward(self, inputs: ContrastInputs) -> dict[str, Tensor]:
+        """queries [1,B,D], target [B] → loss, and detached gml, tau (if tau_g is trained) and tau_g; scalar tensors."""
+        self.check(inputs)
+        query, keys = self.query_head(inputs.queries[0]), self.key_head(self.features)
+        with without_autocast(query):
+            similarity = query @ keys.T
+        segments = ClassSegments(self.row_class, self.starts, self.lengths, self.longest)
+        no_sample = torch.full_like(self.row_class, -1)
+        losses = contrast_losses(
+            similarity, segments, inputs.target, self.log_prior, self.log_tau_g.exp(), self.strength,
+            query_ids=inputs.sample_ids, key_ids=no_sample,
+        )  # fmt: skip
+        observed = {"gml": losses.gml.detach(), "tau_g": self.log_tau_g.detach().exp()}
+        if not self.log_tau_g.requires_grad:
+            return {"loss": losses.gml, **observed}
+        return {"loss": losses.gml + losses.tau, **observed, "tau": losses.tau.detach()}
+
+    def batch_modules(self) -> list[nn.Module]:
+        """The query head; the input of the key head is the same on all ranks."""
+        return [self.query_head]
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """log tau_g."""
+        return [self.log_tau_g]

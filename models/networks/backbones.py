@@ -9,13 +9,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.networks.resnet_cifar import BLOCKS_PER_STAGE, CifarResNet
+from models.networks.resnet_cifar import BLOCKS_PER_STAGE, CifarResNet, MeanOverPositions
 
 OWN = "backbone.network."  # prefix of the backbone's weights in a model.safetensors written by Tailor
+PROJECTION = "+projection"  # at the end of timm/<model>: keep the last layer
 
 
 class UnknownBackboneError(ValueError):
     """A backbone name that is not in any library; the message names the nearest valid one."""
+
+
+class NoFeatureMapError(ValueError):
+    """A backbone does not end in global average pooling, so its feature is not the mean of a map."""
+
+    MESSAGE = "the network does not end in global average pooling"
+
+    def __init__(self) -> None:
+        super().__init__(self.MESSAGE)
 
 
 class Backbone(nn.Module):
@@ -37,6 +47,23 @@ class Backbone(nn.Module):
         """images [B,3,H,W] → features [B,feature_dim]."""
         features: Tensor = self.network(images)
         return features
+
+    def with_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B,3,H,W] → features [B,D], and the map [B,D,h,w] that the last average pooling gets.
+
+        The features are the mean of the map over its positions if the network ends in that pooling; the caller checks it.
+        Raises NoFeatureMapError for a network without such a pooling.
+        """
+        pools = [
+            module for module in self.network.modules() if isinstance(module, MeanOverPositions | nn.AdaptiveAvgPool2d)
+        ]
+        maps: list[Tensor] = []
+        if pools:
+            with pools[-1].register_forward_pre_hook(lambda _module, inputs: maps.append(inputs[0])):
+                features = self(images)
+        if len(maps) != 1 or maps[0].ndim != 4 or maps[0].shape[1] != features.shape[1]:
+            raise NoFeatureMapError
+        return features, maps[0]
 
     def rate_factors(self) -> dict[nn.Parameter, float]:
         """Factors of the learning rate, by weight. Empty here: only TunedBackbone has weights with another rate."""
@@ -68,6 +95,7 @@ def build_backbone(name: str, image_size: int | None = None) -> Backbone:
     """Create a newly initialised backbone; the feature width is read from its last layer, without a forward pass.
 
     name: `resnet20|32|44|56|110` (CIFAR), `torchvision/<model>` or `timm/<model>` (a colon is accepted for the slash).
+    timm/<model>+projection keeps the last layer: that of CLIP maps to the space that image and text features share.
     image_size: side of the input in pixels, for networks with a fixed input size; None: the library's default. Raises
     UnknownBackboneError with the nearest valid name.
     """
@@ -101,8 +129,9 @@ def check_backbone(name: str) -> None:
     else:
         names, kind = list(BLOCKS_PER_STAGE), "a CIFAR ResNet, torchvision/<model> or timm/<model>"
     valid = [f"{library}/{entry}" for entry in names] if library else names
-    if _canonical(name) not in valid:
-        nearest = difflib.get_close_matches(_canonical(name), valid, n=1)
+    canonical = _canonical(name)
+    if (canonical.removesuffix(PROJECTION) if library == "timm" else canonical) not in valid:
+        nearest = difflib.get_close_matches(canonical, valid, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise UnknownBackboneError(f"backbone {name!r} is unknown; expected {kind}{hint}")
 
@@ -138,10 +167,14 @@ def _torchvision_backbone(model: str, image_size: int | None) -> Backbone:
 def _timm_backbone(model: str, image_size: int | None) -> Backbone:
     import timm
 
+    model, projected = model.removesuffix(PROJECTION), model.endswith(PROJECTION)
     config = timm.models.get_pretrained_cfg(model)
     sized = image_size and config is not None and config.fixed_input_size
     options: Any = {"img_size": image_size} if sized else {}
-    network: Any = timm.create_model(model, pretrained=False, num_classes=0, **options)
+    if projected:
+        network: Any = timm.create_model(model, pretrained=False, **options)
+        return Backbone(network, network.num_classes)
+    network = timm.create_model(model, pretrained=False, num_classes=0, **options)
     width = getattr(network, "head_hidden_size", None) or network.num_features
     head = config.classifier if config is not None and isinstance(config.classifier, str) else ""
     return Backbone(network, width, head)

@@ -49,13 +49,22 @@ class CifarResNet(nn.Module):
                 layers.append(BasicBlock(planes, width, 2 if stage > 0 and block == 0 else 1))
                 planes = width
         self.blocks = nn.Sequential(*layers)
+        self.pool = MeanOverPositions()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images [B,3,H,W] → features [B,widths[-1]], non-negative and unnormalised."""
-        maps: Tensor = self.blocks(conv_bn_relu(x, self.conv1, self.bn1))
+        features: Tensor = self.pool(self.blocks(conv_bn_relu(x, self.conv1, self.bn1)))
+        return features
+
+
+class MeanOverPositions(nn.Module):
+    """Global average pooling: maps [B,D,H,W] → [B,D]."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """The mean over the positions."""
         return maps.mean(dim=(2, 3))
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from models.contrast.gml import ContrastLosses, contrast_losses, queries_with_keys
+from models.contrast.gml import ContrastLosses, TextCentres, contrast_losses, queries_with_keys
 from models.contrast.queues import ClassQueues
+from models.contrast.terms import ContrastInputs
 from models.distributed import gather_batch, rank_count, sum_over_ranks
 from models.losses.class_loss import ClassLoss, Mixed
 from models.losses.distillation import distillation_loss
@@ -38,6 +39,9 @@ class StudentObjective(Objective):
     gradient, as in the official code. The batch is not reordered here; the official code stores features under the
     label of another image. The encoder's batch norm uses the batch statistics of the key view (in the official code: of
     classifier and key view together), because running statistics do not fit weights that lag a thousand steps behind.
+
+    text: a second term of weight beta on the query view, with its own heads and temperature. It is not one mixture with the
+    queues, where a class with 200 rows of images would give its 3 sentences 1.5 % of the weight.
     """
 
     fused_contrast: bool | Literal["auto"] = "auto"  # see contrast_losses
@@ -62,6 +66,7 @@ class StudentObjective(Objective):
         encoder_momentum: float = 0.999,
         teacher_adjustment: float | None = None,
         loss: ClassLoss | None = None,
+        text: TextCentres | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         """Create the heads, the queues and, if needed, the momentum encoder; a teacher that no term needs is not stored.
@@ -86,6 +91,7 @@ class StudentObjective(Objective):
                 raise ValueError("teacher is None, but L_KD (alpha > 0) or contrast_encoder `teacher` needs one")
             self.teacher = teacher.requires_grad_(False).eval()
         self.momentum_encoder: nn.Module | None = None
+        self.text: TextCentres | None = None
         if not weights.beta:
             return
         self.query_head = ProjectionHead(model.feature_dim, projection_hidden or model.feature_dim, projection_dim)
@@ -102,6 +108,7 @@ class StudentObjective(Objective):
             self._follow = get_ema_multi_avg_fn(encoder_momentum)
         self.log_tau_g = nn.Parameter(torch.tensor(tau_g).log(), requires_grad=train_tau_g)
         self.queues = ClassQueues(counts, queue_total, queue_minimum, width, generator)
+        self.text = text
 
     def train(self, mode: bool = True) -> StudentObjective:
         """Set training mode for all modules except the frozen teacher, whose batch norm uses its running statistics."""
@@ -117,12 +124,14 @@ class StudentObjective(Objective):
         """
         if not self.weights.beta:
             return [self.model]
-        return [self.model, self.query_head, *([] if self.momentum_encoder is None else [self.momentum_encoder])]
+        text = [] if self.text is None else self.text.batch_modules()
+        return [self.model, self.query_head, *text, *([] if self.momentum_encoder is None else [self.momentum_encoder])]
 
     def undecayed(self) -> list[nn.Parameter]:
         """Parameters without weight decay: log tau_g (as in the official code), and what L_cls names."""
         named = self.loss.undecayed(self.model.classifier) if self.model.cosine else []
-        return [*([self.log_tau_g] if self.weights.beta else []), *named]
+        text = [] if self.text is None else self.text.undecayed()
+        return [*([self.log_tau_g] if self.weights.beta else []), *text, *named]
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Set the class weights of the epoch."""
@@ -184,6 +193,10 @@ class StudentObjective(Objective):
                 parts["tau"] = contrast.tau
                 terms.append(weights.beta * contrast.tau)
                 parts["queries_without_keys"] = contrast.queries_without_keys
+            if self.text is not None:
+                text = self.text(ContrastInputs(features[None, batch:], target, sample_ids))
+                terms.append(weights.beta * text.pop("loss"))
+                parts |= {f"text_{name}": value for name, value in text.items()}
         if teacher_logits is not None:
             if self.teacher_excess:
                 teacher_logits = adjust_logits(teacher_logits, self.log_prior, self.teacher_excess)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ContrastEncoder = Literal["teacher", "momentum", "self"]
+ContrastEncoder = Literal["teacher", "momentum", "self", "text", "teacher_and_text"]
 
 
 @dataclass(frozen=True)
@@ -25,4 +25,4 @@ class StudentWeights:
 
     def needs_teacher(self, contrast_encoder: ContrastEncoder) -> bool:
         """Whether a step runs the teacher: for L_KD, or for the contrast features of L_GML."""
-        return self.alpha > 0 or (self.beta > 0 and contrast_encoder == "teacher")
+        return self.alpha > 0 or (self.beta > 0 and contrast_encoder in ("teacher", "teacher_and_text"))

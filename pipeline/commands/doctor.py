@@ -31,7 +31,7 @@ def doctor(
     Checks versions, params, server, champion, Prefect, worker, last run, ingest, disk. Each line is ok, warning or
     failing, with the remedy. Exit status 1 if a check is failing.
     """
-    from pipeline.commands.doctor_checks import Limits, examine
+    from pipeline.doctor.checks import Limits, examine
 
     findings = examine(params, repository_of(repository, params), url, Limits(run_hours, champion_days, disk_gib))
     if as_json:

@@ -33,6 +33,15 @@ EncoderName = Annotated[
     str | None,
     typer.Option("--encoder", help="Use this encoder of `tailor encoders`, not the proposed one.", metavar="NAME"),
 ]
+TextSource = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="Text features of the class names as centres: an .onnx text encoder with tokenizer.json beside it, a folder of "
+        "transformers, or a .safetensors file of features.",
+        show_default=False,
+    ),
+]
 FromScratch = Annotated[bool, typer.Option("--no-encoder", help="Train from scratch, without a pretrained encoder.")]
 
 
@@ -78,6 +87,7 @@ def init(
     output: Output = PARAMS_FILE,
     encoder: EncoderName = None,
     no_encoder: FromScratch = False,
+    text_source: TextSource = None,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -92,7 +102,7 @@ def init(
     """
     from pipeline.model_io.devices import choose_device
     from pipeline.preparation.encoder_choice import choose_encoder
-    from pipeline.preparation.first_params import FROM_SCRATCH, suggest_params, write_text
+    from pipeline.preparation.first_params import FROM_SCRATCH, suggest_params, text_values, write_text
     from pipeline.preparation.folder_summary import inspect_folder
     from pipeline.preparation.project import create_project, keep_out_of_git
     from pipeline.shared.errors import ParamsError
@@ -108,6 +118,8 @@ def init(
     summary, device = inspect_folder(folder), choose_device("auto")
     choice = FROM_SCRATCH if no_encoder else choose_encoder(summary, encoder, device)
     chosen = suggest_params(summary, folder.as_posix(), device.type == "cuda", choice)
+    more, warning = text_values(summary.classes, text_source, choice.encoder is not None) if text_source else ({}, "")
+    chosen |= more
     text, _ = write_text(template, chosen)
     steps = create_project(Path()) if not (dry_run or output.is_file()) else []
     if not dry_run:
@@ -124,7 +136,7 @@ def init(
             print(f"  {key} = {value}  # {why}")
         print(f"encoder {choice.encoder.name if choice.encoder else 'none'}: {choice.reason}")
         print(f"→ {output}; next: {''.join(f'{step}, ' for step in steps)}tailor data check, then: dvc repro")
-    _print_warnings(folder, summary, choice)
+    _print_warnings(folder, summary, choice, warning)
     return 0
 
 
@@ -150,7 +162,7 @@ def _template(output: Path, overwrite: bool) -> str:
     return template
 
 
-def _print_warnings(folder: Path, summary: FolderSummary, choice: EncoderChoice) -> None:
+def _print_warnings(folder: Path, summary: FolderSummary, choice: EncoderChoice, warning: str) -> None:
     """Print warnings to stderr: too few images, unreadable files, features that do not separate the classes."""
     from models.sample_size import ADVICE, warnings_of
     from pipeline.preparation.folder_summary import expected_tests
@@ -160,6 +172,8 @@ def _print_warnings(folder: Path, summary: FolderSummary, choice: EncoderChoice)
     if choice.sample and not choice.sample.above_chance:
         chance = f"not above chance, which is {100 / choice.sample.classes:.0f} %"
         print(f"init: warning: {choice.sample}; {chance}: add images, or pass --no-encoder", file=sys.stderr)
+    if warning:
+        print(f"init: warning: {warning}", file=sys.stderr)
     few = warnings_of(expected_tests(summary))
     for line in [*few, *([f"too few test images: {ADVICE}"] if few else [])]:
         print(f"init: warning: {line}", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,13 @@ class Prior:
             return np.zeros(len(self.classes))
         shift: np.ndarray = balanced_shift(np.array(self.log_prior), np.array(self.in_losses), adjustment)
         return shift
+
+    def sampled(self, power: float) -> Prior:
+        """Prior whose losses use the log of sampled class shares, in proportion to n_c ** power; 1: this prior."""
+        if power == 1:
+            return self
+        shares = power * np.log(np.maximum(self.counts, 1))
+        return replace(self, loss_log_prior=(shares - np.logaddexp.reduce(shares)).tolist())
 
     def __str__(self) -> str:
         groups = ", ".join(f"{self.groups.count(group)} {group}" for group in GROUPS)

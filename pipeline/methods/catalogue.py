@@ -90,8 +90,8 @@ METHODS = (
     Method(
         "proco", "contrast", "Du et al. 2024", "classes as von Mises-Fisher distributions", "MIT", trained=3
     ),
-    Method("crd", "contrast", "Tian et al. 2020", "student's feature against the teacher's", "not verified", forward=1),
-    Method("crd_kd", "contrast", "Tian et al. 2020", "CRD and distillation, one teacher pass", "not verified", forward=1),
+    Method("crd", "contrast", "Tian et al. 2020", "student's feature against the teacher's", "BSD-2-Clause", forward=1),
+    Method("crd_kd", "contrast", "Tian et al. 2020", "CRD and distillation, one teacher pass", "BSD-2-Clause", forward=1),
     Method(
         "gml", "contrast", "GML, ICML 2023", "contrast with class-wise queues of teacher features, distillation", "MIT",
         trained=2, forward=2,

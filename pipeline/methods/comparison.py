@@ -30,8 +30,9 @@ from pipeline.methods.networks import (
 )
 from pipeline.params import Params
 from pipeline.second_stage.refit import check_classes
-from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, sha256_of, sha256_of_json
+from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, TEXT, sha256_of, sha256_of_json
 from pipeline.shared.errors import DataError, ParamsError, StageError
+from pipeline.text.stored import FEATURES_FILE
 from pipeline.training.run import check_recipe
 from pipeline.training.state import check_batch
 from serving.shared.terminal import counted
@@ -115,7 +116,9 @@ def load_project(params: Params) -> Project:
     labels = read_split("test", ["label"]).column("label").to_numpy().astype(np.int64)
     if not len(labels):
         raise DataError(f"{files[2]}: holds no images; set data.test_per_class or give the source a test split")
-    hashes = [sha256_of(path) for path in (*files, *([EMBEDDINGS_INDEX] if params.encoder else []))]
+    files += [EMBEDDINGS_INDEX] if params.encoder else []
+    files += [TEXT / FEATURES_FILE] if params.text and (TEXT / FEATURES_FILE).is_file() else []
+    hashes = [sha256_of(path) for path in files]
     return Project(params, load_prior(), labels, sha256_of_json(hashes))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.networks.backbones import Backbone, UnknownBackboneError, build_backbone
+from models.networks.backbones import PROJECTION, Backbone, UnknownBackboneError, build_backbone
 from models.networks.encoders import HUB, PACKAGE, Encoder, UnknownEncoderError, find_encoder
 from models.preprocess import FILTERS
 from pipeline.augment import Draws, apply_views, draw_views
@@ -208,4 +208,4 @@ def _fit_size(network: Backbone, encoder: Encoder, size: int) -> None:
 def _timm_config(model: str) -> Any:
     import timm
 
-    return timm.models.get_pretrained_cfg(model) or timm.models.PretrainedCfg()
+    return timm.models.get_pretrained_cfg(model.removesuffix(PROJECTION)) or timm.models.PretrainedCfg()

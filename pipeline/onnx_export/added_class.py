@@ -106,7 +106,8 @@ def add_class(
     order = np.random.default_rng(seed).permutation(len(images)).tolist()
     held = order[: min(rules.held_out, len(order) // 2)]
     pixels = np.stack([image.pixels for image in images])
-    prototype = _unit(run_graph(session, "feature", pixels[order[len(held) :]], manifest).mean(0))
+    features = run_graph(session, "feature", pixels[order[len(held) :]], manifest)
+    prototype = _unit(features.mean(0))
     position = _position(name, classes)
     classes.insert(position, name)
     taxonomy = read_taxonomy_file(params.data.taxonomy, classes)
@@ -134,7 +135,10 @@ def add_class(
             metrics = network_metrics(np.concatenate([logits, held_logits]), all_labels, prior, params.evaluate)
             final = extended.model_copy(update={"metrics": metrics, "version": version})
             examples = [images[index].data for index in held[:GOLDEN_IMAGES]]
-            write_export(folder / EXPORT_NAME, export, graph, final, examples, result)
+            added = {
+                "position": position, "name": name, "row": prototype / manifest.tau_s, "features": features,
+            }  # fmt: skip
+            write_export(folder / EXPORT_NAME, export, graph, final, examples, result, added)
             evidence = folder / EVIDENCE_NAME
             evidence.mkdir()
             shutil.copyfile(folder / DECISION_NAME, evidence / DECISION_NAME)

@@ -25,7 +25,8 @@ class ServedStudent(nn.Module):
 
     The pixel normalisation is one multiply and add; the classifier is one matrix product (ImageClassifier.folded).
     shift: [C], Prior.balanced_shift of the network, so that strength 0 is the balanced prior for any adjustment in the
-    loss. If the student has a memory or the head of a second stage, that is part of the graph, in float32.
+    loss. If the student has a memory or the head of a second stage, that is part of the graph, in float32. with_map: the
+    third output is the map of features of which the feature is the mean (Backbone.with_map).
     """
 
     scale: Tensor
@@ -41,8 +42,10 @@ class ServedStudent(nn.Module):
         std: list[float],
         log_prior: list[float],
         shift: list[float] | None = None,
+        with_map: bool = False,
     ) -> None:
         super().__init__()
+        self.with_map = with_map
         self.backbone, self.memory, self.feature_dim = model.backbone, model.memory, model.feature_dim
         self.refitted = model.classifier if model.cosine and isinstance(model.classifier, LinearHead) else None
         spread, centre = torch.tensor(std).view(3, 1, 1), torch.tensor(mean).view(3, 1, 1)
@@ -58,12 +61,15 @@ class ServedStudent(nn.Module):
         self.register_buffer("class_bias", bias)
         self.register_buffer("log_prior", torch.tensor(log_prior))
 
-    def forward(self, image: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor, strength: Tensor) -> tuple[Tensor, ...]:
         """Compute logits [B,C] = cos/tau_s + shift + memory + strength·log_prior, and the unit feature [B,D].
 
         Of another classifier, and after a second stage, its logits stand in the place of cos/tau_s. image: uint8 [B,3,H,W];
         strength: float32 [B,1].
         """
+        if self.with_map:
+            outputs, maps = self.backbone.with_map(self.normalise(image))
+            return *self.head(outputs, strength), maps
         return self.head(self.backbone(self.normalise(image)), strength)
 
     def normalise(self, image: Tensor) -> Tensor:
@@ -101,7 +107,8 @@ def to_onnx(served: ServedStudent, size: int, opset: int) -> bytes:
     Opset at most 20 and IR version at most 10, because older Triton images do not load newer ones.
     """
     example = {"image": example_image(size), "strength": torch.zeros(TRACED_BATCH, 1)}
-    return trace(served, example, ["logits", "feature"], opset).SerializeToString()
+    outputs = ["logits", "feature", *(["feature_map"] if served.with_map else [])]
+    return trace(served, example, outputs, opset).SerializeToString()
 
 
 def example_image(size: int) -> Tensor:

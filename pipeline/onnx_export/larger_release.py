@@ -13,12 +13,14 @@ from onnx import numpy_helper
 
 from models.prior import log_class_prior
 from models.taxonomy import Taxonomy
+from pipeline.onnx_export.explanations import with_class, write_arrays
 from pipeline.onnx_export.release import open_session
 from pipeline.shared.artifacts import write_file, write_json
 from pipeline.shared.errors import StageError
 from pipeline.shared.fingerprint import code_sha256
 from pipeline.shared.lineage import code_revision
 from serving.repository.manifest import (
+    EXPLAIN_NAME,
     GOLDEN_NAME,
     MANIFEST_NAME,
     STUDENT_NAME,
@@ -106,9 +108,18 @@ def check_old_logits(session: Any, larger: Any, pixels: np.ndarray, position: in
 
 
 def write_export(
-    folder: Path, export: Path, graph: bytes, manifest: Manifest, examples: list[bytes], decision: dict[str, Any]
+    folder: Path,
+    export: Path,
+    graph: bytes,
+    manifest: Manifest,
+    examples: list[bytes],
+    decision: dict[str, Any],
+    added: dict[str, Any],
 ) -> None:
-    """Write the export folder of the larger release: graph, golden requests, card, manifest, signature if a key is set."""
+    """Write the export folder of the larger release: graph, golden requests, card, manifest, signature if a key is set.
+
+    added: arguments of `with_class` for the feature index of a release that has one.
+    """
     folder.mkdir()
     write_file(folder / STUDENT_NAME, graph)
     session = open_session(folder / STUDENT_NAME)
@@ -119,8 +130,12 @@ def write_export(
     card = (export / CARD_NAME).read_text(encoding="utf-8")
     note = f"\n## Class added without training\n\n{decision['name']}: {'; '.join(decision['reasons'])}.\n"
     write_file(folder / CARD_NAME, card.rstrip("\n") + "\n" + note)
+    explain = None
+    if manifest.explain:
+        explain = write_arrays(folder, with_class(export / EXPLAIN_NAME, **added), manifest.explain.map)
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
-    changes = {
+    changes: dict[str, Any] = {
+        "explain": explain,
         "files": files, "runtime": runtime_sha256(), "code_revision": code_revision(), "code_sha256": code_sha256(),
     }  # fmt: skip
     write_file(folder / MANIFEST_NAME, manifest.model_copy(update=changes).model_dump_json(indent=2) + "\n")

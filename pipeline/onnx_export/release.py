@@ -32,6 +32,7 @@ from serving.repository.manifest import (
     GOLDEN_TOLERANCE,
     Calibration,
     DecisionDefaults,
+    Explain,
     Golden,
     HalfPrecision,
     ImageFormat,
@@ -197,6 +198,7 @@ def build_manifest(
     unknown: Unknown | None = None,
     segmentation: SegmentationFormat | None = None,
     taxonomy: TaxonomyTree | None = None,
+    explain: Explain | None = None,
 ) -> Manifest:
     """Build the manifest of a release; files: sha256 of each file that is in the folder."""
     return Manifest(
@@ -226,6 +228,7 @@ def build_manifest(
         decision=decision,
         unknown=unknown,
         taxonomy=taxonomy,
+        explain=explain,
         half=HalfPrecision(**asdict(half)) if half else None,
         limits=Limits(image_pixels=params.serving.image_pixels, request_pixels=params.serving.request_pixels),
         segmentation=segmentation,

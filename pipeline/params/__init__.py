@@ -9,10 +9,10 @@ from pipeline.params.data import (
     StreamParams,
     TableParams,
 )
-from pipeline.params.encoder import EncoderParams
+from pipeline.params.encoder import ClassWordsParams, EncoderParams, TextParams
 from pipeline.params.file import PARAMS_FILE, Params, load_params, parse_params, read_yaml
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
-from pipeline.params.release import EvaluateParams, ExportParams, GateParams, GateRule, ServingParams
+from pipeline.params.release import EvaluateParams, ExplainParams, ExportParams, GateParams, GateRule, ServingParams
 from pipeline.params.second_stage import ClassifierParams
 from pipeline.params.tasks import SegmentationAugmentParams, SegmentationParams
 from pipeline.params.training import (
@@ -26,9 +26,10 @@ from pipeline.params.training import (
 )
 
 __all__ = [
-    "PARAMS_FILE", "AugmentParams", "ClassifierParams", "DataParams", "EncoderParams", "EngineParams", "EvaluateParams",
-    "ExportParams", "GateParams", "GateRule", "ImageParams", "IngestParams", "LabelMapParams", "LearningRateParams",
-    "ListParams", "MemoryParams", "Params", "PretrainedParams", "PriorParams", "RetrainParams",
-    "SegmentationAugmentParams", "SegmentationParams", "ServingParams", "StreamParams", "StudentParams", "TableParams",
-    "TrackingParams", "TrainingParams", "load_params", "parse_params", "read_yaml",
+    "PARAMS_FILE", "AugmentParams", "ClassWordsParams", "ClassifierParams", "DataParams", "EncoderParams",
+    "EngineParams", "EvaluateParams", "ExplainParams", "ExportParams", "GateParams", "GateRule", "ImageParams",
+    "IngestParams", "LabelMapParams", "LearningRateParams", "ListParams", "MemoryParams", "Params", "PretrainedParams",
+    "PriorParams", "RetrainParams", "SegmentationAugmentParams", "SegmentationParams", "ServingParams", "StreamParams",
+    "StudentParams", "TableParams", "TextParams", "TrackingParams", "TrainingParams", "load_params", "parse_params",
+    "read_yaml",
 ]  # fmt: skip

@@ -1,13 +1,13 @@
-"""Section `encoder` of params.yaml: the pretrained network that computes the features for teacher and student."""
+"""Sections `encoder` and `text` of params.yaml: the pretrained networks that compute features of images and of texts."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.params.data import ImageParams
-from pipeline.params.section import Count, Section
+from pipeline.params.section import Count, PositiveInt, Section
 from pipeline.params.training import AugmentParams, StudentParams, TrainingParams
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -31,6 +31,65 @@ class EncoderParams(Section):
     views: Annotated[int, Field(ge=0, le=64)] = 0
     crop_padding: Count = 16
     flip: bool = True
+
+
+class ClassWordsParams(Section):
+    """A CSV file (UTF-8) with the words of each class.
+
+    class_column: column with the class name, as in data/split/classes.json. text_column: column with its words. separator:
+    text between several words of one cell; null: the cell is one.
+    """
+
+    file: str
+    class_column: str = "name"
+    text_column: str = "text"
+    separator: Annotated[str, Field(min_length=1)] | None = None
+
+
+class TextParams(Section):
+    """Features of texts, the Gaussian centres of the classes (docs/text-centres.md).
+
+    encoder: onnx, open_clip, transformers, or features: rows of the user's own. file: the ONNX graph; of open_clip the
+    weights; of transformers the model's folder; of features a safetensors file with a tensor [n,D] for each class name.
+    Also package:<package>/<file>, and hf://owner/name@revision/<file> (of transformers without the file). sha256: of that
+    file, of transformers of its model.safetensors; null: not checked. download: whether an hf:// address may be
+    downloaded. tokenizer: tokenizer.json, of onnx. model: architecture, of open_clip. pooling: of a graph or model that
+    outputs a vector for each token: their mean, or the first. max_tokens: longest sentence; null: the tokenizer's.
+    names: words of the classes; null: the class names, with spaces instead of underscores. templates: sentences with one
+    {} for the words. descriptions: a folder with <class>.txt. max_sentences: of a class; templates precede descriptions.
+    """
+
+    encoder: Literal["onnx", "open_clip", "transformers", "features"]
+    file: str
+    sha256: Sha256 | None = None
+    download: bool = False
+    tokenizer: str | None = None
+    model: str | None = None
+    pooling: Literal["mean", "first"] = "mean"
+    max_tokens: Annotated[int, Field(ge=4, le=8192)] | None = None
+    batch_size: PositiveInt = 32
+    names: ClassWordsParams | None = None
+    templates: list[str] = ["a photo of a {}."]
+    descriptions: str | None = None
+    max_sentences: Annotated[int, Field(ge=1, le=1024)] = 16
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_encoder(self) -> TextParams:
+        for key, encoder in (("tokenizer", "onnx"), ("model", "open_clip")):
+            value = getattr(self, key)
+            if (value is None) == (self.encoder == encoder):
+                state = "null" if value is None else value
+                raise ValueError(f"{key} is {state}, but encoder is {self.encoder}; {encoder} alone needs it")
+        if self.encoder == "features" and (self.names or self.descriptions):
+            raise ValueError("encoder is features, which takes no sentences; set names and descriptions to null")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(
+                    f"templates has {template!r}; expected a sentence with one {{}} for the words of a class"
+                )
+        if not (self.templates or self.descriptions or self.encoder == "features"):
+            raise ValueError("templates is empty and descriptions is null; set one of them")
+        return self
 
 
 # Features are computed once, so a training step cannot augment an image. encoder.views stores augmented views instead.

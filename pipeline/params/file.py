@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.params.data import DataParams, ImageParams, PriorParams, StreamParams
-from pipeline.params.encoder import EncoderParams, check_encoder_sections
+from pipeline.params.encoder import EncoderParams, TextParams, check_encoder_sections
 from pipeline.params.operation import IngestParams, RetrainParams, TrackingParams
 from pipeline.params.release import EvaluateParams, ExportParams, GateParams, ServingParams
 from pipeline.params.second_stage import ClassifierParams
@@ -35,6 +35,7 @@ class Params(Section):
     prior: PriorParams
     segmentation: SegmentationParams | None = None
     encoder: EncoderParams | None = None
+    text: TextParams | None = None
     teacher: TrainingParams
     student: StudentParams
     classifier: ClassifierParams = ClassifierParams()
@@ -61,6 +62,17 @@ class Params(Section):
                 "with start: linear)"
             )
         _check_views(self.student, self.encoder)
+        if self.student.uses_text and not self.text:
+            raise ValueError(
+                f"student.contrast_encoder is {self.student.contrast_encoder}, but section text is null; set it, such as to "
+                "{encoder: features, file: text.safetensors}"
+            )
+        if self.student.uses_text and self.encoder and self.student.tune == "none" and not self.student.adapter:
+            raise ValueError(
+                f"student.contrast_encoder is {self.student.contrast_encoder}, but student.adapter is 0 and the encoder is "
+                "frozen, so that L_GML trains no weight of the student; set student.adapter above 0, or student.tune"
+            )
+        _check_sampling(self)
         if self.student.memory and self.classifier.kind != "none":
             raise ValueError(
                 f"classifier.kind is {self.classifier.kind}, but student.memory is set; a second stage refits a "
@@ -83,6 +95,24 @@ def _check_views(student: StudentParams, encoder: EncoderParams | None) -> None:
             raise ValueError(problem + "encoder.views is 0; set it to 1 or more")
     elif student.augment.one_view:
         raise ValueError(problem + "student.augment changes no image; set flip, crop_padding or a policy")
+
+
+def _check_sampling(params: Params) -> None:
+    """Raise ValueError for sections that do not fit student.sampling."""
+    student, teacher = params.student, params.teacher
+    if student.sampling == 1:
+        return
+    problem = f"student.sampling is {student.sampling:g}, but "
+    if params.prior.weighting != "frequency":
+        raise ValueError(
+            f"{problem}prior.weighting is {params.prior.weighting}; both change the prior in the losses: set one of them to "
+            "1.0 or frequency"
+        )
+    if student.alpha and teacher.assumed_adjustment not in (None, 1.0):
+        raise ValueError(
+            f"{problem}student.alpha is {student.alpha:g} and teacher.adjustment {teacher.adjustment:g}, so that their logits "
+            "have other priors; set teacher.adjustment: 1.0, or student.alpha: 0.0"
+        )
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:

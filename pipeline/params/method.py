@@ -8,6 +8,7 @@ from pydantic import Field
 
 from pipeline.params.section import Count, NonNegative, Number, Positive, PositiveInt, Section, Share
 
+TEXT = ("text", "teacher_and_text")  # values of student.contrast_encoder that use text features
 BelowOne = Annotated[Number, Field(gt=0, lt=1)]
 
 
@@ -101,10 +102,17 @@ Head = Annotated[CosineHead | LinearHead | CausalHead, Field(discriminator="kind
 
 
 class GMLContrast(Section):
-    """L_GML and L_tau of the paper, with the keys of section student."""
+    """L_GML and L_tau of the paper, with the keys of section student.
+
+    centres, sentences: of text features (contrast_encoder text, teacher_and_text). centres: `trained` embeds the text
+    features by a key head; `raw` compares the image features with them as they are, for image and text encoder of one space.
+    sentences: `all` is a mixture of one Gaussian per sentence, `mean` one Gaussian per class.
+    """
 
     kind: Literal["gml"] = "gml"
-    encoders: ClassVar = ("teacher", "momentum", "self")  # self: of task segmentation
+    centres: Literal["trained", "raw"] = "trained"
+    sentences: Literal["all", "mean"] = "all"
+    encoders: ClassVar = ("teacher", "momentum", "self", "text", "teacher_and_text")  # self: of task segmentation
 
 
 class SupConContrast(Section):
@@ -235,7 +243,12 @@ def check_contrast(
             f"contrast_encoder is {encoder}, but contrast.kind {kind} takes {' or '.join(contrast.encoders)}; set "
             f"contrast_encoder: {contrast.encoders[0]}"
         )
-    if kind == "gml":
+    if isinstance(contrast, GMLContrast):
+        if contrast != GMLContrast() and encoder not in TEXT:
+            raise ValueError(
+                f"contrast.centres is {contrast.centres} and contrast.sentences is {contrast.sentences}, but contrast_encoder "
+                f"is {encoder}, without text features; set contrast_encoder to {' or '.join(TEXT)}, or contrast: {{kind: gml}}"
+            )
         return
     if accumulate > 1:
         raise ValueError(

@@ -49,6 +49,16 @@ class ExportParams(Section):
     golden: PositiveInt
 
 
+class ExplainParams(Section):
+    """Reasons of answers. images: training images in the feature index of a release; 0: none. thumbnails: longer side in pixels
+    of their small copies in the index; null: no copies. map: whether the graph has an output for class-activation maps.
+    """
+
+    images: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    thumbnails: Annotated[int, Field(ge=16, le=256)] | None = None
+    map: bool = False
+
+
 class ServingParams(Section):
     """The served classifier. strength: default strength of the logit adjustment. top_k: classes in a response.
 
@@ -57,7 +67,7 @@ class ServingParams(Section):
     its name, 1 for the others, or a matrix with a row for each true class; null: 1 for every wrong class. ask: price of
     asking a person; null: never. With costs or ask every response has a decision. false_alarms: rate at which images of known
     classes are called unknown; null: only where a request names one. level: probability that the node of data.taxonomy in
-    every response reaches; null: only where a request names one.
+    every response reaches; null: only where a request names one. explain: what a request with `explain` is answered with.
 
     image_pixels, request_pixels: limits of decoded pixels for one image and for all images of a request; a large JPEG
     counts less. trusted_keys: public keys that sign releases, each a PEM file or base64; other releases are neither
@@ -72,6 +82,7 @@ class ServingParams(Section):
     ask: Cost | None = None
     false_alarms: Annotated[Number, Field(gt=0, lt=1)] | None = None
     level: Annotated[Number, Field(gt=0, le=1)] | None = None
+    explain: ExplainParams = ExplainParams()
     image_pixels: PositiveInt = 16_000_000
     request_pixels: PositiveInt = 25_000_000
     trusted_keys: list[Annotated[str, Field(min_length=1)]] = []

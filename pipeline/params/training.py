@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from pipeline.params.experts import ExpertsParams, check_experts
 from pipeline.params.method import (
+    TEXT,
     Contrast,
     CosineHead,
     CrossEntropyLoss,
@@ -157,16 +158,20 @@ class StudentParams(TrainingParams):
     A term of weight 0 is not computed. contrast: the term of weight beta (docs/contrast-terms.md). contrast_encoder: the
     encoder that gives the keys, the frozen `teacher` or a `momentum` copy of the student, updated with encoder_momentum in
     each step; with `momentum` and alpha 0 no teacher is used. `self`: the student, for terms whose views all carry
-    gradients, and for task segmentation. prior_strength, tau_g, train_tau_g and the queues are used by `gml` alone.
-    projection_hidden: hidden units of the projection heads, which in `gml` embed all queue_total rows in each step; null: the
-    feature width. memory: null for no
-    memory.
+    gradients, and for task segmentation. `text`: the features of stage embed_text, constant and without queue;
+    `teacher_and_text`: the sum of both terms (docs/text-centres.md). prior_strength, tau_g and train_tau_g are used by `gml`
+    alone, as are the queues. projection_hidden: hidden units of the projection heads, which in `gml` embed all queue_total
+    rows in each step; null: the feature width. memory: null for no memory.
 
     tune: `none` trains on the stored features of section encoder. `last_blocks` trains the last tune_blocks blocks of
     the encoder, `lora` a low-rank update (rank tune_rank) of its linear layers and convolutions, `adaptformer` an
     adapter (tune_rank hidden units) in each transformer block, `all` the whole encoder; the student then takes images,
     and the teacher stays on the frozen encoder. tune_rate: learning rate of the encoder's last block as a multiple of
     learning_rate. tune_decay: each earlier block has tune_decay times the rate of the block after it.
+
+    sampling: the images of an epoch are drawn with replacement, a class with a probability in proportion to (its number of
+    images) ** sampling, and the losses use the log of these probabilities as prior. 0.5: square-root sampling; 1: each image
+    once in an epoch.
 
     experts: a network with several experts and its loss, in place of the terms above; null for one network.
     """
@@ -177,7 +182,7 @@ class StudentParams(TrainingParams):
     distillation_temperature: Positive
     prior_strength: NonNegative
     contrast: Contrast = GMLContrast()
-    contrast_encoder: Literal["teacher", "momentum", "self"] = "teacher"
+    contrast_encoder: Literal["teacher", "momentum", "self", "text", "teacher_and_text"] = "teacher"
     encoder_momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     tau_g: Positive
     train_tau_g: bool
@@ -192,6 +197,12 @@ class StudentParams(TrainingParams):
     tune_rank: PositiveInt = 8
     tune_rate: Positive = 0.1
     tune_decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    sampling: Share = 1.0
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether a term compares with text features."""
+        return self.beta > 0 and self.contrast_encoder in TEXT
 
     @property
     def trains_classifier(self) -> bool:
@@ -230,6 +241,15 @@ class StudentParams(TrainingParams):
         return self
 
     @model_validator(mode="after")
+    def _sampling_fits(self) -> StudentParams:
+        if self.sampling != 1 and (self.adjustment != 1 or self.experts):
+            raise ValueError(
+                f"sampling is {self.sampling:g}, but adjustment is {self.adjustment:g} and experts is "
+                f"{self.experts.kind if self.experts else 'null'}; expected adjustment: 1.0 and experts: null, or sampling: 1.0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _experts_fit(self) -> StudentParams:
         if self.experts:
             check_experts(self.experts, self)
@@ -237,8 +257,9 @@ class StudentParams(TrainingParams):
 
     @property
     def assumed_adjustment(self) -> float | None:
-        """As of TrainingParams; None also for experts whose papers use the logits as they are."""
-        return None if self.experts and self.experts.balanced else super().assumed_adjustment
+        """As of TrainingParams; None also for experts whose papers use the logits as they are, and for another sampling."""
+        balanced = (self.experts and self.experts.balanced) or self.sampling != 1
+        return None if balanced else super().assumed_adjustment
 
 
 class EngineParams(Section):

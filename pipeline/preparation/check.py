@@ -160,11 +160,11 @@ def check(
         reliable = [group for group in near_duplicates or [] if _large_enough(group, inspected)]
         for kind, groups in (("duplicates", [*duplicates.values()]), ("near duplicates", reliable)):
             problems += _cross_split_problem(kind, groups, source)
-    label_maps, remarks = None, source.remarks if isinstance(source, FolderSource) else []
+    label_maps = None
     if isinstance(source, LabelMapSource):
         label_maps = figures.label_map_figures(source.classes, assigned, inspected)
         verdict += figures.missing_classes(label_maps, params.prior.smoothing)
-        remarks = figures.remarks(label_maps, params)
+        remarks += figures.remarks(label_maps, params)
     return DataReport(
         source.origin, data.location, classes, assigned, inspected,
         {split: count_classes(rows, len(classes)) for split, rows in assigned.items()},

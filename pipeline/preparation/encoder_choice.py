@@ -33,7 +33,7 @@ REDUCED = {"efficientnet_lite0": 128, "efficientnet_lite2": 128}  # of Lite0 a t
 LONGEST_MINUTES = 20  # limit for `embed` at the full size; above it the reduced size is used
 # From this number of training images, a folder is trained from scratch if kNN on the features is not above chance.
 MANY = 20_000
-# Seconds of `dvc repro` besides `embed`, rough estimates. START_SECONDS: the start of nine stages, report and export.
+# Seconds of `dvc repro` besides `embed`, rough estimates. START_SECONDS: the start of ten stages, report and export.
 # TRAINING_SECONDS: teacher and student, for each training image.
 START_SECONDS, TRAINING_SECONDS = 100, 0.005
 WHY = "pretrained features need fewer images than training from scratch"

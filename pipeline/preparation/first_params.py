@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ from pipeline.preparation.folder_summary import (
     VALIDATION_SHARE,
     FolderSummary,
 )
+from pipeline.shared.artifacts import sha256_of
 from pipeline.shared.errors import DataError, ParamsError
+from pipeline.text.sentences import is_code
 from serving.shared.terminal import counted
 
 SMALL, TINY_PHOTOGRAPH = 40, 96  # pixels of the shorter side
 LARGEST_QUEUE = 65536  # the paper's value for iNaturalist 2018
+ADAPTER = 128  # hidden units
+WORDS = Path("data/text/classes.csv")  # of the classes, with the columns name and text
 FROM_SCRATCH = EncoderChoice(None, "--no-encoder")
 # Values without an encoder. A params.yaml of an older release lacks the keys in NEW_KEYS.
 NEW_KEYS: dict[str, Any] = {
@@ -134,6 +139,50 @@ def _queues(total: int, classes: int) -> Suggestions:
         "student.queue_minimum": (minimum, "k_m: least number of rows of a class"),
         "student.projection_dim": (32 if classes <= 100 else 128, "dimension of the contrast features"),
     }
+
+
+def text_values(classes: Sequence[str], source: Path, adapter: bool) -> tuple[Suggestions, str]:
+    """Choose section `text` and training with text features as centres; returns them and a warning, or ''.
+
+    source: an ONNX text encoder with tokenizer.json beside it, a folder of transformers, or a .safetensors file of features.
+    adapter: whether the student has a frozen encoder, which needs an adapter to be trained by L_GML. Words of the classes are
+    taken from data/text if it has them. Nothing is suggested for class names that are codes without words in data/text.
+    Raises ParamsError if `source` is none of these.
+    """
+    section: dict[str, Any] = {"file": source.as_posix()}
+    weights = source / "model.safetensors" if source.is_dir() else source
+    if not weights.is_file():
+        raise ParamsError(f"--text {source}: no such file; expected .onnx, .safetensors, or a folder of transformers")
+    if source.is_dir():
+        section["encoder"] = "transformers"
+    elif source.suffix == ".safetensors":
+        section["encoder"] = "features"
+    else:
+        tokenizer = source.with_name("tokenizer.json")
+        if source.suffix != ".onnx" or not tokenizer.is_file():
+            raise ParamsError(
+                f"--text {source}: expected an .onnx file with {tokenizer.name} beside it, or .safetensors"
+            )
+        section |= {"encoder": "onnx", "tokenizer": tokenizer.as_posix()}
+    section["sha256"] = sha256_of(weights)
+    if section["encoder"] != "features":
+        if WORDS.is_file():
+            section["names"] = {"file": WORDS.as_posix()}
+        elif codes := [name for name in classes if is_code(name)]:
+            return {}, (
+                f"class names that are codes, not words: {len(codes):,}, such as {codes[0]!r}; no text features are suggested: "
+                f"write {WORDS} with the columns name and text, then run this command again"
+            )
+        if any(WORDS.parent.glob("*.txt")):
+            section["descriptions"] = WORDS.parent.as_posix()
+    suggested: Suggestions = {
+        "text": (section, "--text; sentences about the classes are centres of the GML loss"),
+        "student.contrast_encoder": ("text", "the features of section text"),
+        "student.beta": (1.0, "with text features"),
+    }
+    if adapter:
+        suggested["student.adapter"] = (ADAPTER, "of the encoder's features; L_GML trains it")
+    return suggested, ""
 
 
 def write_text(template: str, suggested: Suggestions) -> tuple[str, Params]:

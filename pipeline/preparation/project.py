@@ -17,6 +17,7 @@ FILES = Path(__file__).with_name("project_files")  # its dvc.yaml is named stage
 SOURCE_README = (
     "Put one folder of images per class here, with the name of the class. Then run: tailor init data/source\n"
 )
+TEXT_README = "Texts of the classes, such as classes.csv; stage embed_text runs again after a change here.\n"
 SITE_CACHE = ".dvc-site-cache"  # DVC resolves it against its working folder, so it must not lie in .dvc
 DVC_CONFIG = {
     "core.analytics": "false",
@@ -45,6 +46,7 @@ def create_project(folder: Path) -> list[str]:
     write_file(folder / "data/source/README.md", SOURCE_README)  # git ignores it; DVC warns about an empty folder
     _add_lines(folder / ".gitignore", (FILES / "gitignore").read_text(encoding="utf-8").splitlines())
     write_file(folder / "data/ingested/.gitignore", "*.parquet\n")  # keeps the folder, which stage split reads, in git
+    write_file(folder / "data/text/README.md", TEXT_README)
     _init_git_and_dvc(folder)
     write_file(folder / "dvc.yaml", (FILES / "stages.yaml").read_text(encoding="utf-8"))
     write_file(folder / "params.yaml", default_params())  # last: the folder counts as a project once this file exists

@@ -11,8 +11,8 @@ import yaml
 
 from models.calibration import MINIMUM_IMAGES
 from models.sample_size import ADVICE, from_json
+from pipeline.answers.fit import Answers
 from pipeline.data.class_prior import Prior
-from pipeline.evaluation.answers import Answers
 from pipeline.evaluation.metrics import GROUPS
 from pipeline.evaluation.segmentation import SegmentationEvaluation, legend
 from pipeline.evaluation.shifted_priors import SETS

@@ -159,10 +159,15 @@ def describe_training(teacher: TrainingParams, student: StudentParams, encoder: 
     loss = LOSSES[student.loss.kind]
     adjusted = f"logit-adjusted {loss}" if student.adjustment else loss
     gml = "the GML loss (ICML 2023, Mutual Information Maximization between Latent Features and Ground-Truth Labels)"
+    keys = {
+        "text": " with text features as centres",
+        "teacher_and_text": " and a second one with text features as centres",
+    }
+    gml += keys.get(student.contrast_encoder, "")
     contrast = gml if student.contrast.kind == "gml" else CONTRASTS[student.contrast.kind]
     terms = [name for name, weight in ((adjusted, student.gamma), (contrast, student.beta)) if weight]
     distilled = ["distillation"] if student.alpha else []
-    needed = student.alpha or (student.beta and student.contrast_encoder == "teacher")
+    needed = student.alpha or (student.beta and student.contrast_encoder in ("teacher", "teacher_and_text"))
     network = f"classifier on frozen {encoder['name']}" if encoder else teacher.backbone
     epochs = counted(teacher.epochs, "epoch")
     by = f"; teacher: {network}, {epochs}" if needed else ""

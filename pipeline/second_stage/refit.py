@@ -144,8 +144,14 @@ class _Refit:
                 return methods.train_disalign(start, self.data, how, self._log_prior())
             if self.section.kind == "balms":
                 return methods.train_balms(start, self.data, how, self._log_prior())
-            train = {"lws": methods.train_lws, "los": methods.train_los, "metasaug": methods.train_metasaug}
+            if self.section.kind == "los":
+                held = len(self.held.labels) >= MINIMUM_IMAGES
+                return methods.train_los(start, self.data, how, self._score if held else None)
+            train = {"lws": methods.train_lws, "metasaug": methods.train_metasaug}
             return train[self.section.kind](start, self.data, how)
+
+    def _score(self, head: LinearHead) -> float:
+        return self.held.balanced_accuracy(head) or 0.0
 
     def _log_prior(self) -> Tensor:
         return torch.tensor(self.prior.in_losses, dtype=torch.float64)

@@ -24,6 +24,7 @@ SPLIT = Path("data/split")
 PRIOR = Path("artifacts/prior.json")
 EMBEDDINGS = Path("artifacts/embeddings")
 EMBEDDINGS_INDEX = EMBEDDINGS / "index.json"
+TEXT = Path("artifacts/text")
 TEACHER = Path("artifacts/teacher")
 STUDENT = Path("artifacts/student")
 CLASSIFIER = Path("artifacts/classifier")

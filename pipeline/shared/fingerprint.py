@@ -22,7 +22,7 @@ from serving.shared.terminal import print
 
 ROOT = Path(__file__).parents[2]  # the folder that holds the packages
 PACKAGES = ("models", "pipeline", "serving")
-STAGES = ("split", "prior", "embed", "teacher", "student", "classifier", "evaluate", "export", "seeds")
+STAGES = ("split", "prior", "embed", "embed_text", "teacher", "student", "classifier", "evaluate", "export", "seeds")
 FOLDER = Path(".tailor/code")
 VERSION_FILE = "serving/shared/version.py"  # not hashed, because a new version number alone must not run a stage again
 DIGITS = 16  # leading digits of a sha256 in the files

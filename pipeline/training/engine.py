@@ -13,6 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from models.class_sampler import ClassSampler
 from models.distributed import rank, rank_count, synchronise_batch_norm
 from models.networks.activation_checkpointing import NoBlocksError
 from models.networks.cosine_classifier import ImageClassifier
@@ -20,7 +21,7 @@ from models.networks.tuning import merged_state
 from models.objectives.objective import Objective
 from pipeline.data.dataset import AnyImages
 from pipeline.model_io.inference import NotFiniteError, accuracy, outputs
-from pipeline.params import EngineParams, ImageParams, TrainingParams
+from pipeline.params import EngineParams, ImageParams, StudentParams, TrainingParams
 from pipeline.shared.artifacts import FAILURES
 from pipeline.shared.errors import ParamsError, StageError
 from pipeline.shared.host_memory import keep_freed_memory, peak_memory_mib
@@ -88,6 +89,10 @@ class Training:
         """The network that is evaluated and saved."""
         return self.objective.model if self.step.average is None else self.step.average.average
 
+    @property
+    def _sampling(self) -> float:
+        return self.params.sampling if isinstance(self.params, StudentParams) else 1.0
+
     def run(self, train: AnyImages, validation: AnyImages) -> History:
         """Train for params.epochs; returns one record per epoch: losses, learning rate, validation score, speed.
 
@@ -100,6 +105,11 @@ class Training:
             raise ParamsError(
                 f"stream.mode: the images are streamed in a fixed order, but {self.name} draws a second batch in each step; "
                 "set stream.mode: off"
+            )
+        if self._sampling != 1 and getattr(train, "groups", None) is not None:
+            raise ParamsError(
+                f"{self.name}.sampling is {self._sampling:g}, but the table is streamed in its own order; set "
+                f"stream.mode: off, or {self.name}.sampling: 1.0"
             )
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
@@ -178,7 +188,7 @@ class Training:
         rate = self._set_rate(at.step, steps)
         self.objective.begin_epoch(at.epoch, self.params.epochs)
         if at.order is None:
-            at.order = self._train.order(self._generator)[: steps * batch]
+            at.order = self._order(steps * batch)
         self._monitor.begin(at.sums)
         started, first = time.perf_counter(), at.step
         batches = at.order.view(steps, batch)
@@ -228,6 +238,14 @@ class Training:
         if self.on_epoch:
             self.on_epoch(self._at.history)
         return record
+
+    def _order(self, images: int) -> Tensor:
+        """Indices of the images of an epoch, int64 [images]."""
+        if self._sampling == 1:
+            return self._train.order(self._generator)[:images]
+        return ClassSampler(self._train.labels, self.objective.model.classes, self._sampling).draw(
+            images, self._generator
+        )
 
     def _set_rate(self, step: int, steps: int) -> float:
         """Set the learning rate of a step of the current epoch, and return it."""

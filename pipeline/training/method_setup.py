@@ -1,13 +1,16 @@
-"""Construction of L_cls, the contrast term and the objective of experts from params; checks of experts before training."""
+"""Construction of L_cls, contrast terms and the objective of experts from params; checks of experts before training."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from models.contrast.crd import CRD
+from models.contrast.gml import TextCentres, UnitVectors
 from models.contrast.kcl import KPositiveContrast
 from models.contrast.memories import FifoQueue
 from models.contrast.paco import GPaCo, PaCo
@@ -30,7 +33,9 @@ from models.objectives.experts import BbnObjective, ExpertsObjective, Ncl, Reslt
 from pipeline.data.class_prior import Prior
 from pipeline.params import StudentParams, TrainingParams, method
 from pipeline.params.experts import BbnParams, ExpertsParams, NclParams, ResltParams, RideParams
+from pipeline.shared.artifacts import TEXT
 from pipeline.shared.errors import ParamsError
+from pipeline.text.stored import TextFeatures
 
 
 def class_loss(section: TrainingParams, prior: Prior) -> ClassLoss:
@@ -88,6 +93,48 @@ def contrast_term(
         )  # fmt: skip
     except ValueError as error:
         raise ParamsError(f"student.contrast.kind is crd, but {error}") from None
+
+
+def text_centres(section: StudentParams, prior: Prior, width: int, text: TextFeatures | None) -> TextCentres:
+    """The term of text features, for section.contrast_encoder text and teacher_and_text.
+
+    width: of the image features. text: None: one row per class, of the same width, which suffices to estimate memory. Raises
+    ParamsError if section.contrast.centres is raw and the widths differ.
+    """
+    contrast, classes, hidden = section.contrast, len(prior.classes), section.projection_hidden
+    assert isinstance(contrast, method.GMLContrast)
+    # On the CPU also within torch.device("meta"): the term reads the classes of the rows.
+    rows, row_class = torch.ones(classes, width), torch.arange(classes, device="cpu")
+    if text is not None:
+        rows, row_class = torch.from_numpy(text.features), torch.from_numpy(text.row_class)
+    if contrast.sentences == "mean":
+        rows, row_class = class_means(rows, row_class, classes), torch.arange(classes, device="cpu")
+    if contrast.centres == "raw":
+        if rows.shape[1] != width:
+            raise ParamsError(
+                f"student.contrast.centres is raw, but the text features of {TEXT} have {rows.shape[1]} values and the image "
+                f"features {width}; expected image and text encoder of one space, or student.contrast.centres: trained"
+            )
+        heads: tuple[nn.Module, nn.Module] = UnitVectors(), UnitVectors()
+    else:
+        query_head = ProjectionHead(width, hidden or width, section.projection_dim)
+        equal = rows.shape[1] == width  # of equal widths, such as CLIP's, the heads start equal
+        other = rows.shape[1], hidden or rows.shape[1], section.projection_dim
+        heads = query_head, copy.deepcopy(query_head) if equal else ProjectionHead(*other)
+    return TextCentres(
+        *heads,
+        rows,
+        row_class,
+        torch.tensor(prior.in_losses),
+        section.tau_g,
+        section.train_tau_g,
+        section.prior_strength,
+    )
+
+
+def class_means(rows: Tensor, row_class: Tensor, classes: int) -> Tensor:
+    """Mean direction of the rows [N,D] of each class: unit vectors [C,D]."""
+    return F.normalize(rows.new_zeros(classes, rows.shape[1]).index_add(0, row_class, rows), dim=1)
 
 
 def experts_objective(

@@ -54,6 +54,7 @@ from pipeline.training.history import History, as_jsonl, validation_score, write
 from pipeline.training.method_setup import check_experts, class_loss
 from pipeline.training.resume import RunFolder
 from pipeline.training.student_memory import StudentMemory
+from pipeline.training.student_setup import zero_shot
 from serving.shared.terminal import counted, print
 
 MEAN_IOU = Score("validation_miou", mean_iou, probe_finite)
@@ -154,6 +155,14 @@ def train_network(
         )
     if notice and rank() == 0:
         print(f"{name}  {notice}", flush=True)
+    if (
+        name == "student"
+        and (score := zero_shot(objective, validation, params.image, device)) is not None
+        and rank() == 0
+    ):
+        print(
+            f"student  zero-shot, without training: {score:.1%} of the validation images, by the mean text of each class"
+        )
     memory = None
     if name == "student" and params.student.memory:
         assert isinstance(train, FeatureImages) and isinstance(validation, FeatureImages)  # params have an encoder
@@ -236,7 +245,8 @@ def check_recipe(teacher: TrainingParams, student: StudentParams, prior: Prior) 
         except UnknownBackboneError as error:
             raise ParamsError(f"{key}: {error}") from None
     check_experts(student, prior)
-    if not student.beta or student.contrast.kind != "gml" or memory_alone(student):
+    queues = student.contrast.kind == "gml" and student.contrast_encoder != "text"
+    if not student.beta or not queues or memory_alone(student):
         return
     try:
         queue_lengths(prior.counts, student.queue_total, student.queue_minimum)

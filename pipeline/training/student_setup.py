@@ -10,22 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.contrast.gml import TextCentres, UnitVectors
 from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import Backbone
-from models.networks.cosine_classifier import ImageClassifier
+from models.networks.cosine_classifier import CosineClassifier, ImageClassifier
 from models.networks.tuning import TunedBackbone, TuneError, Tuning
 from models.objectives.contrast import ContrastObjective
 from models.objectives.objective import Objective
 from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
 from pipeline.data.class_prior import Prior
+from pipeline.data.dataset import AnyImages
 from pipeline.data.split_tables import read_split
 from pipeline.model_io.checkpoint import ModelConfig, build_model, check_encoder, check_image, load_model
 from pipeline.model_io.encoder import build_on_meta, describe, load_encoder
+from pipeline.model_io.inference import accuracy
 from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import EncoderParams, ImageParams, StudentParams
+from pipeline.shared.artifacts import TEXT
 from pipeline.shared.errors import ParamsError
-from pipeline.training.method_setup import class_loss, contrast_term, experts_objective
+from pipeline.text.stored import TextFeatures, load_text_features
+from pipeline.training.method_setup import class_loss, class_means, contrast_term, experts_objective, text_centres
 
 
 def build_objective(
@@ -61,7 +66,8 @@ def build_objective(
         if pretrained:
             model.backbone = tuned_backbone(pretrained, model.backbone, section)
         labels = training_labels() if section.beta and section.contrast.kind == "crd" else None
-        return student_objective(section, weights, prior, model, frozen, teacher_adjustment, labels)
+        text = load_text_features(TEXT, prior.classes) if section.uses_text else None
+        return student_objective(section, weights, prior, model, frozen, teacher_adjustment, labels, text)
 
 
 def training_labels() -> Tensor:
@@ -99,20 +105,23 @@ def student_objective(
     teacher: ImageClassifier | None,
     teacher_adjustment: float | None = None,
     labels: Tensor | None = None,
+    text: TextFeatures | None = None,
 ) -> Objective:
     """The objective of params.student for a network and its teacher.
 
-    teacher_adjustment: of the teacher's L_cls. labels: as in `contrast_term`.
+    teacher_adjustment: of the teacher's L_cls. labels: as in `contrast_term`. text: as in `text_centres`.
     """
+    prior = prior.sampled(section.sampling)
     loss = class_loss(section, prior)
     loss.start(model.classifier)
     if section.experts:
         return experts_objective(section.experts, prior, model, loss)
-    if section.beta and section.contrast.kind != "gml":
+    centres = text_centres(section, prior, model.feature_dim, text) if section.uses_text else None
+    if section.beta and (section.contrast.kind != "gml" or section.contrast_encoder == "text"):
         width = model.feature_dim if teacher is None else teacher.feature_dim
+        term = centres or contrast_term(section, prior, model.feature_dim, width, labels)
         return ContrastObjective(
-            model, teacher, torch.tensor(prior.in_losses), weights,
-            contrast_term(section, prior, model.feature_dim, width, labels),
+            model, teacher, torch.tensor(prior.in_losses), weights, term,
             encoder_momentum=section.encoder_momentum, teacher_adjustment=teacher_adjustment, loss=loss,
         )  # fmt: skip
     return StudentObjective(
@@ -131,7 +140,24 @@ def student_objective(
         encoder_momentum=section.encoder_momentum,
         teacher_adjustment=teacher_adjustment,
         loss=loss,
+        text=centres,
     )
+
+
+def zero_shot(objective: Objective, validation: AnyImages, image: ImageParams, device: torch.device) -> float | None:
+    """Accuracy on validation of the untrained network with the mean text feature of each class as its classifier.
+
+    None unless student.contrast.centres is raw, that is, image and text features have one space.
+    """
+    centres = getattr(objective, "text", None) or getattr(objective, "term", None)
+    if not (isinstance(centres, TextCentres) and isinstance(centres.query_head, UnitVectors) and len(validation)):
+        return None
+    with torch.random.fork_rng(devices=[]):
+        means = class_means(centres.features, centres.row_class, objective.model.classes)
+        model = copy.deepcopy(objective.model).to(device)
+        model.classifier = CosineClassifier(means.shape[1], len(means)).to(device)
+        model.classifier.weight.data.copy_(means)
+    return accuracy(model, validation, image, device)
 
 
 def weights_of(section: StudentParams) -> StudentWeights:

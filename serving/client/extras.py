@@ -20,6 +20,14 @@ Costs = Mapping[str, float] | Sequence[float] | Sequence[Sequence[float]] | NDAr
 MAX_FILE_BYTES = 16 * 1024 * 1024
 DECISION = ("decision", "decision_index", "expected_cost")
 NODE = ("node", "node_probability")
+EXPLAIN = (
+    "nearest",
+    "nearest_class",
+    "nearest_cosine",
+    "nearest_image",
+    "activation_map",
+)  # a release may lack each of them
+NEAREST, MOST_NEAREST = 5, 20  # training images of explain=True, and the most
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,9 @@ class Extras:
     class and a column for each answer. ask: price of asking a person, in the unit of costs; the decision is to ask where
     every class costs more. Without costs every wrong class costs 1. false_alarms: above 0 and below 1; the answer has whether
     the image is unknown, which it wrongly is for this share of images of the known classes. level: above 0, at most 1; the
-    answer has the deepest node of the taxonomy whose classes together have this probability. Raises InputError.
+    answer has the deepest node of the taxonomy whose classes together have this probability. explain: True, or the number of
+    nearest training images, at most 20; the answer has them and, for some networks, the class-activation map of its best class.
+    Raises InputError.
     """
 
     coverage: float | None = None
@@ -40,6 +50,7 @@ class Extras:
     ask: float | None = None
     false_alarms: float | None = None
     level: float | None = None
+    explain: bool | int | None = None
 
     def __post_init__(self) -> None:
         if self.coverage is not None and not 0 < _number(self.coverage, "coverage") < 1:
@@ -50,6 +61,10 @@ class Extras:
             raise InputError(f"ask is {self.ask:g}; expected a finite price of at least 0")
         if self.level is not None and not 0 < _number(self.level, "level") <= 1:
             raise InputError(f"level is {self.level:g}; expected a number above 0 and at most 1")
+        if not isinstance(self.explain, int | None) or not 0 <= (self.explain or 0) <= MOST_NEAREST:
+            raise InputError(
+                f"explain is {self.explain!r}; expected True or a number of images from 1 to {MOST_NEAREST}"
+            )
 
     @property
     def names_needed(self) -> bool:
@@ -69,6 +84,8 @@ class Extras:
             rows["false_alarms"] = np.array([self.false_alarms], dtype=np.float32)
         if self.level is not None:
             rows["level"] = np.array([self.level], dtype=np.float32)
+        if self.explain:
+            rows["explain"] = np.array([NEAREST if self.explain is True else self.explain], dtype=np.uint8)
         return rows
 
     def _costs(self, names: Sequence[str] | None) -> Any:
@@ -92,7 +109,7 @@ class Extras:
 
 
 def outputs_of(inputs: Mapping[str, Any]) -> dict[str, int]:
-    """The outputs to request for these inputs of extras, as in messages.Infer."""
+    """The outputs to request for these inputs of extras, as in messages.Infer; without those that a response may lack."""
     names = ["set", "set_size"] if "coverage" in inputs else []
     if "costs" in inputs or "ask" in inputs:
         names += DECISION

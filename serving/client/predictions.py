@@ -27,12 +27,27 @@ class TaxonomyNode:
 
 
 @dataclass(frozen=True)
+class NearestImage:
+    """A training image near to an image: its name in the data set, its class, the cosine of both features, and a small copy.
+
+    thumbnail: a JPEG file; None from a release without thumbnails.
+    """
+
+    name: str
+    label: str
+    cosine: float
+    thumbnail: bytes | None = None
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The prediction for one image: top classes by name and index, their probabilities, and the model version.
 
     set: class names of the prediction set, most probable first. decision: by costs. unknown: whether the image resembles no
-    class. typicality: share of known validation images that look at most as familiar. node: of the taxonomy. They are None if
-    neither the request nor the release wants them.
+    class. typicality: share of known validation images that look at most as familiar. node: of the taxonomy. nearest: training
+    images, most similar first. activation_map: rows of the class-activation map of the best class, over the part of the image
+    that the network sees; their mean is the logit of the class without calibration, prior and bias. They are None if neither
+    the request nor the release wants them.
     """
 
     classes: tuple[str, ...]
@@ -44,6 +59,8 @@ class Prediction:
     unknown: bool | None = None
     typicality: float | None = None
     node: TaxonomyNode | None = None
+    nearest: tuple[NearestImage, ...] | None = None
+    activation_map: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,10 @@ def extras_mapping(answer: Prediction) -> dict[str, object]:
         parts |= {"unknown": answer.unknown, "typicality": answer.typicality}
     if answer.node is not None:
         parts["node"] = {"name": answer.node.name, "probability": answer.node.probability}
+    if answer.nearest is not None:
+        parts["nearest"] = [{"name": each.name, "class": each.label, "cosine": each.cosine} for each in answer.nearest]
+    if answer.activation_map is not None:
+        parts["activation_map"] = [list(row) for row in answer.activation_map]
     return parts
 
 
@@ -106,6 +127,9 @@ def extras_text(answer: Prediction) -> list[str]:
         lines.append(f"node: {answer.node.name or 'any class'}, {answer.node.probability:.4f}")
     if answer.set is not None:
         lines.append(f"set of {len(answer.set)}: {', '.join(answer.set)}")
+    if answer.nearest is not None:
+        images = ", ".join(f"{each.name} ({each.label}, {each.cosine:.3f})" for each in answer.nearest)
+        lines.append(f"nearest training images: {images}")
     return lines
 
 

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from serving.client.class_maps import Segmentation, segmentations, upright_size
-from serving.client.extras import DECISION, NODE, Extras, outputs_of
+from serving.client.extras import DECISION, EXPLAIN, NODE, Extras, outputs_of
 from serving.client.images import blank_image, header_pixels
-from serving.client.predictions import Decision, ModelStatus, Prediction, Status, TaxonomyNode
+from serving.client.predictions import Decision, ModelStatus, NearestImage, Prediction, Status, TaxonomyNode
 from serving.client.priors import Prior, as_text, parse_prior, vector_of
 from serving.repository.manifest import Limits
 from serving.shared.errors import InputError, ServingError
@@ -287,6 +287,7 @@ def classifier_call(
     inputs |= {each: np.repeat(values[None], len(encoded), axis=0) for each, values in rows.items()}
     requested = {**outputs, **outputs_of(extras)}
     optional = tuple(name for name in defaults if name not in outputs_of(extras))
+    optional += EXPLAIN if "explain" in extras else ()
     return Infer(CLASSIFIER, inputs, requested, "" if version is None else str(version), optional)
 
 
@@ -330,4 +331,14 @@ def _extra_parts(answer: Answer, row: int) -> dict[str, Any]:
     if "node" in answer.outputs:
         name, probability = (answer.outputs[each][row][0] for each in NODE)
         parts["node"] = TaxonomyNode(name.decode() or None, float(probability))
+    if "nearest" in answer.outputs:
+        names, classes, cosines = (answer.outputs[each][row] for each in EXPLAIN[:3])
+        files = answer.outputs["nearest_image"][row] if "nearest_image" in answer.outputs else [b""] * len(names)
+        parts["nearest"] = tuple(
+            NearestImage(name.decode(), label.decode(), float(cosine), bytes(file) or None)
+            for name, label, cosine, file in zip(names, classes, cosines, files, strict=True)
+            if name
+        )
+    if "activation_map" in answer.outputs:
+        parts["activation_map"] = tuple(map(tuple, answer.outputs["activation_map"][row].tolist()))
     return parts

@@ -89,6 +89,10 @@ def predict(
         float | None,
         typer.Option(help="Also print the deepest node of the taxonomy whose classes together have this probability."),
     ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Also print the nearest training images, and in JSON the class-activation map."),
+    ] = False,
     top: Annotated[
         int | None,
         typer.Option(help="Number of classes printed, at least 1; all that the server returns if not given."),
@@ -107,9 +111,11 @@ def predict(
     """
     if as_json and as_csv:
         raise InputError("--json and --csv exclude each other; give one of them")
+    if explain and as_csv:
+        raise InputError("--explain has no column in CSV; print JSON with --json")
     if top is not None and top < 1:
         raise InputError(f"--top is {top}; expected at least 1")
-    extras = Extras(coverage, None if costs is None else read_costs(costs), ask, unknown, level)
+    extras = Extras(coverage, None if costs is None else read_costs(costs), ask, unknown, level, explain or None)
     files = [file for path in images for file in (image_files(path) if path.is_dir() else [path])]
     keep_going = any(path.is_dir() for path in images)
     with Client(server_url(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:

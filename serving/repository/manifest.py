@@ -23,6 +23,7 @@ from serving.shared.terminal import counted
 MANIFEST_NAME = "manifest.json"
 GOLDEN_NAME = "golden.json"
 STUDENT_NAME = "student.onnx"
+EXPLAIN_NAME = "explain.npz"
 
 # Probabilities. Another ONNX Runtime version or a GPU rounds differently; a wrong graph, prior or preprocessing differs
 # by far more.
@@ -131,6 +132,20 @@ class TaxonomyTree(BaseModel):
     level: float | None = Field(default=None, gt=0, le=1)
 
 
+class Explain(BaseModel):
+    """What a release explains its answers with, in the file explain.npz (serving/triton/explain.py).
+
+    images: training images in the feature index. bytes: of the file, which the classifier holds in memory. thumbnails: whether
+    the file has small copies of the images. map: height and width of the class-activation map; None for a release without it.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    images: int = Field(ge=0)
+    bytes: int = Field(ge=1)
+    thumbnails: bool = False
+    map: tuple[int, int] | None = None
+
+
 class SegmentationFormat(BaseModel):
     """Input and output of a segmentation graph.
 
@@ -151,7 +166,8 @@ class Manifest(BaseModel):
     files: names of files beside the manifest with their sha256. encoder: name, licence, source and sha256 of the
     weights of a pretrained encoder, and how it was tuned; None for a network without one. memory: rows, tau and weight of
     the memory of training features; None without one. half: set for a graph with a float16 backbone; None for float32.
-    calibration, sets, decision, unknown, taxonomy: None in a release without them, such as one from before these keys existed.
+    calibration, sets, decision, unknown, taxonomy, explain: None in a release without them, such as one from before these keys
+    existed.
     code_revision: the git commit of the project. code_sha256: hash of the source files that wrote the release; empty in
     releases from before this key existed. segmentation: set for a release of task segmentation, whose graph returns class
     maps; its golden requests have the largest classes of the class map and their shares. runtime: sha256 of the files of
@@ -187,6 +203,7 @@ class Manifest(BaseModel):
     decision: DecisionDefaults | None = None
     unknown: Unknown | None = None
     taxonomy: TaxonomyTree | None = None
+    explain: Explain | None = None
     limits: Limits = Limits()
     segmentation: SegmentationFormat | None = None
 
@@ -216,6 +233,8 @@ class Manifest(BaseModel):
             Taxonomy(self.taxonomy.names, self.taxonomy.parents, len(self.classes))
             if self.taxonomy.names[: len(self.classes)] != self.classes:
                 raise ValueError("taxonomy.names do not begin with the classes")
+        if self.explain and EXPLAIN_NAME not in self.files:
+            raise ValueError(f"files lacks {EXPLAIN_NAME}, which explain needs")
         if self.top_k > len(self.classes):
             raise ValueError(f"top_k is {self.top_k}, above the number of classes {len(self.classes)}")
         return self

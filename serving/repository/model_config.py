@@ -26,13 +26,20 @@ SMALL_GRAPH_BYTES = 128_000_000
 THREAD_PER_CORE = "0"
 EXTRA_INPUTS = {
     "coverage": DataType.TYPE_FP32, "costs": DataType.TYPE_STRING, "ask": DataType.TYPE_FP32,
-    "false_alarms": DataType.TYPE_FP32, "level": DataType.TYPE_FP32,
+    "false_alarms": DataType.TYPE_FP32, "level": DataType.TYPE_FP32, "explain": DataType.TYPE_UINT8,
 }  # fmt: skip
 EXTRA_OUTPUTS = {
     "set": DataType.TYPE_STRING, "set_size": DataType.TYPE_INT32, "decision": DataType.TYPE_STRING,
     "decision_index": DataType.TYPE_INT32, "expected_cost": DataType.TYPE_FP32,
     "unknown": DataType.TYPE_BOOL, "typicality": DataType.TYPE_FP32,
     "node": DataType.TYPE_STRING, "node_probability": DataType.TYPE_FP32,
+    "nearest": DataType.TYPE_STRING, "nearest_class": DataType.TYPE_STRING, "nearest_cosine": DataType.TYPE_FP32,
+    "nearest_image": DataType.TYPE_STRING, "activation_map": DataType.TYPE_FP32,
+}  # fmt: skip
+# Outputs whose size differs between requests; all others have one value a row.
+EXTRA_DIMS = {
+    "set": [-1], "nearest": [-1], "nearest_class": [-1], "nearest_cosine": [-1], "nearest_image": [-1],
+    "activation_map": [-1, -1],
 }  # fmt: skip
 ENGINE_CACHE = "/tmp/tailor-engines"
 
@@ -185,7 +192,7 @@ def add_extras(config: ModelConfig) -> None:
             config.input.add(name=name, data_type=data_type, dims=[1], optional=True)
     for name, data_type in EXTRA_OUTPUTS.items():
         if name not in existing:
-            config.output.add(name=name, data_type=data_type, dims=[-1 if name == "set" else 1])
+            config.output.add(name=name, data_type=data_type, dims=EXTRA_DIMS.get(name, [1]))
 
 
 def to_text(config: ModelConfig) -> str:
@@ -209,6 +216,9 @@ def _student_signature(manifest: Manifest) -> ModelConfig:
     # With the labels Triton returns class names to a client that requests a classification of `logits`.
     config.output.add(name="logits", data_type=DataType.TYPE_FP32, dims=[classes], label_filename=LABELS_NAME)
     config.output.add(name="feature", data_type=DataType.TYPE_FP32, dims=[manifest.feature_dim])
+    if manifest.explain and manifest.explain.map:
+        dims = [manifest.feature_dim, *manifest.explain.map]
+        config.output.add(name="feature_map", data_type=DataType.TYPE_FP32, dims=dims)
     return config
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.repository.manifest import (
+    EXPLAIN_NAME,
     GOLDEN_NAME,
     MANIFEST_NAME,
     STUDENT_NAME,
@@ -34,8 +35,8 @@ from serving.shared.names import CLASSIFIER, STUDENT
 
 # Releases made by older versions of Tailor do not have these files and do not need them.
 LATER_FILES = {
-    *("integrity.py", "network.py", "start.py", "request_parser.py"),
-    *("extras.py", "decisions.py", "taxonomy.py"),
+    *("network.py", "start.py", "request_parser.py"),
+    *("extras.py", "decisions.py", "taxonomy.py", "explain.py"),
 }
 NEEDED = {
     STUDENT: ("model.onnx", *RUNTIME_FILES[STUDENT], MANIFEST_NAME),
@@ -101,7 +102,10 @@ def read_release(root: Path, version: int, hashes: bool = True) -> Release:
         raise RepositoryError(
             f"{student / 'manifest.json'}: is not the manifest of classifier {version}; write it again"
         )
-    for name, path in ((STUDENT_NAME, student / "model.onnx"), (GOLDEN_NAME, classifier / GOLDEN_NAME)):
+    files = {STUDENT_NAME: student / "model.onnx", GOLDEN_NAME: classifier / GOLDEN_NAME}
+    if manifest.explain:
+        files[EXPLAIN_NAME] = classifier / EXPLAIN_NAME
+    for name, path in files.items():
         if hashes:
             check_file(path, manifest.files[name])
     if hashes and (trusted := trusted_keys()):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from serving.repository.manifest import (
+    EXPLAIN_NAME,
     GOLDEN_NAME,
     MANIFEST_NAME,
     STUDENT_NAME,
@@ -109,6 +110,8 @@ def _check_folder(folder: Path, model: str, manifest: Manifest) -> None:
     }
     data = {STUDENT: ("model.onnx", STUDENT_NAME), CLASSIFIER: (GOLDEN_NAME, GOLDEN_NAME)}[model]
     expected[data[0]] = manifest.files[data[1]]
+    if model == CLASSIFIER and manifest.explain:
+        expected[EXPLAIN_NAME] = manifest.files[EXPLAIN_NAME]
     for name, value in expected.items():
         check_file(folder / name, value)
     for path in sorted(folder.iterdir()):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
+
+import numpy as np
 
 from models import decisions, preprocess, prior, taxonomy
 from models.prior import class_names_problem
 from serving.repository.manifest import (
+    EXPLAIN_NAME,
     GOLDEN_NAME,
     MANIFEST_NAME,
     STUDENT_NAME,
@@ -37,8 +41,11 @@ from serving.shared.names import CLASSIFIER, LABELS_NAME, LOCAL_CONFIG, STUDENT
 
 # By model, the files that run inside Triton: name in a version folder -> source file that is copied.
 TRITON = Path(__file__).parents[1] / "triton"
-_BOTH = ("integrity.py", "network.py", "start.py")
-_CLASSIFIER = ("request_parser.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py", "extras.py")
+_BOTH = ("network.py", "start.py")
+_CLASSIFIER = (
+    *("request_parser.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py"),
+    *("extras.py", "explain.py"),
+)
 RUNTIME_FILES = {
     STUDENT: {"model.py": TRITON / "student_model.py", **{name: TRITON / name for name in _BOTH}},
     CLASSIFIER: {
@@ -130,7 +137,23 @@ def load_export(export_dir: Path) -> Manifest:
     load_golden(export_dir)
     if problem := class_names_problem(manifest.classes):
         raise RepositoryError(f"{export_dir / MANIFEST_NAME}: {problem}")
+    if manifest.explain:
+        _check_index(export_dir / EXPLAIN_NAME, manifest)
     return manifest
+
+
+def _check_index(path: Path, manifest: Manifest) -> None:
+    """Raise RepositoryError unless the feature index was made with the graph of the release."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            graph = archive["graph"].item().decode()
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise RepositoryError(f"{path}: is no feature index ({error}); export again") from None
+    if graph != manifest.files[STUDENT_NAME]:
+        served = manifest.files[STUDENT_NAME]
+        raise RepositoryError(
+            f"{path}: is the feature index of graph {graph[:12]}…, the release has {served[:12]}…; export again"
+        )
 
 
 def check_signature(export_dir: Path) -> None:
@@ -176,6 +199,9 @@ def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest, eviden
     _copy_signature(export_dir, folder)
     shutil.copyfile(export_dir / GOLDEN_NAME, folder / GOLDEN_NAME)
     check_file(folder / GOLDEN_NAME, manifest.files[GOLDEN_NAME])
+    if manifest.explain:
+        shutil.copyfile(export_dir / EXPLAIN_NAME, folder / EXPLAIN_NAME)
+        check_file(folder / EXPLAIN_NAME, manifest.files[EXPLAIN_NAME])
 
 
 def labels_text(manifest: Manifest) -> str:
@@ -205,6 +231,8 @@ def _check_same_signature(manifest: Manifest, export_dir: Path, root: Path) -> N
         path = root / model / CONFIG_NAME
         existing = read_config(path)
         dims = {tensor.name: list(tensor.dims) for tensor in (*config.input, *config.output)}
+        if "feature_map" in dims and not any(tensor.name == "feature_map" for tensor in existing.output):
+            raise RepositoryError(f"{export_dir}: {model} has a feature_map, but {path} has none; {hint}")
         for tensor in (*existing.input, *existing.output):
             if dims.get(tensor.name) != list(tensor.dims):
                 old = f"{tensor.name} {list(tensor.dims)}"

@@ -1,8 +1,8 @@
 """`classifier` for Triton's python backend: encoded images in, the best classes for the requested target prior out.
 
 Runs in an inference process (Triton's stub) with numpy and Pillow and with the files beside it: prior.py,
-preprocess.py, decisions.py and taxonomy.py (copies of the modules of training), request_parser.py, extras.py,
-integrity.py, metrics.py, live_prior.py, start.py and the logs. The network runs in `student` of the same version, or in
+preprocess.py, decisions.py and taxonomy.py (copies of the modules of training), request_parser.py, extras.py, explain.py,
+metrics.py, live_prior.py, start.py and the logs. The network runs in `student` of the same version, or in
 this process if the config's parameter `network` is `own`: running a small network takes less time than a request to `student`.
 """
 
@@ -36,7 +36,7 @@ class TritonPythonModel:
         folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         graph = folder.parents[1] / "student" / args["model_version"] / "model.onnx"
-        sibling("integrity").check_graph(graph, manifest)
+        sibling("start").check_graph(graph, manifest)
         request_parser, live_prior = sibling("request_parser"), sibling("live_prior")
         preprocess, self.prior, self.bad_request = sibling("preprocess"), sibling("prior"), request_parser.BadRequest
         self.version, self.top_k = int(args["model_version"]), manifest["top_k"]
@@ -44,7 +44,10 @@ class TritonPythonModel:
         self.names = np.array([name.encode() for name in manifest["classes"]], dtype=np.object_)
         live = live_prior.LivePrior(folder.parents[1], manifest["classes"], self.prior)
         siblings = sibling("decisions"), sibling("taxonomy")
-        self.extras = sibling("extras").Extras(manifest, self.names, request_parser, self.prior, *siblings)
+        explain = sibling("explain")
+        self.explanations = explain.open_explanations(folder, manifest, self.names)
+        most = explain.MOST if self.explanations else 0
+        self.extras = sibling("extras").Extras(manifest, self.names, request_parser, self.prior, *siblings, most)
         self.parser = request_parser.RequestParser(
             manifest, self.prior, preprocess, live, live_prior.NoLivePrior, self.extras
         )
@@ -133,12 +136,19 @@ class TritonPythonModel:
                 arrays |= self.extras.outputs(request, calibrated[start:end], every[start:end])
                 if "unknown" in arrays:
                     self.metrics.count_unknown(arrays["unknown"])
+                if request.extras.explain is not None:
+                    arrays |= self.explained(request, best[start:end, 0])
             tensors = [pb_utils.Tensor(name, values) for name, values in arrays.items()]
             responses.append(pb_utils.InferenceResponse(tensors))
             priors.update(request.priors)
             start = end
         self.metrics.count_images(priors, best[:, 0], probability[:, 0])
         return responses
+
+    def explained(self, request, best):
+        """The outputs of explain.py for one parsed request, by one more run of the network. Raises StudentFailed."""
+        network = self.balanced_outputs(request.images, self.explanations.network_outputs)
+        return self.explanations.outputs(request.extras.explain, network, best)
 
     def segment(self, parsed, requests):
         """The responses to parsed requests of task segmentation, by index, in order. Raises StudentFailed."""
@@ -161,23 +171,24 @@ class TritonPythonModel:
         return self.request_student(images, second, names)
 
     def balanced_logits(self, images):
-        """The network's logits at strength 0, float64 [n,C], computed in batches of at most max_batch_size.
+        """The network's logits at strength 0, float64 [n,C].
 
         The logit adjustment is added in this process in float64, not by the graph in float32, so that every finite
         strength gives finite logits, and strengths and target priors use the same code. Raises StudentFailed.
         """
-        run = self.network_logits if self.network else self.student_logits
-        starts = range(0, len(images), self.max_batch_size)
-        logits = np.concatenate([run(images[start : start + self.max_batch_size]) for start in starts])
+        [logits] = self.balanced_outputs(images, ("logits",))
         if not np.isfinite(logits).all():
             raise StudentFailed(
                 f"student {self.version} returned logits that are not finite; export a student with finite logits"
             )
         return logits.astype(np.float64)
 
-    def network_logits(self, images):
-        """The logits of the graph in this process, float32 [n,C]. Raises StudentFailed."""
-        return self.run_network(images, np.zeros((len(images), 1), dtype=np.float32), ("logits",))[0]
+    def balanced_outputs(self, images, names):
+        """Outputs of the network at strength 0, computed in batches of at most max_batch_size. Raises StudentFailed."""
+        starts = range(0, len(images), self.max_batch_size)
+        parts = [images[start : start + self.max_batch_size] for start in starts]
+        runs = [self.outputs(part, np.zeros((len(part), 1), dtype=np.float32), names) for part in parts]
+        return [np.concatenate(values) for values in zip(*runs, strict=True)]
 
     def run_network(self, images, second, names):
         """Outputs of the graph in this process. Raises StudentFailed."""
@@ -186,10 +197,6 @@ class TritonPythonModel:
         except Exception as error:  # ONNX Runtime's exceptions have no other common base class
             reason = " ".join(str(error).split())[:300]
             raise StudentFailed(f"student {self.version} failed: {reason}") from error
-
-    def student_logits(self, images):
-        """Send the images to `student` of the same version: logits, float32 [n,C]. Raises StudentFailed."""
-        return self.request_student(images, np.zeros((len(images), 1), dtype=np.float32), ["logits"])[0]
 
     def request_student(self, images, second, names):
         """Send the images to `student` of the same version; returns its outputs. Raises StudentFailed."""

@@ -1,4 +1,4 @@
-"""Extra parts of an answer that a request or the release wants: set, decision by costs, unknown image, node of a taxonomy.
+"""Extra parts of an answer that a request or the release wants: set, decision, unknown image, node of a taxonomy, reasons.
 
 Runs in the inference process, with numpy. decisions.py, a copy of the module of `models`, has the arithmetic. A request
 without extras costs nothing more, and its response has no further outputs.
@@ -23,16 +23,20 @@ class Wanted(NamedTuple):
     ask: list | None
     false_alarms: list | None
     level: list | None
+    explain: list | None = None  # numbers of nearest training images; explain.py computes the outputs
 
 
 class Extras:
-    """Parses the inputs `coverage`, `costs`, `ask`, `false_alarms` and `level`, and computes their outputs.
+    """Parses the inputs `coverage`, `costs`, `ask`, `false_alarms`, `level` and `explain`, and computes outputs of all but the
+    last.
 
     manifest: of the version, a mapping. names: class names as bytes, by index. parser: the module request_parser. prior,
-    decisions, taxonomy: the modules of these names in `models`, or their copies.
+    decisions, taxonomy: the modules of these names in `models`, or their copies. most_nearest: largest `explain`; 0 for a
+    release without reasons.
     """
 
-    def __init__(self, manifest, names, parser, prior, decisions, taxonomy):
+    def __init__(self, manifest, names, parser, prior, decisions, taxonomy, most_nearest=0):
+        self.most_nearest = most_nearest
         self.log_prior = np.asarray(manifest["log_prior"], dtype=np.float64)
         groups, unknown = [prior.shot_group(count) for count in manifest["counts"]], manifest.get("unknown")
         self.typicality = decisions.Typicality(unknown["scores"], groups) if unknown else None
@@ -75,7 +79,10 @@ class Extras:
             rate = parse_rows(self.check_false_alarms, rate[:, 0])
         elif self.false_alarms is not None:
             rate = [self.false_alarms] * rows
-        wanted = Wanted(coverage, costs, ask, rate, level)
+        explain = read(request, "explain", (1,), rows)
+        if explain is not None:
+            explain = parse_rows(self.check_explain, explain[:, 0]) if explain.any() else None
+        wanted = Wanted(coverage, costs, ask, rate, level, explain)
         return None if all(part is None for part in wanted) else wanted
 
     def check_coverage(self, value):
@@ -140,6 +147,14 @@ class Extras:
         if self.taxonomy is None:
             raise self.bad("level", "level: this release has no taxonomy; set data.taxonomy and export again")
         return number
+
+    def check_explain(self, value):
+        """A row of the input `explain`. Raises BadRequest."""
+        if not self.most_nearest:
+            raise self.bad("explain", "explain: this release has no reasons; set serving.explain and export again")
+        if not 0 <= value <= self.most_nearest:
+            raise self.bad("explain", f"explain is {value:g}; expected a number from 0 to {self.most_nearest}")
+        return int(value)
 
     def bad(self, reason, message):
         """A BadRequest to raise."""

@@ -1,7 +1,7 @@
 """`student` for Triton's python backend: runs the model.onnx beside it where Triton has no onnxruntime backend.
 
 Same inputs, outputs and results as the onnxruntime backend with the same file. Runs in an inference process (Triton's
-stub) with numpy and onnxruntime, and with integrity.py, network.py and start.py beside it.
+stub) with numpy and onnxruntime, and with network.py and start.py beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TritonPythonModel:
         # `strength` of a classifier, `adjustment` of a segmentation graph.
         self.second, self.width = config["input"][1]["name"], int(config["input"][1]["dims"][0])
         self.outputs = [tensor["name"] for tensor in config["output"]]
-        sibling("integrity").check_graph(folder / "model.onnx", json.loads((folder / "manifest.json").read_bytes()))
+        sibling("start").check_graph(folder / "model.onnx", json.loads((folder / "manifest.json").read_bytes()))
         self.network = sibling("network").Network(folder / "model.onnx", config)
         self.network.warm_up(self.image_shape)
         sibling("start").apply_priority()

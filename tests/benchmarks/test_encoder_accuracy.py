@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from benchmarks import encoder_accuracy, encoder_projects
+from benchmarks import encoder_accuracy, encoder_projects, encoder_rows
 from benchmarks.accuracy import merged
 from benchmarks.feature_classifiers import knn, logistic_regression
+from pipeline.text.stored import TextFeatures, write_text_features
 
 SIZES = [12, 6, 4]  # images by class
 SECTION = {"epochs": 1, "batch_size": 8}
@@ -45,8 +47,11 @@ def arguments(tmp_path, monkeypatch):
 
 
 @pytest.mark.end_to_end
-def test_every_row_is_computed_for_every_seed_and_an_interrupted_comparison_resumes(arguments, tmp_path, capsys):
+def test_every_row_is_computed_for_every_seed_and_an_interrupted_comparison_resumes(
+    arguments, tmp_path, capsys, monkeypatch
+):
     pytest.importorskip("sklearn")
+    monkeypatch.delitem(encoder_rows.SECOND_STAGES, "tau-normalisation")  # needs 30 validation images
     encoder_accuracy.main([*arguments, "--seeds", "0", "--rows", "L_cls"])
     assert "seed 0, L_cls\n" in capsys.readouterr().out
     encoder_accuracy.main([*arguments, "--seeds", "0", "1", "--output", str(tmp_path / "table.md")])
@@ -68,6 +73,24 @@ def test_post_hoc_adjustment_and_cross_entropy_are_one_network(arguments, tmp_pa
     assert plain["images"] == adjusted["images"]
     assert len(list(tmp_path.glob("work/*/runs/teacher-*"))) == 1
     capsys.readouterr()
+
+
+@pytest.mark.end_to_end
+def test_text_features_add_rows_that_depend_on_them(arguments, tmp_path, capsys):
+    source = tmp_path / "text"
+
+    def measured(seed):
+        rows = F.normalize(torch.randn(4, 1280, generator=torch.Generator().manual_seed(seed)), dim=1).numpy()
+        names = ("fish", "krill", "crab")  # of the classes 0, 1 and 2, which the table does not name
+        text = TextFeatures(rows, np.array([0, 0, 1, 2]), names, (), {"encoder": "made", "sha256": "", "templates": []})
+        write_text_features(source, text)
+        chosen = ["zero-shot", "GML with text centres", "GML with image and text centres", "LWS"]
+        encoder_accuracy.main([*arguments, "--text", str(source), "--seeds", "0", "--rows", *chosen])
+        printed = capsys.readouterr().out
+        assert all(f"| {row} |" in printed for row in chosen)
+        return [row for row in chosen if f"seed 0, {row}\n" in printed]
+
+    assert len(measured(0)) == 4 and measured(0) == [] and len(measured(1)) == 3
 
 
 def test_an_unknown_row_is_a_usage_error(arguments, capsys):

@@ -9,10 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 from benchmarks import segmentation
-from pipeline.params import SegmentationAugmentParams
+from tests.support.project import ROOT
+
+SMALL = {
+    "segmentation": {
+        "canvas": [24, 32], "queries": 16, "keys": 16, "augment": {"scale": [32, 24], "ratio": [1.0, 1.0], "crop": [16, 16]},
+    },
+    "student": {"queue_total": 110, "queue_minimum": 5},
+}  # fmt: skip
 
 
 def encoded(values):
@@ -22,45 +30,57 @@ def encoded(values):
 
 
 @pytest.fixture
-def pack(tmp_path, monkeypatch):
-    monkeypatch.setattr(segmentation, "HEIGHT", 24)
-    monkeypatch.setattr(segmentation, "WIDTH", 32)
-    monkeypatch.setattr(segmentation, "AUGMENT", SegmentationAugmentParams(scale=[32, 24], crop=[16, 16]))
-    monkeypatch.setattr(segmentation, "QUEUE", {"queue_total": 110, "queue_minimum": 5, "queries": 16, "keys": 16})
+def data(tmp_path):
     generator = np.random.default_rng(0)
-    labels = np.kron(generator.integers(0, 11, (20, 3, 4)), np.ones((12, 12))).astype(np.uint8)
+    labels = np.kron(generator.integers(0, 11, (22, 3, 4)), np.ones((12, 12))).astype(np.uint8)
     labels[:, 0] = 255
     rows = {
         "image": [encoded(generator.integers(0, 256, (36, 48, 3), dtype=np.uint8)) for _ in labels],
         "label_map": [encoded(entry) for entry in labels],
-        "split": ["train"] * 16 + ["test"] * 4,
+        "split": ["train"] * 16 + ["val"] * 2 + ["test"] * 4,
+        "name": [f"{number:02d}" for number in range(len(labels))],
     }
-    path = tmp_path / "pack.parquet"
-    pq.write_table(pa.table(rows), path)
-    return path
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pq.write_table(pa.table(rows), folder / "camvid-240.parquet")
+    return folder
 
 
 @pytest.mark.slow
-def test_every_row_is_trained_served_at_every_strength_and_not_repeated(pack, tmp_path, capsys):
+def test_every_row_is_trained_served_at_every_strength_and_not_repeated(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    small = tmp_path / "small.yaml"
+    small.write_text(yaml.safe_dump(SMALL))
     arguments = [
         "--data",
-        str(pack),
+        str(data),
         "--work",
         str(tmp_path / "work"),
-        "--seeds",
-        "0",
-        "--steps",
-        "2",
-        "--threads",
-        "1",
+        "--recipe",
+        str(segmentation.RECIPE),
+        str(small),
     ]
+    arguments += ["--seeds", "0", "--epochs", "1", "--threads", "1"]
     assert segmentation.main([*arguments, "--output", str(tmp_path / "report.md")]) == 0
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert all(report.count(f"| {row.name} |") == 3 for row in segmentation.ROWS)
-    stored = json.loads((tmp_path / "work/L_cls_0.2-2-0.json").read_text(encoding="utf-8"))
-    assert list(stored["areas"]) == [f"{strength:g}" for strength in segmentation.STRENGTHS]
+    assert all(report.count(f"| {name} |") == 3 for name in segmentation.ROWS)
+    [stored] = (tmp_path / "work").glob("*/runs/0/L_cls-0.2.json")
+    areas = json.loads(stored.read_text(encoding="utf-8"))["areas"]
     # The first of 36 rows is ignored, and is in no area.
-    assert {sum(areas[2]) for areas in stored["areas"].values()} == {4 * 35 * 48}
+    assert len(areas) == len(segmentation.STRENGTHS) and {sum(labelled) for _, _, labelled in areas} == {4 * 35 * 48}
+    linear = json.loads(stored.with_name("cross-entropy").joinpath("config.json").read_text(encoding="utf-8"))
+    assert linear["segmentation"]["classifier"] == "linear" and linear["adjustment"] == 0
     capsys.readouterr()
     assert segmentation.main(arguments) == 0
     assert capsys.readouterr().out.startswith("`python -m benchmarks.segmentation")
+
+
+def test_a_row_is_printed_as_it_was_trained():
+    # Class 0 is found only at the strength at which the network acts as trained with alpha 0.2.
+    found, missed = [[5, 5], [5, 5], [5, 5]], [[0, 5], [0, 10], [5, 5]]
+    areas = [found if round(1 - strength, 6) == 0.2 else missed for strength in segmentation.STRENGTHS]
+    run = {"areas": areas, "cpu_seconds": 60.0}
+    [*_, row] = segmentation.table({"L_cls 0.2": [run]}, ["many", "few"]).splitlines()
+    assert row.startswith("| L_cls 0.2 | 100.00 | 100.00 | 100.00 |")
+    [*_, row] = segmentation.table({"L_cls 0": [run]}, ["many", "few"]).splitlines()
+    assert row.startswith("| L_cls 0 | 25.00 | 50.00 | 50.00 |")

@@ -16,7 +16,7 @@ from tests.support.project import SHORT
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("digits")]
 
-STAGES = ["split", "prior", "embed", "teacher", "student", "classifier", "evaluate", "export", "seeds"]
+STAGES = ["split", "prior", "embed", "embed_text", "teacher", "student", "classifier", "evaluate", "export", "seeds"]
 OUTS = [
     "data/split/train.parquet",
     "data/split/validation.parquet",

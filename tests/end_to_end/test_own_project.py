@@ -13,7 +13,19 @@ from tests.support.project import ROOT, OwnProject, Project
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("own project")]
 
-STAGES = ["code", "split", "prior", "embed", "teacher", "student", "classifier", "evaluate", "export", "seeds"]
+STAGES = [
+    "code",
+    "split",
+    "prior",
+    "embed",
+    "embed_text",
+    "teacher",
+    "student",
+    "classifier",
+    "evaluate",
+    "export",
+    "seeds",
+]
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from functools import lru_cache
 import numpy as np
 
 from models.prior import shot_group
+from pipeline.answers.fit import fit_answers
 from pipeline.data.class_prior import Prior
 from pipeline.evaluate import choose_samples
-from pipeline.evaluation.answers import fit_answers
 from pipeline.evaluation.metrics import adjusted_probabilities, per_class_accuracy
 from pipeline.evaluation.network_metrics import network_metrics
 from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report

@@ -19,6 +19,7 @@ CODE = (
     "recipes",
     "data/source",
     "data/ingested/README.md",
+    "data/text/README.md",
     ".dvc/config",
     ".dvc/.gitignore",
     ".dvcignore",

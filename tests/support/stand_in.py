@@ -129,12 +129,19 @@ def classifier(repository: Path, student: Any, calls: list) -> Iterator[Any]:
     utilities = backend()
 
     class InferenceRequest:
-        def __init__(self, model_name: str, model_version: int, inputs: list[Tensor], **_options: object) -> None:
+        def __init__(
+            self,
+            model_name: str,
+            model_version: int,
+            inputs: list[Tensor],
+            requested_output_names: list[str],
+            **_options: object,
+        ) -> None:
             calls.append((model_name, model_version, len(inputs[0].array)))
-            self.tensors = inputs
+            self.tensors, self.names = inputs, requested_output_names
 
         def requested_output_names(self) -> list[str]:
-            return ["logits"]
+            return self.names
 
         def exec(self) -> Response:
             return student.execute([self])[0]

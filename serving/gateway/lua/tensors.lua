@@ -15,17 +15,19 @@ local ITEM = {
 tensors.MODELS = {
     student = {
         inputs = { image = "UINT8", strength = "FP32", adjustment = "FP32" },
-        outputs = { logits = { labels = true }, feature = {}, class_map = {}, confidence = {} },
+        outputs = { logits = { labels = true }, feature = {}, feature_map = {}, class_map = {}, confidence = {} },
     },
     classifier = {
         inputs = {
             image = "BYTES", prior = "BYTES", strength = "FP32", target_prior = "FP32",
             coverage = "FP32", costs = "BYTES", ask = "FP32", false_alarms = "FP32", level = "FP32",
+            explain = "UINT8",
         },
         outputs = {
             class = {}, index = {}, probability = {},
             set = {}, set_size = {}, decision = {}, decision_index = {}, expected_cost = {},
             unknown = {}, typicality = {}, node = {}, node_probability = {},
+            nearest = {}, nearest_class = {}, nearest_cosine = {}, nearest_image = {}, activation_map = {},
             class_map = {}, confidence = {}, size = {}, names = {},
         },
     },

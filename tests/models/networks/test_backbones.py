@@ -51,6 +51,27 @@ def test_the_width_that_is_read_off_the_last_layer_is_that_of_the_features(name)
         assert backbone(torch.zeros(2, 3, size, size)).shape == (2, backbone.feature_dim)
 
 
+@pytest.mark.parametrize(
+    ("model", "size", "width"),
+    [("resnet50_clip.openai", 224, 1024), ("vit_base_patch16_clip_quickgelu_224.openai", 384, 512)],
+)
+def test_the_projection_of_clip_is_kept_on_request(model, size, width):
+    check_backbone(f"timm/{model}+projection")
+    with torch.device("meta"):
+        backbone = build_backbone(f"timm/{model}+projection", size).eval()
+        assert backbone(torch.zeros(2, 3, size, size)).shape == (2, backbone.feature_dim) == (2, width)
+
+
+def test_a_network_with_its_projection_loads_the_weights_of_the_whole_model():
+    import timm
+
+    whole = timm.create_model("resnet10t", num_classes=1000).eval()
+    backbone = build_backbone("timm/resnet10t+projection").eval()
+    backbone.load_weights(whole.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(backbone(image), whole(image))
+
+
 def test_a_network_for_one_image_size_is_made_for_the_recipes():
     for name in ("torchvision/vit_b_16", "timm/vit_tiny_patch16_224"):
         with torch.device("meta"):

@@ -12,6 +12,7 @@ from models.contrast.paco import GPaCo, PaCo
 from models.contrast.proco import ProCo
 from models.contrast.supcon import BalancedContrast, SupCon
 from models.contrast.terms import ContrastInputs
+from models.distributed import rank, rank_count
 from models.losses.adjusted_cross_entropy import adjusted_cross_entropy
 from models.losses.distillation import distillation_loss
 from models.networks.projection_head import ProjectionHead
@@ -28,6 +29,7 @@ from tests.support.small_objectives import (
     network,
     views,
 )
+from tests.support.small_training import in_ranks
 
 DIM, SAMPLES = 8, 200
 VIEWS = {"supcon": 3, "bcl": 3, "proco": 3, "gpaco": 2, "paco": 2, "kcl": 2, "crd": 1}
@@ -157,3 +159,28 @@ def test_proco_uses_the_means_of_this_epoch_and_the_one_before():
         objective.begin_epoch(epoch, 3)
         descend(objective)
     assert objective.term.moments.counts.sum(1).tolist() == [2.0 * BATCH, 2.0 * BATCH]
+
+
+def step_of_a_share(kind):
+    """Loss, gradient of the classifier and memory of a step on this rank's share of the batch, without batch statistics."""
+    objective = made(kind)
+    for module in objective.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    size = BATCH // rank_count()
+    own = slice(rank() * size, (rank() + 1) * size)
+    loss = objective(views(VIEWS[kind])[:, own], TARGET[own], IDS[own])["loss"]
+    loss.backward()
+    objective.after_step()
+    memory = objective.term.queue.features if kind == "gpaco" else objective.term.memory
+    return loss.detach(), objective.model.classifier.weight.grad / rank_count(), memory
+
+
+@pytest.mark.parametrize("kind", ["gpaco", "crd"])
+def test_two_ranks_have_the_loss_the_gradient_and_the_memory_of_one_process(kind, tmp_path):
+    loss, gradient_, memory = step_of_a_share(kind)
+    parts = in_ranks(step_of_a_share, tmp_path, kind)
+    torch.testing.assert_close(sum(part[0] for part in parts) / 2, loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sum(part[1] for part in parts), gradient_, rtol=1e-3, atol=1e-5)
+    for part in parts:
+        torch.testing.assert_close(part[2], memory, rtol=1e-4, atol=1e-5)

@@ -129,6 +129,19 @@ def test_los_brings_the_logits_close_together_and_needs_no_counts(start):
     assert methods.over_smoothed_cross_entropy(logits, target).item() == pytest.approx(expected.item())
 
 
+def test_los_keeps_the_head_that_a_score_rates_best(start):
+    data, how = drawn(COUNTS, 0), Fit(methods.RECIPES["los"], 0, CPU)
+    seen = []
+
+    def score(head):
+        seen.append(head)
+        return -abs(len(seen) - 30)  # the 30th of the heads is the best
+
+    head = methods.train_los(start, data, how, score)
+    assert len(seen) >= 100 and torch.equal(head.weight, seen[29].weight)
+    assert torch.equal(seen[-1].weight, methods.train_los(start, data, how).weight)
+
+
 def test_label_aware_smoothing_is_label_smoothing_if_all_classes_have_one_amount():
     logits, target = torch.randn(6, 4).double(), torch.tensor([0, 1, 2, 3, 0, 1])
     for amount in (0.0, 0.3):

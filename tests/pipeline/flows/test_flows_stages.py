@@ -71,7 +71,17 @@ def exits(process_id: int, reaped: bool = False) -> bool:
 
 def test_the_stages_of_a_release_are_in_topological_order_without_seeds(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert stage_names() == ["split", "prior", "embed", "teacher", "student", "classifier", "evaluate", "export"]
+    assert stage_names() == [
+        "split",
+        "prior",
+        "embed",
+        "embed_text",
+        "teacher",
+        "student",
+        "classifier",
+        "evaluate",
+        "export",
+    ]
 
 
 @pytest.mark.usefixtures("project")

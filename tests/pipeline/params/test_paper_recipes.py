@@ -15,7 +15,9 @@ import yaml
 
 from models.contrast.queues import queue_lengths
 from models.networks.backbones import check_backbone
+from models.networks.encoders import find_encoder
 from pipeline.data.profiles import class_sizes
+from pipeline.model_io.encoder import describe
 from pipeline.params import Params, parse_params
 from pipeline.params.recipe import apply_recipe
 from tests.support.making import ROOT
@@ -74,6 +76,13 @@ SIZES = {
     "cifar100-if50": (100, 500, 10, 12608),
     "cifar100-if100": (100, 500, 5, 10847),
 }
+# Recipes of Table 4: epochs, batch size, tuning rate of the encoder (VL-LTR's stage 1), image side, width of the joint space.
+CLIP = {
+    "imagenet-lt-clip-rn50": (50, 2048, 5e-5, 224, 1024),
+    "imagenet-lt-clip-vit-b16": (50, 1024, 3.5e-5, 224, 512),
+    "inaturalist2018-clip-rn50": (100, 2048, 5e-5, 224, 1024),
+    "inaturalist2018-clip-vit-b16": (100, 1024, 3.5e-4, 384, 512),
+}
 CLASSES = {"imagenet-lt": 1000, "inaturalist2018": 8142}
 IMAGES = {
     "cifar": (32, 32, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
@@ -131,6 +140,7 @@ def test_the_tables_hold_every_recipe_of_the_folder():
         "cifar10-parquet-if100",
         "cifar10-parquet-if100-one-epoch",
         "cifar10-parquet-if100-cpu",
+        *CLIP,
         "photographs-lite0",
         "tiny-imagenet-lt",
         "tiny-imagenet-lt-cpu",
@@ -255,6 +265,11 @@ CHANGES = {
         )
         for name, decay in (("plus", 0.999), ("plus-short", 0.99))
     },
+    # The other recipes have no section text; the pairs below check what text-centres changes.
+    "text-centres": ("imagenet-lt-clip-rn50", {}),
+    "text-and-image-centres": ("imagenet-lt-clip-rn50", {"student.contrast_encoder": "teacher_and_text"}),
+    "text-centres-raw": ("imagenet-lt-clip-rn50", {"student.contrast.centres": "raw"}),
+    "square-root-sampling": ("imagenet-lt-90", {"student.sampling": 0.5}),
     "teacher-resnet34": (
         "imagenet-lt-90",
         {"teacher.backbone": "torchvision/resnet34", "student.train_tau_g": False},
@@ -268,13 +283,28 @@ def test_a_variant_changes_only_the_keys_of_its_name(variant):
     before = flat(applied(base).model_dump())
     after = flat(applied(base, f"variants/{variant}").model_dump())
     assert {key: value for key, value in after.items() if before[key] != value} == changes
-    check_backbone(after["teacher.backbone"])
+    if after["teacher.backbone"] != "encoder":
+        check_backbone(after["teacher.backbone"])
+
+
+@pytest.mark.parametrize("name", CLIP)
+def test_the_clip_recipes_tune_the_encoder_as_vl_ltr_against_text_centres(name):
+    epochs, batch, rate, size, width = CLIP[name]
+    params = applied(name)
+    student, known = params.student, find_encoder("clip_b16")
+    assert (student.epochs, student.batch_size, params.image.size) == (epochs, batch, size)
+    assert student.learning_rate * student.tune_rate == pytest.approx(rate)
+    assert (student.optimizer, student.weight_decay, student.sampling, student.tune) == ("adamw", 0.05, 0.5, "all")
+    assert student.uses_text and student.contrast_encoder == "text" and not student.alpha
+    assert (tuple(params.image.mean), tuple(params.image.std)) == (known.mean, known.std)
+    described = describe(params.encoder)
+    assert described.width == width and described.interpolation == params.image.interpolation == "bicubic"
 
 
 def test_each_pair_of_variants_reverses_each_other():
     assert set(CHANGES) == set(VARIANTS)
     pairs = [("batch-128", "batch-64"), ("schedule-official", "schedule-paper"), ("k-m-3", "k-m-2"),
-             ("contrast-stacked", "contrast-simaugment")]  # fmt: skip
+             ("contrast-stacked", "contrast-simaugment"), ("text-and-image-centres", "text-centres")]  # fmt: skip
     for there, back in pairs:
         base = CHANGES[there][0]
         assert applied(base, f"variants/{there}", f"variants/{back}") == applied(base)

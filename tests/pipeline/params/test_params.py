@@ -59,13 +59,13 @@ TOO_LOW = {
     "student.schedule.factor": 0.0, "student.augment.crop_padding": -1, "student.augment.cutout": -1,
     "student.augment.jitter": -0.1, "student.augment.mix_alpha": 0.0,
     "student.gamma": -0.1, "student.beta": -0.1, "student.alpha": -0.1, "student.distillation_temperature": 0.0,
-    "classifier.views": -1,
+    "classifier.views": -1, "student.sampling": -0.1,
     "student.tune_blocks": 0, "student.tune_rank": 0, "student.tune_rate": 0.0, "student.tune_decay": 0.0,
     "student.encoder_momentum": -0.1, "student.prior_strength": -0.1, "student.tau_g": 0.0, "student.queue_total": 0,
     "student.queue_minimum": 0, "student.projection_dim": 0, "evaluate.ece_bins": 1, "evaluate.top_k": 0,
     "evaluate.samples": 0,
     "export.opset": 17, "export.max_batch_size": 1, "export.tolerance": 0.0, "export.golden": 0, "serving.top_k": 0,
-    "serving.image_pixels": 0, "serving.request_pixels": 0,
+    "serving.image_pixels": 0, "serving.request_pixels": 0, "serving.explain.images": -1,
     "export.half.tolerance": 0.0, "export.half.agreement": -0.01,
 }  # fmt: skip
 TOO_HIGH = {
@@ -73,9 +73,10 @@ TOO_HIGH = {
     "image.size": 1025, "image.resize_to": 2049,
     "teacher.ema_decay": 1.0, "student.ema_decay": 1.0,
     "teacher.momentum": 1.0, "teacher.schedule.factor": 1.0, "student.momentum": 1.0, "student.schedule.factor": 1.0,
-    "student.tune_decay": 1.01,
+    "student.tune_decay": 1.01, "student.sampling": 1.01,
     "student.encoder_momentum": 1.0, "evaluate.ece_bins": 1001, "export.opset": 21, "export.max_batch_size": 1025,
     "ingest.min_good_share": 1.01, "stream.prefetch": 65,
+    "serving.explain.images": 1_000_001,
 }  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def test_a_number_that_is_not_finite_is_rejected(tmp_path, key, value):
         ("teacher.schedule", {"kind": "cosine", "warmup_epochs": 0, "rule": "code"},
          "teacher.schedule.rule is 'code'; input should be 'paper' or 'official'"),
         ("student.contrast_encoder", "student",
-         "student.contrast_encoder is 'student'; input should be 'teacher', 'momentum' or 'self'"),
+         "student.contrast_encoder is 'student'; input should be 'teacher', 'momentum', 'self', 'text' or 'teacher_and_text'"),
         ("student", {**content()["student"], "gamma": 0, "alpha": 0.0},
          "student.gamma and student.alpha are both 0, so no term trains the classifier; set one of them above 0, or"),
         ("teacher.schedule", {"kind": "steps", "warmup_epochs": 0, "milestones": [0]}, "teacher.schedule.milestones.0 is 0;"),

@@ -38,6 +38,12 @@ def spoilt(tmp_path):
     return data_params(root, validation_per_class=0)
 
 
+def test_groups_that_are_in_two_splits_of_the_source_are_named(tmp_path, capsys):
+    root = folder(tmp_path / "photos", {"train/ant": 6, "train/bee": 6, "test/ant": 2, "test/bee": 2})
+    command(tmp_path, data_params(root, validation_per_class=0, group="path:(ant|bee)"))
+    assert "2 groups are in more than one split of the source" in " ".join(capsys.readouterr().out.split())
+
+
 def test_data_check_reports_every_bad_file_of_a_folder(tmp_path, spoilt, capsys):
     assert command(tmp_path, spoilt) == 1
     printed = capsys.readouterr().out

@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from benchmarks.made_imagenet import class_counts
 from pipeline.commands.app import main
 from pipeline.data.assignment import assign
+from pipeline.params import load_params
 from pipeline.params.recipe import apply_recipe
-from pipeline.preparation.first_params import suggest_params, write_text
+from pipeline.preparation.first_params import suggest_params, text_values, write_text
 from pipeline.preparation.folder_summary import inspect_folder
+from pipeline.shared.artifacts import sha256_of
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.shared.fingerprint import ROOT
 from pipeline.sources.source import Row
 from tests.support.chosen_params import TEMPLATE, chosen_params, folder_summary
-from tests.support.making import encode, picture
+from tests.support.making import encode, picture, write
 
 
 @pytest.fixture
@@ -167,3 +169,43 @@ def test_a_wrong_argument_gives_one_line_and_exit_code_2(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_text_features_are_suggested_for_words_and_not_for_codes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(TEMPLATE, encoding="utf-8")
+    write(tmp_path / "minilm/model.onnx", b"graph")
+    write(tmp_path / "minilm/tokenizer.json", b"{}")
+    command = ["init", str(folder), "--no-encoder", "--force", "--text", "minilm/model.onnx"]
+    assert main(command) == 0 and "codes" not in capsys.readouterr().err
+    chosen = load_params(Path("params.yaml"))
+    assert (chosen.student.contrast_encoder, chosen.student.beta) == ("text", 1.0)
+    assert chosen.text is not None and chosen.text.sha256 == sha256_of(tmp_path / "minilm/model.onnx")
+    assert (chosen.text.encoder, chosen.text.tokenizer, chosen.text.names) == ("onnx", "minilm/tokenizer.json", None)
+
+    (folder / "yew").rename(folder / "n01440764")
+    Path("params.yaml").write_text(TEMPLATE, encoding="utf-8")
+    assert main(command) == 0
+    assert "init: warning: class names that are codes, not words: 1, such as 'n01440764'" in capsys.readouterr().err
+    assert load_params(Path("params.yaml")).text is None
+
+    write(tmp_path / "data/text/classes.csv", b"name,text\n")
+    write(tmp_path / "data/text/oak.txt", b"An oak has acorns.")
+    assert main(command) == 0 and "codes" not in capsys.readouterr().err
+    chosen = load_params(Path("params.yaml"))
+    assert chosen.text is not None and chosen.text.names is not None
+    assert (chosen.text.names.file, chosen.text.descriptions) == ("data/text/classes.csv", "data/text")
+
+
+def test_a_frozen_encoder_gets_an_adapter_for_text_features(tmp_path: Path) -> None:
+    (tmp_path / "rows.safetensors").write_bytes(b"rows")
+    values, warning = text_values(["n01440764"], tmp_path / "rows.safetensors", adapter=True)
+    assert values["text"][0]["encoder"] == "features" and values["student.adapter"][0] > 0 and not warning
+    for name in ("none.onnx", "model.onnx"):
+        (tmp_path / "model.onnx").touch()
+        with pytest.raises(
+            ParamsError, match=r"--text .*: (no such file|expected an \.onnx file with tokenizer\.json)"
+        ):
+            text_values(["oak"], tmp_path / name, adapter=False)

@@ -45,6 +45,7 @@ def test_a_project_has_its_own_git_repository_unless_it_is_inside_one(tmp_path: 
         ".dvcignore",
         ".gitignore",
         "data/ingested/.gitignore",
+        "data/text/README.md",
         "dvc.yaml",
         "params.yaml",
     }

@@ -23,15 +23,26 @@ GML = "the GML loss (ICML 2023, Mutual Information Maximization between Latent F
             "logit-adjusted cross-entropy + distillation; teacher: classifier on frozen lite, 7 epochs",
         ),
         ({"alpha": 0.0, "contrast_encoder": "momentum"}, None, f"logit-adjusted cross-entropy + {GML}"),
+        (
+            {"alpha": 0.0, "contrast_encoder": "text"},
+            None,
+            f"logit-adjusted cross-entropy + {GML} with text features as centres",
+        ),
         ({"gamma": 0.0, "beta": 0.0}, None, "distillation; teacher: resnet32, 7 epochs"),
     ],
 )
 def test_the_model_card_names_the_loss_terms_that_trained_the_student_and_the_teacher_that_they_need(
     student, encoder, training
 ):
+    text = {"encoder": "features", "file": "own.safetensors"}
     values = {"epochs": 3, "gamma": 1.0, "beta": 1.0, "alpha": 1.0, **student}
     recipe = params(
-        {"teacher.backbone": "resnet32", "teacher.epochs": 7, **{f"student.{key}": v for key, v in values.items()}}
+        {
+            "teacher.backbone": "resnet32",
+            "teacher.epochs": 7,
+            "text": text,
+            **{f"student.{key}": v for key, v in values.items()},
+        }
     )
     record = encoder and {"name": encoder, "licence": "MIT", "source": "here", "sha256": "0" * 64}
     facts = model_facts(recipe.teacher, recipe.student, recipe.image.size, 0.0, PRIOR, record)

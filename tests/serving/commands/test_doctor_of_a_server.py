@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import Release
 
-from pipeline.commands import doctor_checks as doctor
-from pipeline.commands.doctor_checks import Limits, examine
+from pipeline.doctor import checks as doctor
+from pipeline.doctor.checks import Limits, examine
 from serving.repository.promotion_log import LOG_NAME, record
 from serving.repository.writer import write_repository
 from serving.server.triton_server import TritonServer

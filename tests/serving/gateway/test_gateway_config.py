@@ -15,7 +15,7 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from serving.gateway import nginx_process as gateway_process
 from serving.gateway.config import Gateway, read_gateway
 from serving.gateway.nginx_process import check_config, find_nginx, write_config
-from serving.repository.manifest import SegmentationFormat, read_manifest
+from serving.repository.manifest import Explain, SegmentationFormat, read_manifest
 from serving.repository.model_config import Placement, classifier_config, student_config
 from serving.shared.errors import InputError, ServingError
 from tests.support.running_gateway import make_certificate, require_nginx
@@ -80,10 +80,12 @@ def test_the_accepted_tensors_are_those_of_the_model_configs(repository: Path) -
     maps = manifest.model_copy(
         update={"segmentation": SegmentationFormat(height=8, width=8, fill=(0, 0, 0), cells=(2, 2))}
     )
+    explained = manifest.model_copy(update={"explain": Explain(images=0, bytes=1, map=(2, 2))})
     kinds = {kind: name.removeprefix("TYPE_").replace("STRING", "BYTES") for name, kind in DataType.items()}
     for model in ("student", "classifier"):
         configs = [text_format.Parse((repository / model / "config.pbtxt").read_text(), ModelConfig())]
-        configs.append(student_config(maps, Placement()) if model == "student" else classifier_config(maps))
+        for each in (maps, explained):
+            configs.append(student_config(each, Placement()) if model == "student" else classifier_config(each))
         entry = re.search(rf"{model} = {{\s*inputs = {{(.*?)}},\s*outputs = {{(.*?)}},\s*}},\n", table, re.DOTALL)
         inputs = dict(re.findall(r'(\w+) = "(\w+)"', entry[1]))
         assert inputs == {tensor.name: kinds[tensor.data_type] for config in configs for tensor in config.input}

@@ -18,7 +18,7 @@ from serving.repository import model_config
 from serving.repository import release as releases
 from serving.repository import writer as repositories
 from serving.repository.manifest import MANIFEST_NAME, Golden, HalfPrecision, ManifestError, sha256_of
-from serving.repository.model_config import EXTRA_INPUTS, EXTRA_OUTPUTS, Placement
+from serving.repository.model_config import EXTRA_DIMS, EXTRA_INPUTS, EXTRA_OUTPUTS, Placement
 from serving.repository.writer import write_repository
 from serving.shared.errors import InputError, RepositoryError
 
@@ -36,9 +36,9 @@ def test_tree_holds_the_release_and_nothing_else(repository: Path) -> None:
         "classifier/1/__pycache__",
         "classifier/1/access_log.py",
         "classifier/1/decisions.py",
+        "classifier/1/explain.py",
         "classifier/1/extras.py",
         "classifier/1/golden.json",
-        "classifier/1/integrity.py",
         "classifier/1/live_prior.py",
         "classifier/1/logit_log.py",
         "classifier/1/manifest.json",
@@ -53,7 +53,6 @@ def test_tree_holds_the_release_and_nothing_else(repository: Path) -> None:
         "classifier/config.pbtxt",
         "classifier/configs/local.pbtxt",
         "student/1/__pycache__",
-        "student/1/integrity.py",
         "student/1/manifest.json",
         "student/1/model.onnx",
         "student/1/model.py",
@@ -95,7 +94,7 @@ def test_configs_have_the_complete_signature(repository: Path) -> None:
         ("class", [TOP_K]),
         ("index", [TOP_K]),
         ("probability", [TOP_K]),
-        *((name, [-1 if name == "set" else 1]) for name in EXTRA_OUTPUTS),
+        *((name, EXTRA_DIMS.get(name, [1])) for name in EXTRA_OUTPUTS),
     ]
     assert [group.count for group in student.instance_group] == [1]
     assert [group.count for group in classifier.instance_group] == [2]

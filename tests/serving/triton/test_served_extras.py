@@ -7,8 +7,10 @@ import json
 import urllib.request
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
-from conftest import CLASSES, Release, picture, write_export
+from conftest import CLASSES, picture
+from test_explain import explained_export
 from test_extras import KEYS
 from test_taxonomy_answers import TREE
 
@@ -22,12 +24,9 @@ pytestmark = pytest.mark.end_to_end
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A server of a release whose manifest has a default coverage."""
+    """A server of a release whose manifest has a default coverage, with a feature index and a map."""
     folder = tmp_path_factory.mktemp("extras")
-    Release(
-        folder / "export",
-        write_export(folder / "export", **KEYS | {"sets": KEYS["sets"] | {"coverage": 0.5}, "taxonomy": TREE}),
-    )
+    explained_export(folder / "export", **KEYS | {"sets": KEYS["sets"] | {"coverage": 0.5}, "taxonomy": TREE})
     with TritonServer(
         write_repository(folder / "export", folder / "repository"), http_port=0, grpc_port=0, metrics_port=0
     ) as server:
@@ -35,12 +34,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
 
 
 def test_both_protocols_and_json_return_the_same_extras(served: TritonServer) -> None:
-    images, extras = [picture(seed) for seed in range(5)], Extras(0.9, {"emu": 20}, 0.4, 0.2, 0.8)
+    images, extras = [picture(seed) for seed in range(5)], Extras(0.9, {"emu": 20}, 0.4, 0.2, 0.8, explain=3)
     with Client(served.http_url) as http, Client(served.grpc_url) as grpc:
         answers = http.predict(images, "train", extras=extras)
         assert answers == grpc.predict(images, "train", extras=extras)
     assert all(answer.set and answer.decision and answer.unknown is not None for answer in answers)
     assert all(answer.node and answer.node.name for answer in answers)
+    assert all(len(answer.nearest) == 3 and answer.nearest[0].thumbnail for answer in answers)
+    assert all(np.shape(answer.activation_map) == (2, 2) for answer in answers)
     tensors = [
         ("image", "BYTES", "data:image/png;base64," + base64.b64encode(images[0]).decode()),
         ("prior", "BYTES", "train"),

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.commands.doctor_checks import GIB, LAST_RUN, Limits, examine
-from pipeline.commands.doctor_prefect import Finding, api_url, prefect_findings
+from pipeline.doctor.checks import GIB, LAST_RUN, Limits, examine
+from pipeline.doctor.prefect import Finding, api_url, prefect_findings
 from pipeline.scheduling.prefect_server import is_healthy
 from tests.support.making import content, write
 
@@ -144,7 +144,7 @@ from dataclasses import asdict
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from pipeline.commands.doctor_prefect import prefect_findings
+from pipeline.doctor.prefect import prefect_findings
 
 @flow
 def retrain():

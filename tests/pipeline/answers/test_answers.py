@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from models.prior import softmax
-from pipeline.evaluation.answers import fit_answers
-from pipeline.evaluation.prediction_sets import MAX_SCORES, set_scores
+from pipeline.answers.fit import fit_answers
+from pipeline.answers.prediction_sets import MAX_SCORES, set_scores
 from pipeline.onnx_export.release import decision_defaults, load_calibration, load_sets, load_unknown
 from pipeline.shared.artifacts import ANSWERS, write_json
 from pipeline.shared.errors import ParamsError, StageError

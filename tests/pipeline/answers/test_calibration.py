@@ -13,8 +13,8 @@ from sklearn.linear_model import LogisticRegression
 
 from models.calibration import MINIMUM_IMAGES, fit_served_temperature
 from models.prior import calibrate_logits, log_target_prior, shot_group, softmax
+from pipeline.answers.calibration import calibration_record, calibration_tables
 from pipeline.data.class_prior import Prior
-from pipeline.evaluation.calibration import calibration_record, calibration_tables
 from pipeline.evaluation.gate import decide
 from pipeline.evaluation.metrics import negative_log_likelihood
 from pipeline.evaluation.predictions import CALIBRATION_NOTE, load_predictions

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.commands.doctor_prefect import Finding, prefect_findings
+from pipeline.doctor.prefect import Finding, prefect_findings
 from pipeline.params import load_params
 from pipeline.shared.artifacts import INGEST_STATE, QUARANTINE
 from pipeline.shared.errors import TailorError, install_command

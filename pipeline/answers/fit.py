@@ -10,9 +10,9 @@ import numpy as np
 from models.calibration import MINIMUM_IMAGES, fit_served_temperature
 from models.decisions import Typicality, familiarity, images_needed
 from models.prior import GROUPS, calibrate_logits
+from pipeline.answers.calibration import calibration_record
+from pipeline.answers.prediction_sets import DIGITS, MAX_SCORES, set_record, set_scores
 from pipeline.data.class_prior import Prior
-from pipeline.evaluation.calibration import calibration_record
-from pipeline.evaluation.prediction_sets import DIGITS, MAX_SCORES, set_record, set_scores
 from pipeline.params import EvaluateParams, ServingParams
 
 REPORTED = 0.05  # false alarms in the report if params name none

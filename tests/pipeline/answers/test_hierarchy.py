@@ -8,9 +8,9 @@ import pytest
 
 from models.taxonomy import read_taxonomy
 from pipeline import split
+from pipeline.answers.hierarchy import LEVELS, taxonomy_record
 from pipeline.data.class_prior import Prior
 from pipeline.data.split_tables import load_taxonomy
-from pipeline.evaluation.hierarchy import LEVELS, taxonomy_record
 from pipeline.shared.errors import DataError, ParamsError
 from tests.support.making import data_params, folder
 

@@ -1,0 +1,1 @@
+"""Health checks of `tailor doctor`: installation, params, servers, Prefect, last run, ingest, disk space."""

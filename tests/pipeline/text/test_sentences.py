@@ -1,0 +1,112 @@
+"""Sentences of classes from templates, a table of words and descriptions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.params import ClassWordsParams, TextParams
+from pipeline.shared.errors import DataError, ParamsError
+from pipeline.text.sentences import class_sentences, is_code, split_sentences
+
+
+def text(**changes: Any) -> TextParams:
+    """Section `text`; the encoder is not opened."""
+    return TextParams(**{"encoder": "onnx", "file": "f", "tokenizer": "t", **changes})
+
+
+def words(root: Path, content: str, **columns: Any) -> ClassWordsParams:
+    """A table of words with that content."""
+    (root / "classes.csv").write_text(content, encoding="utf-8")
+    return ClassWordsParams(file=str(root / "classes.csv"), **columns)
+
+
+def test_a_class_name_is_read_as_words() -> None:
+    made = class_sentences(text(templates=["a {}.", "two {}s"]), ["sea_horse", "собака"])
+    assert made.sentences == [["a sea horse.", "two sea horses"], ["a собака.", "two собакаs"]]
+    assert made.remarks == []
+
+
+def test_words_of_a_table_and_descriptions_follow_the_class(tmp_path: Path) -> None:
+    names = words(
+        tmp_path,
+        'wnid,words\nn2,"toad, frog"\nn1,caf\u0065\u0301\n',
+        class_column="wnid",
+        text_column="words",
+        separator=",",
+    )
+    (tmp_path / "n2.txt").write_text("It jumps. It is green!\n\nIt\tjumps.\n青い。小さい。", encoding="utf-8")
+    (tmp_path / "n9.txt").write_text("of no class")
+    section = text(names=names, templates=["a {}"], descriptions=str(tmp_path))
+    made = class_sentences(section, ["n1", "n2"])
+    assert made.sentences == [["a caf\u00e9"], ["a toad", "a frog", "It jumps.", "It is green!", "青い。", "小さい。"]]
+    assert made.remarks == [
+        f"{tmp_path}: no file for 1 class, such as 'n1'", f"{tmp_path}: 1 file of no class, such as 'n9.txt'"
+    ]  # fmt: skip
+    cut = class_sentences(section.model_copy(update={"max_sentences": 3}), ["n1", "n2"])
+    assert cut.sentences[1] == ["a toad", "a frog", "It jumps."] and "the first 3 sentences" in cut.remarks[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name,text\ncat,a\ncat,b\n", "class 'cat' has two rows"),
+        ("name,text\ncat,\ndog,a\n", "class 'cat' has no words"),
+        ("name,text\ndog,a\n", "class 'cat' has no row in this file"),
+        ("name,words\ncat,a\n", "text.names.text_column is 'text', but the columns of .* are name, words"),
+        ("", "are none"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_with_its_name(content: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises((DataError, ParamsError), match=message) as error:
+        class_sentences(text(names=words(tmp_path, content)), ["cat", "dog"])
+    assert "classes.csv" in str(error.value)
+
+
+def test_descriptions_that_do_not_fit_are_refused_with_their_names(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"text\.descriptions is 'none': No such file"):
+        class_sentences(text(descriptions="none"), ["cat"])
+    (tmp_path / "cat.txt").write_text(" \n\n")
+    with pytest.raises(DataError, match=r"cat\.txt: is empty"):
+        class_sentences(text(descriptions=str(tmp_path)), ["cat"])
+    (tmp_path / "cat.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"cat\.txt: is not UTF-8"):
+        class_sentences(text(descriptions=str(tmp_path)), ["cat"])
+    (tmp_path / "cat.txt").write_text("It purrs.")
+    with pytest.raises(DataError, match=r"dog\.txt: no such file, and text.templates is empty"):
+        class_sentences(text(descriptions=str(tmp_path), templates=[]), ["cat", "dog"])
+
+
+def test_a_class_name_cannot_name_a_file_outside_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "texts").mkdir()
+    made = class_sentences(text(descriptions=str(tmp_path / "texts"), templates=["{}"]), ["../secret"])
+    assert made.sentences == [["../secret"]]
+
+
+def test_codes_are_told_from_words() -> None:
+    assert all(map(is_code, ("n01440764", "class12", "class_3", "7", "label-004", "C10")))
+    assert not any(map(is_code, ("cat", "boeing 747", "собака", "sea_horse", "b2 bomber", "a310")))
+    assert "class names that are codes, not words: 2, such as '0'" in class_sentences(text(), ["0", "1"]).remarks[0]
+
+
+def test_sentences_end_at_punctuation_and_lines() -> None:
+    assert split_sentences("A 3.5 m fish.  Big?\nYes") == ["A 3.5 m fish.", "Big?", "Yes"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"templates": ["a photo"]}, "expected a sentence with one {}"),
+        ({"templates": []}, "templates is empty and descriptions is null"),
+        ({"tokenizer": None}, "tokenizer is null, but encoder is onnx"),
+        ({"model": "RN50"}, "model is RN50, but encoder is onnx; open_clip alone needs it"),
+        ({"encoder": "features", "tokenizer": None, "descriptions": "d"}, "takes no sentences"),
+    ],
+)
+def test_keys_that_do_not_fit_the_encoder_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        text(**changes)
