@@ -53,7 +53,7 @@ class UnitRows(torch.autograd.Function):
     def forward(ctx: Any, matrix: Tensor) -> Tensor:
         """Matrix [C,D] → rows of length 1 [C,D]."""
         lengths = torch.linalg.vector_norm(matrix, dim=1, keepdim=True).clamp_min(SMALLEST_LENGTH)
-        unit = matrix / lengths
+        unit: Tensor = matrix / lengths
         ctx.save_for_backward(unit, lengths)
         return unit
 
@@ -63,7 +63,8 @@ class UnitRows(torch.autograd.Function):
         (gradient,), (unit, lengths) = gradients, ctx.saved_tensors
         change = (unit / lengths).mul_(gradient)
         of_length = change.sum(1, keepdim=True).neg_().masked_fill_(lengths <= SMALLEST_LENGTH, 0)
-        return (gradient / lengths).add_(torch.mul(of_length, unit, out=change))
+        result: Tensor = (gradient / lengths).add_(torch.mul(of_length, unit, out=change))
+        return result
 
 
 class CosineClassifier(nn.Module):
