@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from models.networks.adapters import input_and_feature
 from models.networks.autocast import full_precision, without_autocast
 from models.networks.backbones import Backbone, build_backbone
 from models.networks.memory import FeatureMemory
+
+SMALLEST_LENGTH = 1e-12  # as in F.normalize: a shorter row is divided by it
 
 
 class Folded(NamedTuple):
@@ -40,6 +42,31 @@ def unit_parts(features: Tensor, parts: int) -> Tensor:
     return F.normalize(features.unflatten(1, (parts, -1)), dim=2).flatten(1)
 
 
+class UnitRows(torch.autograd.Function):
+    """F.normalize(matrix, dim=1) of a matrix [C,D] with the same values and the same gradient in half of the passes over it.
+
+    Autograd's gradient of norm, clamp and division reads and writes the matrix ten times, which took a sixth of a training
+    step on stored features (docs/experiments.md, 2026-11-29).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        """Matrix [C,D] → rows of length 1 [C,D]."""
+        lengths = torch.linalg.vector_norm(matrix, dim=1, keepdim=True).clamp_min(SMALLEST_LENGTH)
+        unit: Tensor = matrix / lengths
+        ctx.save_for_backward(unit, lengths)
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Gradient of the matrix, in the operations and the order of autograd."""
+        (gradient,), (unit, lengths) = gradients, ctx.saved_tensors
+        change = (unit / lengths).mul_(gradient)
+        of_length = change.sum(1, keepdim=True).neg_().masked_fill_(lengths <= SMALLEST_LENGTH, 0)
+        result: Tensor = (gradient / lengths).add_(torch.mul(of_length, unit, out=change))
+        return result
+
+
 class CosineClassifier(nn.Module):
     """Cosine of a feature with each class weight: cos(·,·) of Eq. 6, before the division by tau_s.
 
@@ -61,7 +88,8 @@ class CosineClassifier(nn.Module):
     def matrix(self) -> Tensor:
         """Class matrix [C,D] with rows of length 1: the outputs are the cosines of features with these rows."""
         if self.parts == 1:
-            return F.normalize(self.weight, dim=1)
+            # An export and a second derivative need PyTorch's own operations.
+            return UnitRows.apply(self.weight) if self.training else F.normalize(self.weight, dim=1)
         return self.part_matrices().transpose(0, 1).flatten(1) / math.sqrt(self.parts)
 
     def part_matrices(self) -> Tensor:

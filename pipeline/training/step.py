@@ -140,7 +140,7 @@ class Step:
         if self._crops:
             return self.labelled_crops(inputs)[0], None
         own = own_rows(inputs)
-        pixels = self._images[own.chosen] if own.pixels is None else own.pixels
+        pixels = self._images.index_select(0, own.chosen) if own.pixels is None else own.pixels
         if self._stored:
             return take_stored(pixels, own.draws), None
         views = apply_views(pixels, own.draws, self._augment)

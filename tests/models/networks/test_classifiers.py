@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.networks.cosine_classifier import CausalClassifier, CosineClassifier, ImageClassifier, LinearClassifier
+from models.networks.cosine_classifier import (
+    CausalClassifier,
+    CosineClassifier,
+    ImageClassifier,
+    LinearClassifier,
+    UnitRows,
+)
 
 X = torch.tensor([[3, 4, 0, 1], [1, 0, 2, 2]], dtype=torch.float64)
 HEADS = {"cosine": CosineClassifier, "linear": LinearClassifier, "causal": partial(CausalClassifier, heads=4)}
@@ -27,6 +33,19 @@ def test_the_causal_classifier_has_the_golden_logits_in_training_and_after_it():
     classifier.mean_direction.copy_(torch.tensor([1, 1, 0, 1]))
     golden = [-3.490909090909, -5.848018648019, -2.210756595740]
     assert classifier.eval()(X)[0].tolist() == pytest.approx(golden, abs=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(200, 1280), (7, 33), (3, 1)])
+def test_unit_rows_have_the_values_and_the_gradient_of_normalize_bit_for_bit(shape):
+    draw = torch.Generator().manual_seed(0)
+    matrix, gradient = (torch.randn(shape, generator=draw) for _ in range(2))
+    matrix[-1] = 0
+    results = []
+    for unit in (UnitRows.apply, partial(F.normalize, dim=1)):
+        weight = matrix.clone().requires_grad_()
+        rows = unit(weight)
+        results.append((rows.detach(), *torch.autograd.grad(rows, weight, gradient)))
+    assert all(torch.equal(own, expected) for own, expected in zip(*results, strict=True))
 
 
 def test_the_mean_direction_follows_training_batches_only_and_is_in_the_checkpoint():
