@@ -78,8 +78,8 @@ class TextParams(Section):
         for key, encoder in (("tokenizer", "onnx"), ("model", "open_clip")):
             value = getattr(self, key)
             if (value is None) == (self.encoder == encoder):
-                state = "null" if value is None else value
-                raise ValueError(f"{key} is {state}, but encoder is {self.encoder}; {encoder} alone needs it")
+                state, cure = ("null", "set it") if value is None else (value, "set it to null")
+                raise ValueError(f"{key} is {state}, but encoder is {self.encoder}; {encoder} alone needs it: {cure}")
         if self.encoder == "features" and (self.names or self.descriptions):
             raise ValueError("encoder is features, which takes no sentences; set names and descriptions to null")
         for template in self.templates:

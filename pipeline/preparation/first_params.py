@@ -179,6 +179,7 @@ def text_values(classes: Sequence[str], source: Path, adapter: bool) -> tuple[Su
         "text": (section, "--text; sentences about the classes are centres of the GML loss"),
         "student.contrast_encoder": ("text", "the features of section text"),
         "student.beta": (1.0, "with text features"),
+        "student.alpha": (0.0, "text features need no teacher; L_KD would"),
     }
     if adapter:
         suggested["student.adapter"] = (ADAPTER, "of the encoder's features; L_GML trains it")

@@ -49,7 +49,7 @@ def text_features(text: TextParams, classes: Sequence[str]) -> tuple[TextFeature
             f"text.file: {text.file}: a feature of class {classes[row_class[row]]!r} is zero or not finite: {norms[row, 0]}"
         )
     features = (features / norms).astype(np.float32)
-    _check_distinct(features, row_class, classes)
+    _check_distinct(text, features, row_class, classes)
     return TextFeatures(features, row_class, tuple(classes), sentences, record), remarks
 
 
@@ -84,7 +84,7 @@ def own_features(text: TextParams, classes: Sequence[str]) -> tuple[list[np.ndar
     return result, sha256
 
 
-def _check_distinct(features: np.ndarray, row_class: np.ndarray, classes: Sequence[str]) -> None:
+def _check_distinct(text: TextParams, features: np.ndarray, row_class: np.ndarray, classes: Sequence[str]) -> None:
     """Raise DataError if the mean features of two classes are equal: no image could be told to be of one of them."""
     means = np.stack([features[row_class == number].mean(0) for number in range(len(classes))])
     means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
@@ -93,7 +93,10 @@ def _check_distinct(features: np.ndarray, row_class: np.ndarray, classes: Sequen
         first, second = np.nonzero(cosines > SAME)
         for one, other in zip(first + start, second, strict=True):
             if one < other:
-                raise DataError(
-                    f"text: classes {classes[one]!r} and {classes[other]!r} have equal features: the same words, or words "
-                    "that the encoder does not know; set text.names or text.descriptions to texts that differ"
+                cause = (
+                    ": the same words, or words that the encoder does not know; set text.names or text.descriptions to "
+                    "texts that differ"
                 )
+                if text.encoder == "features":
+                    cause = f" in {text.file}; give each class its own rows"
+                raise DataError(f"text: classes {classes[one]!r} and {classes[other]!r} have equal features{cause}")

@@ -59,7 +59,9 @@ def checked_file(source: str, sha256: str | None, download: bool, key: str = "te
     except OSError as error:
         raise ParamsError(f"{key} is {source!r}: {error.strerror}; expected a file on this machine") from None
     if sha256 not in (None, actual):
-        raise ParamsError(f"text.sha256 is {sha256}, but {path} has {actual}; it is another file")
+        raise ParamsError(
+            f"text.sha256 is {sha256}, but {path} has {actual}; it is another file; set the intended file, or its sha256"
+        )
     return path, actual
 
 

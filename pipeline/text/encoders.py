@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 
 from pipeline.params import TextParams
 from pipeline.shared.errors import ParamsError
@@ -85,7 +86,7 @@ def _transformers(text: TextParams) -> TextEncoder:
         network, loading = transformers.AutoModel.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ParamsError(f"text.file is {text.file!r}, which transformers cannot load: {reason}") from None
     # The library only warns about missing weights, and draws them at random. A feature does not need those of a pooler.
@@ -97,12 +98,14 @@ def _transformers(text: TextParams) -> TextEncoder:
     config = getattr(network.config, "text_config", network.config)
     longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 512))
     limit = min(text.max_tokens or longest, longest)
+    # SigLIP's feature is that of the last position, and it was trained with inputs of full length.
+    padding = "max_length" if "siglip" in network.config.model_type else True
 
     def lengths(sentences: Sequence[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(list(sentences), truncation=False, verbose=False)["input_ids"]]
 
     def features(sentences: Sequence[str]) -> np.ndarray:
-        tokens = tokenizer(list(sentences), truncation=True, max_length=limit, padding=True, return_tensors="pt")
+        tokens = tokenizer(list(sentences), truncation=True, max_length=limit, padding=padding, return_tensors="pt")
         with torch.inference_mode():
             if hasattr(network, "get_text_features"):
                 result = network.get_text_features(**tokens)

@@ -23,6 +23,7 @@ from pipeline.shared.artifacts import CLASSIFIER, STUDENT, TEACHER, TEXT
 from pipeline.shared.errors import ParamsError
 from pipeline.text.stored import TextFeatures, write_text_features
 from pipeline.training.engine import Training
+from pipeline.training.method_setup import text_centres
 from tests.support.making import folder
 from tests.support.small_encoder import tiny_encoder, tiny_params
 
@@ -106,6 +107,19 @@ def test_raw_centres_print_the_zero_shot_accuracy_of_the_mean_of_each_class(with
     assert f"zero-shot, without training: {expected:.1%} of the validation images" in capsys.readouterr().out
 
 
+def test_the_keys_are_all_sentences_or_the_mean_of_each_class_and_each_side_has_its_head(with_changes):
+    text = write_text(width=64)
+    means = np.stack([text.features[text.row_class == c].mean(0) for c in range(3)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    for sentences, rows, lengths in (("all", text.features, [3, 1, 1]), ("mean", means, [1, 1, 1])):
+        section = with_changes({"student.contrast": {"kind": "gml", "sentences": sentences}}).student
+        term = text_centres(section, load_prior(), 64, text)
+        assert term.lengths.tolist() == lengths and term.features.numpy() == pytest.approx(rows, abs=1e-6)
+        heads = [dict(head.named_parameters()) for head in (term.query_head, term.key_head)]
+        for name, weight in heads[0].items():  # equal at the start, but not shared
+            assert torch.equal(weight, heads[1][name]) and weight is not heads[1][name]
+
+
 def test_raw_centres_of_another_width_than_the_image_features_are_refused(with_changes):
     with pytest.raises(
         ParamsError, match=r"centres is raw, but the text features of artifacts/text have 24 values and .* 64;"
@@ -156,9 +170,11 @@ def test_params_that_cannot_use_text_features_or_sampling_are_refused(with_chang
 
 
 def test_square_root_sampling_changes_the_drawn_images_and_the_prior_of_the_losses_with_them(with_changes, monkeypatch):
-    orders, whole = [], Training._order
+    orders, log_priors, whole = [], [], Training._order
 
     def recorded(self, images):
+        objective = self.objective
+        log_priors[:] = objective.log_prior, objective.loss.log_prior, objective.term.log_prior
         orders.append(self._train.labels[whole(self, images)])
         return torch.arange(images)
 
@@ -167,8 +183,7 @@ def test_square_root_sampling_changes_the_drawn_images_and_the_prior_of_the_loss
     student.run(made)
     counts = np.array(load_prior().counts)
     shares = np.sqrt(counts) / np.sqrt(counts).sum()
-    losses = load_prior().sampled(made.student.sampling)
-    assert np.exp(losses.in_losses) == pytest.approx(shares) and losses.log_prior == load_prior().log_prior
+    assert [log_prior.exp().numpy() for log_prior in log_priors] == [pytest.approx(shares, rel=1e-5)] * 3
     drawn = torch.cat(orders)
     assert ClassSampler(drawn, 3, 1.0).shares.numpy() == pytest.approx(shares, abs=4 * np.sqrt(0.25 / len(drawn)))
     # The adjusted logits are balanced, as those of Eq. 6 with every image once.

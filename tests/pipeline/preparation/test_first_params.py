@@ -181,7 +181,8 @@ def test_text_features_are_suggested_for_words_and_not_for_codes(
     command = ["init", str(folder), "--no-encoder", "--force", "--text", "minilm/model.onnx"]
     assert main(command) == 0 and "codes" not in capsys.readouterr().err
     chosen = load_params(Path("params.yaml"))
-    assert (chosen.student.contrast_encoder, chosen.student.beta) == ("text", 1.0)
+    student = chosen.student
+    assert (student.contrast_encoder, student.beta, student.alpha) == ("text", 1.0, 0.0)
     assert chosen.text is not None and chosen.text.sha256 == sha256_of(tmp_path / "minilm/model.onnx")
     assert (chosen.text.encoder, chosen.text.tokenizer, chosen.text.names) == ("onnx", "minilm/tokenizer.json", None)
 

@@ -59,7 +59,7 @@ def test_a_feature_does_not_depend_on_its_batch_and_the_order_of_the_classes(tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sha256": "0" * 64}, "text.sha256 is 0000.*; it is another file"),
+        ({"sha256": "0" * 64}, "text.sha256 is 0000.*; it is another file; set the intended file, or its sha256"),
         ({"file": "none.onnx"}, "text.file is 'none.onnx': No such file"),
         ({"file": "{}/tokenizer.json"}, "ONNX Runtime cannot load"),
         ({"tokenizer": "{}/text.onnx"}, "which is no tokenizer.json"),
@@ -155,7 +155,7 @@ def test_features_of_the_users_own_are_normalised_and_assigned_by_name(tmp_path:
         ({"cat": np.ones(3), "dog": np.ones(3), "cow": np.ones(3)}, "tensor 'cow' is of no class"),
         ({"cat": np.ones(3), "dog": np.zeros(3)}, "a feature of class 'dog' is zero or not finite"),
         ({"cat": np.ones(3), "dog": np.full(3, np.nan)}, "a feature of class 'dog' is zero or not finite"),
-        ({"cat": np.ones(3), "dog": np.ones(3)}, "classes 'cat' and 'dog' have equal features"),
+        ({"cat": np.ones(3), "dog": np.ones(3)}, "'cat' and 'dog' have equal features in .*own.safetensors; give each"),
     ],
 )
 def test_features_that_do_not_fit_are_refused(tensors: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:

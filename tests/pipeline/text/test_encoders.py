@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.params import TextParams
@@ -30,7 +30,7 @@ class Letters(torch.nn.Module):
     def __init__(self, width: int = 4) -> None:
         super().__init__()
         self.table = torch.nn.Embedding(128, width)
-        self.config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=LIMIT))
+        self.config = SimpleNamespace(model_type="clip", text_config=SimpleNamespace(max_position_embeddings=LIMIT))
 
     def encode_text(self, ids: Tensor) -> Tensor:
         used = (ids > 0).float()[..., None]
@@ -53,6 +53,8 @@ class Tokenizer:
         if options.get("truncation") is False:
             return {"input_ids": [self.encode(sentence) for sentence in sentences]}
         limit = options.get("max_length", context_length)
+        if options.get("padding") is True:
+            limit = min(limit, max(map(len, sentences)))
         ids = torch.zeros(len(sentences), limit, dtype=torch.int64)
         for row, sentence in enumerate(sentences):
             tokens = self.encode(sentence)[:limit]
@@ -119,4 +121,22 @@ def test_a_folder_without_all_weights_of_its_model_is_refused(
     model = SimpleNamespace(from_pretrained=lambda *_, **__: missing)
     monkeypatch.setattr(sys.modules["transformers"], "AutoModel", model)
     with pytest.raises(ParamsError, match=r"has no text_model\.layer\.0\.weight; is it of this model\?"):
+        open_encoder(section(tmp_path, "transformers"))
+
+
+def test_a_siglip_feature_of_the_last_position_does_not_depend_on_the_batch(tmp_path: Path, network: Letters) -> None:
+    network.config.model_type = "siglip2"
+    network.encode_text = lambda ids: network.table(ids)[:, -1]  # type: ignore[method-assign]
+    opened, sentences = open_encoder(section(tmp_path, "transformers")), ["a", "cat", "sea horse"]
+    one_by_one, _ = opened.encode(sentences, batch_size=1)
+    np.testing.assert_array_equal(opened.encode(sentences, batch_size=3)[0], one_by_one)
+
+
+def test_damaged_weights_of_a_transformers_model_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(folder: Path, **_: Any) -> Any:
+        return load_file(folder / "model.safetensors"), {"missing_keys": set[str]()}
+
+    monkeypatch.setattr(sys.modules["transformers"], "AutoModel", SimpleNamespace(from_pretrained=load))
+    (tmp_path / "model.safetensors").write_bytes(b"damaged weights")
+    with pytest.raises(ParamsError, match="which transformers cannot load: Error while deserializing header"):
         open_encoder(section(tmp_path, "transformers"))

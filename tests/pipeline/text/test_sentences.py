@@ -102,8 +102,8 @@ def test_sentences_end_at_punctuation_and_lines() -> None:
     [
         ({"templates": ["a photo"]}, "expected a sentence with one {}"),
         ({"templates": []}, "templates is empty and descriptions is null"),
-        ({"tokenizer": None}, "tokenizer is null, but encoder is onnx"),
-        ({"model": "RN50"}, "model is RN50, but encoder is onnx; open_clip alone needs it"),
+        ({"tokenizer": None}, "tokenizer is null, but encoder is onnx; onnx alone needs it: set it"),
+        ({"model": "RN50"}, "model is RN50, but encoder is onnx; open_clip alone needs it: set it to null"),
         ({"encoder": "features", "tokenizer": None, "descriptions": "d"}, "takes no sentences"),
     ],
 )
