@@ -178,7 +178,8 @@ def classify_batch(client: Client, files: Sequence[Path], prior: Prior) -> Batch
     numbered in upload order, `1.jpg (1)` and `1.jpg (2)`. Raises InputError for an invalid prior, ServingError when no
     server responds.
     """
-    failed, shown = 0, []
+    failed = 0
+    shown: list[tuple[str, Path, Prediction | ServingError]] = []
     with tempfile.NamedTemporaryFile(
         "w", prefix="tailor-", suffix=".csv", delete=False, encoding="utf-8", newline=""
     ) as stream:

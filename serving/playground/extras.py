@@ -23,7 +23,12 @@ def parse_extras(coverage: str, level: str, ask: str, false_alarms: str, explain
     """The extras of a request from typed numbers; an empty text is off, None if all are off. Raises InputError."""
     typed = {"coverage": coverage, "level": level, "ask": ask, "false_alarms": false_alarms}
     numbers = {name: _number(name, text) for name, text in typed.items() if text.strip()}
-    return Extras(**numbers, explain=explain or None) if numbers or explain else None
+    if not numbers and not explain:
+        return None
+    return Extras(
+        coverage=numbers.get("coverage"), ask=numbers.get("ask"), false_alarms=numbers.get("false_alarms"),
+        level=numbers.get("level"), explain=explain or None,
+    )  # fmt: skip
 
 
 def _number(name: str, text: str) -> float:

@@ -23,11 +23,11 @@ from models.prior import log_class_prior, softmax
 from serving.client.extras import Extras
 from serving.client.predictions import NearestImage, Prediction
 from serving.drift.estimate import write_live_prior
-from serving.playground.answers import PriorResult, as_html, parse_own_prior, thumbnail, unique_names
+from serving.playground.answers import PriorResult, as_html, parse_own_prior, side_by_side, thumbnail, unique_names
 from serving.playground.extras import parse_extras
 from serving.playground.page import find_samples
 from serving.server.triton_server import TritonServer
-from serving.shared.errors import InputError
+from serving.shared.errors import InputError, RequestRejected
 from tests.support.chromium import needs_chromium, started
 
 with_browser = [pytest.mark.end_to_end, pytest.mark.xdist_group("playground"), needs_chromium]
@@ -142,6 +142,24 @@ def test_each_extra_part_is_off_unless_it_is_typed() -> None:
     for wrong in ("many", "2", "nan"):
         with pytest.raises(InputError, match="coverage is"):
             parse_extras(wrong, "", "", "", False)
+
+
+class NoSets:
+    """A client of a release without prediction sets."""
+
+    url = "http://server"
+
+    def predict(self, images: object, prior: object, *, extras: Extras | None = None) -> list[Prediction]:
+        if extras is not None and extras.coverage:
+            raise RequestRejected("http://server refused: coverage: this release has no prediction sets")
+        return [Prediction(("ant",), (0,), (1.0,), 1)]
+
+
+def test_a_part_that_the_release_lacks_is_an_error_in_each_column() -> None:
+    assert all(result.prediction for result in side_by_side(NoSets(), b"", 0.5, ""))  # type: ignore[arg-type]
+    refused = side_by_side(NoSets(), b"", 0.5, "", Extras(coverage=0.9))  # type: ignore[arg-type]
+    assert {result.error for result in refused} == {"coverage: this release has no prediction sets"}
+    assert [result.title for result in refused] == ["balanced", "train", "live", "strength 0.5"]
 
 
 @pytest.mark.slow
@@ -274,16 +292,6 @@ class TestInABrowser:
         page.wait_for_selector("#answers h3:text-is('strength 0')")
         shown = columns(page)
         assert shown["strength 0"].splitlines()[1:5] == shown["balanced"].splitlines()[1:5]
-
-    def test_a_typed_ask_price_gives_a_decision(self, page: Any, tmp_path: Path) -> None:
-        (tmp_path / "noise.png").write_bytes(picture(4))
-        upload(page, tmp_path / "noise.png")
-        page.wait_for_selector("#answers .column", timeout=60_000)
-        assert "decision" not in page.inner_text("#answers")
-        page.get_by_role("button", name="More in an answer").click()
-        page.fill("#ask textarea, #ask input", "0")
-        page.locator("#ask textarea, #ask input").blur()
-        page.wait_for_selector("#answers :text('ask a person')")
 
     def test_a_live_prior_written_by_drift_has_its_own_prediction(
         self, page: Any, release: Release, repository: Path, tmp_path: Path
