@@ -27,7 +27,7 @@ from serving.playground.answers import PriorResult, as_html, parse_own_prior, si
 from serving.playground.extras import parse_extras
 from serving.playground.page import find_samples
 from serving.server.triton_server import TritonServer
-from serving.shared.errors import InputError, RequestRejected
+from serving.shared.errors import InputError, ServingError
 from tests.support.chromium import needs_chromium, started
 
 with_browser = [pytest.mark.end_to_end, pytest.mark.xdist_group("playground"), needs_chromium]
@@ -149,9 +149,9 @@ class NoSets:
 
     url = "http://server"
 
-    def predict(self, images: object, prior: object, *, extras: Extras | None = None) -> list[Prediction]:
+    def predict(self, *_: object, extras: Extras | None = None) -> list[Prediction]:
         if extras is not None and extras.coverage:
-            raise RequestRejected("http://server refused: coverage: this release has no prediction sets")
+            raise ServingError("http://server refused: coverage: this release has no prediction sets")
         return [Prediction(("ant",), (0,), (1.0,), 1)]
 
 
