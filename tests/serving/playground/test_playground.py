@@ -293,6 +293,19 @@ class TestInABrowser:
         shown = columns(page)
         assert shown["strength 0"].splitlines()[1:5] == shown["balanced"].splitlines()[1:5]
 
+    def test_a_typed_coverage_and_price_get_an_error_and_a_decision(self, page: Any, tmp_path: Path) -> None:
+        (tmp_path / "noise.png").write_bytes(picture(4))
+        upload(page, tmp_path / "noise.png")
+        page.wait_for_selector("#answers .column", timeout=60_000)
+        assert "decision" not in page.inner_text("#answers")
+        page.get_by_role("button", name="More in an answer").click()
+        page.fill("#ask textarea, #ask input", "0")
+        page.locator("#ask textarea, #ask input").blur()
+        page.wait_for_selector("#answers :text('ask a person')")
+        page.fill("#coverage textarea, #coverage input", "0.9")
+        page.locator("#coverage textarea, #coverage input").blur()
+        page.wait_for_selector("#answers :text('this release has no prediction sets')")
+
     def test_a_live_prior_written_by_drift_has_its_own_prediction(
         self, page: Any, release: Release, repository: Path, tmp_path: Path
     ) -> None:
