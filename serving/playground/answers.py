@@ -19,9 +19,11 @@ from typing import Any
 
 from models.preprocess import decode
 from models.prior import parse_number
+from serving.client.extras import Extras
 from serving.client.predictions import CSV_COLUMNS, Prediction, as_rows, extras_text
 from serving.client.priors import LIVE, Prior
 from serving.client.sync_client import Client
+from serving.playground.extras import reasons_html
 from serving.shared.errors import InputError, ServingError
 
 MAX_PRIOR_TEXT = 1024 * 1024
@@ -39,30 +41,34 @@ class PriorResult:
     error: str = ""
 
 
-def classify_under_prior(client: Client, image: bytes, title: str, prior: Prior) -> PriorResult:
+def classify_under_prior(
+    client: Client, image: bytes, title: str, prior: Prior, extras: Extras | None = None
+) -> PriorResult:
     """Classify one image; a failure is returned as the PriorResult's error."""
     started = time.perf_counter()
     try:
-        (prediction,) = client.predict([image], prior)
+        (prediction,) = client.predict([image], prior, extras=extras)
     except ServingError as error:
         return PriorResult(title, None, 0.0, str(error).removeprefix(f"{client.url} refused: "))
     return PriorResult(title, prediction, 1000 * (time.perf_counter() - started))
 
 
-def side_by_side(client: Client, image: bytes, strength: float, own: str) -> list[PriorResult]:
+def side_by_side(
+    client: Client, image: bytes, strength: float, own: str, extras: Extras | None = None
+) -> list[PriorResult]:
     """Classify one image under balanced, train, live, the slider's strength, and the typed prior `own` if not empty.
 
-    Raises InputError for an image that cannot be read, and ServingError when no server responds: both concern every
-    column.
+    extras: of each request; a column has the server's error where the release does not support one. Raises InputError
+    for an image that cannot be read, and ServingError when no server responds: both concern every column.
     """
-    started = time.perf_counter()
-    (prediction,) = client.predict([image], "balanced")
-    results = [PriorResult("balanced", prediction, 1000 * (time.perf_counter() - started))]
+    results = [classify_under_prior(client, image, "balanced", "balanced", extras)]
+    if results[0].prediction is None:
+        client.predict([image], "balanced")  # raises unless the extras are the cause
     for title, prior in (("train", "train"), ("live", LIVE), (f"strength {strength:g}", strength)):
-        results.append(classify_under_prior(client, image, title, prior))
+        results.append(classify_under_prior(client, image, title, prior, extras))
     if own.strip():
         try:
-            results.append(classify_under_prior(client, image, "your own", parse_own_prior(own)))
+            results.append(classify_under_prior(client, image, "your own", parse_own_prior(own), extras))
         except InputError as error:
             results.append(PriorResult("your own", None, 0.0, str(error)))
     return results
@@ -115,16 +121,17 @@ def _normalised(typed: dict[str, Any] | list[Any]) -> Prior:
     return [value / total for value in numbers]
 
 
-def as_html(results: Sequence[PriorResult]) -> str:
+def as_html(results: Sequence[PriorResult], image: bytes = b"") -> str:
     """Render the columns as HTML: top classes with bars, latency, version. Class names are escaped.
 
-    A column whose best class differs from that of the first column is marked.
+    A column whose best class differs from that of the first column is marked. image: the file, for activation maps.
     """
     first = next((result.prediction.classes[0] for result in results[:1] if result.prediction), None)
-    return f'<div class="columns">{"".join(_column(result, results[0].title, first) for result in results)}</div>'
+    columns = "".join(_column(result, results[0].title, first, image) for result in results)
+    return f'<div class="columns">{columns}</div>'
 
 
-def _column(result: PriorResult, reference: str, first: str | None) -> str:
+def _column(result: PriorResult, reference: str, first: str | None, image: bytes) -> str:
     title = f"<h3>{escape(result.title)}</h3>"
     if result.prediction is None:
         return f'<section class="column">{title}<p class="none">{escape(result.error)}</p></section>'
@@ -135,6 +142,7 @@ def _column(result: PriorResult, reference: str, first: str | None) -> str:
         for name, p in best
     )
     extras = "".join(f'<p class="details">{escape(line)}</p>' for line in extras_text(result.prediction))
+    extras += reasons_html(result.prediction, image)
     details = f"{result.milliseconds:.1f} ms, version {result.prediction.version}"
     changed = first is not None and result.prediction.classes[0] != first
     mark = f'<p class="mark">other class than {escape(reference)}</p>' if changed else ""
@@ -170,7 +178,8 @@ def classify_batch(client: Client, files: Sequence[Path], prior: Prior) -> Batch
     numbered in upload order, `1.jpg (1)` and `1.jpg (2)`. Raises InputError for an invalid prior, ServingError when no
     server responds.
     """
-    failed, shown = 0, []
+    failed = 0
+    shown: list[tuple[str, Path, Prediction | ServingError]] = []
     with tempfile.NamedTemporaryFile(
         "w", prefix="tailor-", suffix=".csv", delete=False, encoding="utf-8", newline=""
     ) as stream:

@@ -11,6 +11,7 @@ from models.image_names import SUFFIXES
 from serving.client.sync_client import Client
 from serving.playground import answers
 from serving.playground.answers import SHOWN, parse_own_prior, thumbnail
+from serving.playground.extras import parse_extras
 from serving.shared.errors import ServingError
 from serving.shared.terminal import counted
 
@@ -57,22 +58,23 @@ def _one_image(gr: Any, client: Client, samples: Sequence[Path]) -> None:
             own = gr.Textbox(
                 label="Your own prior: a weight for each class", placeholder=OWN, lines=1, max_lines=8, elem_id="own"
             )
+            more = _more_inputs(gr)
         with gr.Column(scale=3, min_width=320):
             columns = gr.HTML("<p>Drop an image to classify it.</p>", elem_id="answers")
 
-    def answer(path: str | None, strength: float, own: str) -> tuple[str, str]:
+    def answer(path: str | None, strength: float, own: str, *more: Any) -> tuple[str, str]:
         if path is None:
             return "<p>Drop an image to classify it.</p>", ""
         name = Path(path).name
         try:
             data = Path(path).read_bytes()
-            results = answers.side_by_side(client, data, strength, own)
+            results = answers.side_by_side(client, data, strength, own, parse_extras(*more))
         except ServingError as error:
             return f'<p class="wrong" role="alert">{escape(name)}: {escape(str(error))}</p>', ""
-        return answers.as_html(results), f"{thumbnail(data, name)}<p>{escape(name)}, {len(data):,} bytes</p>"
+        return answers.as_html(results, data), f"{thumbnail(data, name)}<p>{escape(name)}, {len(data):,} bytes</p>"
 
     outputs = [columns, preview]
-    call = {"fn": answer, "inputs": [upload, strength, own], "outputs": outputs, "api_visibility": "private"}
+    call = {"fn": answer, "inputs": [upload, strength, own, *more], "outputs": outputs, "api_visibility": "private"}
     upload.change(**call, show_progress="minimal")
     if samples:
 
@@ -86,6 +88,23 @@ def _one_image(gr: Any, client: Client, samples: Sequence[Path]) -> None:
     strength.change(**call, show_progress="hidden", trigger_mode="always_last")
     own.submit(**call, show_progress="hidden")
     own.blur(**call, show_progress="hidden")
+    for text in more[:-1]:
+        text.submit(**call, show_progress="hidden")
+        text.blur(**call, show_progress="hidden")
+    more[-1].change(**call, show_progress="hidden")
+
+
+def _more_inputs(gr: Any) -> list[Any]:
+    """Inputs of parse_extras, in its order, in a closed accordion; all are off."""
+    labels = {
+        "coverage": "Coverage of the set of classes, e.g. 0.9",
+        "level": "Probability of a node of the taxonomy, e.g. 0.9",
+        "ask": "Price of asking a person; a wrong class costs 1",
+        "false-alarms": "False alarms of unknown images, e.g. 0.05",
+    }
+    with gr.Accordion("More in an answer", open=False, elem_id="more"):
+        texts = [gr.Textbox(label=label, max_lines=1, elem_id=name) for name, label in labels.items()]
+        return [*texts, gr.Checkbox(label="Explain the best class", elem_id="explain")]
 
 
 def _many_images(gr: Any, client: Client) -> None:

@@ -20,12 +20,14 @@ from conftest import CLASSES, Release, picture
 from PIL import Image
 
 from models.prior import log_class_prior, softmax
-from serving.client.predictions import Prediction
+from serving.client.extras import Extras
+from serving.client.predictions import NearestImage, Prediction
 from serving.drift.estimate import write_live_prior
-from serving.playground.answers import PriorResult, as_html, parse_own_prior, thumbnail, unique_names
+from serving.playground.answers import PriorResult, as_html, parse_own_prior, side_by_side, thumbnail, unique_names
+from serving.playground.extras import parse_extras
 from serving.playground.page import find_samples
 from serving.server.triton_server import TritonServer
-from serving.shared.errors import InputError
+from serving.shared.errors import InputError, ServingError
 from tests.support.chromium import needs_chromium, started
 
 with_browser = [pytest.mark.end_to_end, pytest.mark.xdist_group("playground"), needs_chromium]
@@ -118,6 +120,46 @@ def test_a_picture_taken_sideways_is_shown_upright() -> None:
 def test_files_of_one_name_get_unique_names() -> None:
     files = ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "dog/1.jpg (2)"]
     assert unique_names([Path(file) for file in files]) == ["1.jpg (1)", "1.jpg (3)", "2.jpg", "1.jpg (2)"]
+
+
+def test_the_names_of_nearest_images_are_escaped_and_the_map_is_drawn_where_it_is_high() -> None:
+    near = (NearestImage('"><script>', "<b>", 0.5, b"jpeg"),)
+    plain = Prediction(("ant",), (0,), (1.0,), 1)
+    explained = Prediction(("ant",), (0,), (1.0,), 1, nearest=near, activation_map=((-1.0, 3.0), (-1.0, 3.0)))
+    data = io.BytesIO()
+    Image.new("RGB", (80, 40), "blue").save(data, "PNG")
+    html = as_html([PriorResult("balanced", explained, 1.0)], data.getvalue())
+    assert "<script>" not in html and "<b>" not in html and base64.b64encode(b"jpeg").decode() in html
+    drawn = Image.open(io.BytesIO(base64.b64decode(re.findall(r"png;base64,([^\"]+)", html)[0])))
+    assert drawn.getpixel((5, 128)) == (0, 0, 255) and drawn.getpixel((250, 128))[0] > 100
+    assert "<img" not in as_html([PriorResult("balanced", plain, 1.0)], data.getvalue())
+
+
+def test_each_extra_part_is_off_unless_it_is_typed() -> None:
+    assert parse_extras("", " ", "", "", False) is None
+    assert parse_extras("0.9", "", "", "", False) == Extras(coverage=0.9)
+    assert parse_extras("", "0.8", "0.4", "0.05", True) == Extras(level=0.8, ask=0.4, false_alarms=0.05, explain=True)
+    for wrong in ("many", "2", "nan"):
+        with pytest.raises(InputError, match="coverage is"):
+            parse_extras(wrong, "", "", "", False)
+
+
+class NoSets:
+    """A client of a release without prediction sets."""
+
+    url = "http://server"
+
+    def predict(self, *_: object, extras: Extras | None = None) -> list[Prediction]:
+        if extras is not None and extras.coverage:
+            raise ServingError("http://server refused: coverage: this release has no prediction sets")
+        return [Prediction(("ant",), (0,), (1.0,), 1)]
+
+
+def test_a_part_that_the_release_lacks_is_an_error_in_each_column() -> None:
+    assert all(result.prediction for result in side_by_side(NoSets(), b"", 0.5, ""))  # type: ignore[arg-type]
+    refused = side_by_side(NoSets(), b"", 0.5, "", Extras(coverage=0.9))  # type: ignore[arg-type]
+    assert {result.error for result in refused} == {"coverage: this release has no prediction sets"}
+    assert [result.title for result in refused] == ["balanced", "train", "live", "strength 0.5"]
 
 
 @pytest.mark.slow
@@ -250,6 +292,19 @@ class TestInABrowser:
         page.wait_for_selector("#answers h3:text-is('strength 0')")
         shown = columns(page)
         assert shown["strength 0"].splitlines()[1:5] == shown["balanced"].splitlines()[1:5]
+
+    def test_a_typed_coverage_and_price_get_an_error_and_a_decision(self, page: Any, tmp_path: Path) -> None:
+        (tmp_path / "noise.png").write_bytes(picture(4))
+        upload(page, tmp_path / "noise.png")
+        page.wait_for_selector("#answers .column", timeout=60_000)
+        assert "decision" not in page.inner_text("#answers")
+        page.get_by_role("button", name="More in an answer").click()
+        page.fill("#ask textarea, #ask input", "0")
+        page.locator("#ask textarea, #ask input").blur()
+        page.wait_for_selector("#answers :text('ask a person')")
+        page.fill("#coverage textarea, #coverage input", "0.9")
+        page.locator("#coverage textarea, #coverage input").blur()
+        page.wait_for_selector("#answers :text('this release has no prediction sets')")
 
     def test_a_live_prior_written_by_drift_has_its_own_prediction(
         self, page: Any, release: Release, repository: Path, tmp_path: Path
