@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -23,11 +24,13 @@ FORKING_SHELL = '#!/bin/sh\n/bin/sh "$@"\nexit $?\n'
 def stages_of(root: Path) -> list[psutil.Process]:
     """Return the processes that run a stage of the project."""
     stages = []
-    for process in psutil.process_iter(["cmdline", "cwd", "status"]):
-        command = process.info["cmdline"] or []
-        module = "pipeline.teacher" in command and process.info["cwd"] == str(root)
-        if module and process.info["status"] != psutil.STATUS_ZOMBIE:
-            stages.append(process)
+    for process in psutil.process_iter():
+        with contextlib.suppress(
+            psutil.Error, FileNotFoundError
+        ):  # it ended meanwhile; psutil's cwd() raises the latter
+            module = "pipeline.teacher" in process.cmdline() and process.cwd() == str(root)
+            if module and process.status() != psutil.STATUS_ZOMBIE:
+                stages.append(process)
     return stages
 
 

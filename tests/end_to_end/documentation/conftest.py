@@ -83,6 +83,13 @@ ELSEWHERE = {
     ("docs/compare-methods.md", "dvc repro"): "the stages of docs/training.md",
     ("docs/compare-methods.md", "tailor methods"): "tests/pipeline/commands/test_methods_command.py",
     ("docs/compare-methods.md", "tailor recipe"): "tests/pipeline/params/test_recipe.py",
+    (
+        "docs/text-centres.md",
+        "dvc repro",
+    ): "tests/end_to_end/test_dvc_stages.py, tests/pipeline/text/test_text_features.py",
+    ("docs/text-centres.md", "pip install"): "a download",
+    ("docs/text-centres.md", "tailor recipe"): "tests/pipeline/params/test_recipe.py",
+    ("docs/text-centres.md", "tailor methods"): "tests/pipeline/commands/test_methods_command.py",
     ("docs/methods.md", "tailor recipe"): "tests/pipeline/params/test_recipe.py",
     ("docs/methods.md", "dvc repro"): "the stages of docs/training.md",
     ("docs/contrast-terms.md", "tailor recipe"): "tests/pipeline/params/test_recipe.py",

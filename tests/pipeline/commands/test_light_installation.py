@@ -54,7 +54,7 @@ def test_the_base_installation_lists_every_command_and_prints_the_help_of_each()
 
 @pytest.mark.parametrize(
     ("command", "package"),
-    [("memory", "yaml"), ("recipe recipes/cifar100-if100-200.yaml", "yaml"), ("doctor", "yaml")],
+    [("memory", "safetensors"), ("recipe recipes/cifar100-if100-200.yaml", "yaml"), ("doctor", "yaml")],
 )
 def test_a_command_names_its_missing_package_in_one_line(command: str, package: str) -> None:
     done = run_light(*command.split())
