@@ -19,10 +19,14 @@ MAX_NUMBER = 40  # characters of a typed number
 SIDE = 256  # pixels of the activation map's picture
 
 
-def parse_extras(coverage: str, level: str, ask: str, false_alarms: str, explain: bool) -> Extras | None:
+def parse_extras(
+    coverage: str | None, level: str | None, ask: str | None, false_alarms: str | None, explain: bool
+) -> Extras | None:
     """The extras of a request from typed numbers; an empty text is off, None if all are off. Raises InputError."""
     typed = {"coverage": coverage, "level": level, "ask": ask, "false_alarms": false_alarms}
-    numbers = {name: _number(name, text) for name, text in typed.items() if text.strip()}
+    numbers = {
+        name: _number(name, text) for name, text in typed.items() if text and text.strip()
+    }  # None: an untouched box
     if not numbers and not explain:
         return None
     return Extras(
