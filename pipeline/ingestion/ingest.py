@@ -47,9 +47,9 @@ def ingest(params: Params, drop: Path | None = None) -> IngestReport:
 
 
 def _without_label_maps(root: Path, location: str, drop: Path | None) -> IngestReport:
-    """Nothing to ingest for task segmentation, whose new images belong into the source, so that `retrain` goes on.
+    """The empty report of task segmentation: its new images are added to the source, and `retrain` needs a report.
 
-    Raises ParamsError when images were put into the drop folder, which has no label maps.
+    Raises ParamsError if `drop` is given or the drop folder has files, because a drop folder has no label maps.
     """
     if drop is not None or (root.is_dir() and any(root.iterdir())):
         raise ParamsError(

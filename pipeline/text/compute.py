@@ -85,7 +85,7 @@ def own_features(text: TextParams, classes: Sequence[str]) -> tuple[list[np.ndar
 
 
 def _check_distinct(text: TextParams, features: np.ndarray, row_class: np.ndarray, classes: Sequence[str]) -> None:
-    """Raise DataError if the mean features of two classes are equal: no image could be told to be of one of them."""
+    """Raise DataError if the mean features of two classes are equal: an image would have the same score for both."""
     means = np.stack([features[row_class == number].mean(0) for number in range(len(classes))])
     means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
     for start in range(0, len(classes), CHUNK):

@@ -29,7 +29,7 @@ class ClassSentences:
 
 
 def is_code(name: str) -> bool:
-    """Whether a class name is a number or a code such as n01440764, of which a text encoder knows nothing."""
+    """Whether a class name is a number or a code such as n01440764, that has no meaning for a text encoder."""
     return CODE.fullmatch(name.strip()) is not None
 
 

@@ -20,13 +20,8 @@ Costs = Mapping[str, float] | Sequence[float] | Sequence[Sequence[float]] | NDAr
 MAX_FILE_BYTES = 16 * 1024 * 1024
 DECISION = ("decision", "decision_index", "expected_cost")
 NODE = ("node", "node_probability")
-EXPLAIN = (
-    "nearest",
-    "nearest_class",
-    "nearest_cosine",
-    "nearest_image",
-    "activation_map",
-)  # a release may lack each of them
+# A release may lack each of them.
+EXPLAIN = ("nearest", "nearest_class", "nearest_cosine", "nearest_image", "activation_map")
 NEAREST, MOST_NEAREST = 5, 20  # training images of explain=True, and the most
 
 

@@ -22,11 +22,12 @@ SIDE = 256  # pixels of the activation map's picture
 def parse_extras(
     coverage: str | None, level: str | None, ask: str | None, false_alarms: str | None, explain: bool
 ) -> Extras | None:
-    """The extras of a request from typed numbers; an empty text is off, None if all are off. Raises InputError."""
+    """The extras of a request from typed numbers; an empty text is off, and so is None, the value of an untouched box.
+
+    Returns None if all are off. Raises InputError.
+    """
     typed = {"coverage": coverage, "level": level, "ask": ask, "false_alarms": false_alarms}
-    numbers = {
-        name: _number(name, text) for name, text in typed.items() if text and text.strip()
-    }  # None: an untouched box
+    numbers = {name: _number(name, text) for name, text in typed.items() if text and text.strip()}
     if not numbers and not explain:
         return None
     return Extras(

@@ -87,7 +87,7 @@ def test_a_class_name_cannot_name_a_file_outside_of_the_folder(tmp_path: Path) -
     assert made.sentences == [["../secret"]]
 
 
-def test_codes_are_told_from_words() -> None:
+def test_codes_are_not_words() -> None:
     assert all(map(is_code, ("n01440764", "class12", "class_3", "7", "label-004", "C10")))
     assert not any(map(is_code, ("cat", "boeing 747", "собака", "sea_horse", "b2 bomber", "a310")))
     assert "class names that are codes, not words: 2, such as '0'" in class_sentences(text(), ["0", "1"]).remarks[0]
