@@ -45,8 +45,8 @@ def unit_parts(features: Tensor, parts: int) -> Tensor:
 class UnitRows(torch.autograd.Function):
     """F.normalize(matrix, dim=1) of a matrix [C,D] with the same values and the same gradient in half of the passes over it.
 
-    Autograd's gradient of norm, clamp and division reads and writes the matrix ten times, which took a sixth of a training
-    step on stored features (docs/experiments.md, 2026-11-29).
+    Autograd's gradient of norm, clamp and division reads and writes the matrix ten times, which made training on stored
+    features slower (docs/experiments.md, 2026-11-29).
     """
 
     @staticmethod
