@@ -56,7 +56,7 @@ class TextParams(Section):
     downloaded. tokenizer: tokenizer.json, of onnx. model: architecture, of open_clip. pooling: of a graph or model that
     outputs a vector for each token: their mean, or the first. max_tokens: longest sentence; null: the tokenizer's.
     names: words of the classes; null: the class names, with spaces instead of underscores. templates: sentences with one
-    {} for the words. descriptions: a folder with <class>.txt. max_sentences: of a class; templates precede descriptions.
+    {} for the words. descriptions: a folder with <class>.txt. max_sentences: of a class; templates and descriptions alternate.
     """
 
     encoder: Literal["onnx", "open_clip", "transformers", "features"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +23,14 @@ CODE = re.compile(r"(n|c|id|cat|cls|class|label|category)?[ _-]*\d+", re.IGNOREC
 
 @dataclass(frozen=True)
 class ClassSentences:
-    """Sentences of each class in the order of the classes, at least one. remarks: what was left out, a line each."""
+    """Sentences of each class in the order of the classes, at least one.
+
+    remarks: what was left out, a line each. unused: number of sentences above max_sentences.
+    """
 
     sentences: list[list[str]]
     remarks: list[str]
+    unused: int
 
 
 def is_code(name: str) -> bool:
@@ -34,34 +39,49 @@ def is_code(name: str) -> bool:
 
 
 def class_sentences(text: TextParams, classes: Sequence[str]) -> ClassSentences:
-    """Make the sentences of all classes: each template with each word, then the descriptions; equal sentences once.
+    """Make the sentences of all classes; equal sentences once, of more than text.max_sentences the first ones.
 
-    Raises ParamsError for a missing file, DataError that names the class or the file: a class without words or sentences,
-    an empty description, a table with a class twice.
+    Sentences of templates alternate with those of the description, so that a limit shortens both alike. Raises ParamsError
+    for a missing file, DataError that names the class or the file: a class without words or sentences, an empty
+    description, a table with a class twice.
     """
     words = read_words(text.names, classes) if text.names else [[name.replace("_", " ")] for name in classes]
     described, remarks = _descriptions(text.descriptions, classes) if text.descriptions else ({}, [])
-    result, problems, longer = [], [], []
+    result, problems, unused = [], [], dict[str, list[str]]()
     for name, own in zip(classes, words, strict=True):
-        filled = [template.replace("{}", " ".join(word.split())) for template in text.templates for word in own]
-        sentences = list(dict.fromkeys([*filled, *described.get(name, [])]))
+        both = itertools.zip_longest(filled_templates(text.templates, own), described.get(name, []))
+        sentences = list(dict.fromkeys(sentence for pair in both for sentence in pair if sentence is not None))
         if not sentences:
             problems.append((Path(f"{text.descriptions}/{name}.txt"), "no such file, and text.templates is empty"))
-        if len(sentences) > text.max_sentences:
-            longer.append(name)
+        if rest := sentences[text.max_sentences :]:
+            unused[name] = rest
         result.append(sentences[: text.max_sentences])
     raise_problems(Path(text.descriptions or "text"), problems)
-    if longer:
+    total = sum(map(len, unused.values()))
+    if unused:
+        name, rest = next(iter(unused.items()))
+        of_descriptions = sum(len({*own} & {*described.get(name, [])}) for name, own in unused.items())
         remarks.append(
-            f"the first {text.max_sentences} sentences (text.max_sentences) are used of {counted(len(longer), 'class')} "
-            f"with more, such as {longer[0]!r}"
+            f"{counted(total, 'sentence', 'are')} not used, {of_descriptions:,} of them from descriptions: "
+            f"{counted(len(unused), 'class')} with more than {text.max_sentences} (text.max_sentences), such as {name!r}, "
+            f"whose first unused sentence is {rest[0]!r}"
         )
     if not text.names and text.templates and (codes := [name for name in classes if is_code(name)]):
         remarks.append(
             f"warning: class names that are codes, not words: {len(codes):,}, such as {codes[0]!r}; "
             "set text.names to a table with words"
         )
-    return ClassSentences(result, remarks)
+    return ClassSentences(result, remarks, total)
+
+
+def filled_templates(templates: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Each template with each word: first each template once, the words in turn, then each with the next word, and so on."""
+    words = [" ".join(word.split()) for word in words]
+    return [
+        template.replace("{}", words[(turn + number) % len(words)])
+        for turn in range(len(words))
+        for number, template in enumerate(templates)
+    ]
 
 
 def read_words(names: ClassWordsParams, classes: Sequence[str]) -> list[list[str]]:

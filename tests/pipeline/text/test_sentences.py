@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.params import ClassWordsParams, TextParams
@@ -42,12 +45,38 @@ def test_words_of_a_table_and_descriptions_follow_the_class(tmp_path: Path) -> N
     (tmp_path / "n9.txt").write_text("of no class")
     section = text(names=names, templates=["a {}"], descriptions=str(tmp_path))
     made = class_sentences(section, ["n1", "n2"])
-    assert made.sentences == [["a caf\u00e9"], ["a toad", "a frog", "It jumps.", "It is green!", "青い。", "小さい。"]]
+    assert made.sentences == [["a caf\u00e9"], ["a toad", "It jumps.", "a frog", "It is green!", "青い。", "小さい。"]]
     assert made.remarks == [
         f"{tmp_path}: no file for 1 class, such as 'n1'", f"{tmp_path}: 1 file of no class, such as 'n9.txt'"
     ]  # fmt: skip
     cut = class_sentences(section.model_copy(update={"max_sentences": 3}), ["n1", "n2"])
-    assert cut.sentences[1] == ["a toad", "a frog", "It jumps."] and "the first 3 sentences" in cut.remarks[-1]
+    assert cut.sentences[1] == ["a toad", "It jumps.", "a frog"]
+    assert cut.unused == 3 and cut.remarks[-1] == (
+        "3 sentences are not used, 3 of them from descriptions: 1 class with more than 3 (text.max_sentences), "
+        "such as 'n2', whose first unused sentence is 'It is green!'"
+    )
+
+
+@given(templates=st.integers(1, 7), words=st.integers(1, 5), described=st.integers(0, 40), limit=st.integers(1, 40))
+def test_a_limit_drops_from_templates_words_and_descriptions_alike(
+    templates: int, words: int, described: int, limit: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("texts")
+    (root / "c.csv").write_text("name,text\nc," + "/".join(f"w{number}" for number in range(words)))
+    (root / "c.txt").write_text("\n".join(f"Sentence {number}" for number in range(described)) or "w0")
+    names = ClassWordsParams(file=str(root / "c.csv"), separator="/")
+    section = text(names=names, templates=[f"t{number} {{}}" for number in range(templates)], max_sentences=limit)
+    made = class_sentences(section.model_copy(update={"descriptions": str(root)}), ["c"])
+    [chosen], all_sentences = made.sentences, templates * words + max(described, 1)
+    assert len(chosen) == len(set(chosen)) == min(limit, all_sentences)
+    assert made.unused == all_sentences - len(chosen) and bool(made.remarks) == bool(made.unused)
+    filled = [sentence.split() for sentence in chosen if sentence[0] == "t"]
+    # Of both sources as many, unless one has no more sentences.
+    others, halves = len(chosen) - len(filled), len(chosen) // 2
+    assert len(filled) >= min(halves, templates * words) and others >= min(halves, max(described, 1))
+    for part, kinds in ((0, templates), (1, words)):  # of the templates, and of the words, each as often, up to one
+        uses = Counter(pair[part] for pair in filled)
+        assert max(uses.values()) - min(uses.values()) <= 1 and len(uses) == min(kinds, len(filled))
 
 
 @pytest.mark.parametrize(
