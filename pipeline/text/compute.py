@@ -66,7 +66,7 @@ def own_features(text: TextParams, classes: Sequence[str]) -> tuple[list[np.ndar
         raise ParamsError(
             f"text.file: {path}: cannot be read as safetensors of float16, float32 or float64: {error}"
         ) from None
-    tensors, result, problems = {}, [], []
+    tensors, result, problems = dict[str, np.ndarray](), list[np.ndarray](), []
     for given, rows in sorted(stored.items()):
         if (name := class_key(given)) in tensors:
             same = " and ".join(ascii(other) for other in sorted(stored) if class_key(other) == name)
@@ -75,12 +75,12 @@ def own_features(text: TextParams, classes: Sequence[str]) -> tuple[list[np.ndar
             )
         tensors[name] = rows
     for name in classes:
-        rows = tensors.get(name)
-        rows = rows[None] if rows is not None and rows.ndim == 1 else rows
         width = result[0].shape[1] if result else None
-        if rows is None:
+        if (rows := tensors.get(name)) is None:
             problems.append((path, f"class {name!r} has no tensor; add one [n,{width or 'D'}] of this name"))
-        elif rows.ndim != 2 or rows.dtype.kind != "f" or not rows.size:
+            continue
+        rows = rows[None] if rows.ndim == 1 else rows
+        if rows.ndim != 2 or rows.dtype.kind != "f" or not rows.size:
             problems.append((path, f"class {name!r} is {rows.dtype} {list(rows.shape)}; expected floating point [n,D]"))
         elif width not in (None, rows.shape[1]):
             problems.append((path, f"class {name!r} has width {rows.shape[1]}, but class {classes[0]!r} {width}"))
