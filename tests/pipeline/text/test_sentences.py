@@ -105,8 +105,32 @@ def test_descriptions_that_do_not_fit_are_refused_with_their_names(tmp_path: Pat
     with pytest.raises(DataError, match=r"cat\.txt: is not UTF-8"):
         class_sentences(text(descriptions=str(tmp_path)), ["cat"])
     (tmp_path / "cat.txt").write_text("It purrs.")
-    with pytest.raises(DataError, match=r"dog\.txt: no such file, and text.templates is empty"):
+    with pytest.raises(DataError, match=r"class 'dog' has no description, and text.templates is empty"):
         class_sentences(text(descriptions=str(tmp_path), templates=[]), ["cat", "dog"])
+
+
+def test_descriptions_of_a_column_precede_those_of_a_file(tmp_path: Path) -> None:
+    table = 'name,text,about\ndog,dog,"It barks. It runs."\ncat,cat,\n'
+    names = words(tmp_path, table, description_column="about")
+    made = class_sentences(text(names=names, templates=[]), ["dog"])
+    assert (made.sentences, made.remarks) == ([["It barks.", "It runs."]], [])
+    (tmp_path / "dog.txt").write_text("It sleeps.")
+    both = class_sentences(text(names=names, descriptions=str(tmp_path), templates=["a {}"]), ["cat", "dog"])
+    assert both.sentences == [["a cat"], ["a dog", "It barks.", "It runs.", "It sleeps."]]
+    assert both.remarks[0] == f"{tmp_path}/classes.csv: no about of 1 class, such as 'cat'"
+    with pytest.raises(DataError, match=r"classes\.csv: class 'cat' has no description, and text\.templates is empty"):
+        class_sentences(text(names=names, templates=[]), ["cat", "dog"])
+    with pytest.raises(
+        ParamsError, match=r"text\.names\.description_column is 'facts', but the columns of .* name, text, "
+    ):
+        class_sentences(text(names=words(tmp_path, table, description_column="facts")), ["dog"])
+
+
+def test_two_files_of_one_class_in_unicode_are_refused(tmp_path: Path) -> None:
+    for name in ("caf\u00e9", "cafe\u0301"):
+        (tmp_path / f"{name}.txt").write_text("Coffee.")
+    with pytest.raises(DataError, match=r"'cafe\\u0301\.txt' and 'caf\\xe9\.txt' are of one class"):
+        class_sentences(text(descriptions=str(tmp_path)), ["caf\u00e9"])
 
 
 def test_a_class_name_cannot_name_a_file_outside_of_the_folder(tmp_path: Path) -> None:
