@@ -102,7 +102,7 @@ def init(
     """
     from pipeline.model_io.devices import choose_device
     from pipeline.preparation.encoder_choice import choose_encoder
-    from pipeline.preparation.first_params import FROM_SCRATCH, suggest_params, text_values, write_text
+    from pipeline.preparation.first_params import FROM_SCRATCH, suggest_params, text_values, without_text, write_text
     from pipeline.preparation.folder_summary import inspect_folder
     from pipeline.preparation.project import create_project, keep_out_of_git
     from pipeline.shared.errors import ParamsError
@@ -119,7 +119,7 @@ def init(
     choice = FROM_SCRATCH if no_encoder else choose_encoder(summary, encoder, device)
     chosen = suggest_params(summary, folder.as_posix(), device.type == "cuda", choice)
     more, warning = text_values(summary.classes, text_source, choice.encoder is not None) if text_source else ({}, "")
-    chosen |= more
+    chosen |= more or without_text(template)
     text, _ = write_text(template, chosen)
     steps = create_project(Path()) if not (dry_run or output.is_file()) else []
     if not dry_run:
