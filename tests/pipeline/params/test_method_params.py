@@ -132,6 +132,45 @@ def test_each_method_is_valid_alone_and_on_a_recipe_of_the_paper(path):
             assert term.encoder == made.student.contrast_encoder and not term.divisible
 
 
+LARGE = {"imagenet-lt": "imagenet-lt-90", "inaturalist2018": "inaturalist2018-100"}
+TRAINING_KEYS = ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "backbone")
+
+
+@pytest.mark.parametrize("path", sorted(METHODS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_an_overlay_of_a_large_data_set_changes_values_of_the_method_alone_and_says_where_they_are_from(path):
+    recipe = ROOT / f"recipes/{LARGE[path.parent.name]}.yaml"
+    own, base = (
+        params(yaml.safe_load(apply_recipe([recipe, overlay], ROOT / "params.yaml")[0]))
+        for overlay in (path, METHODS / path.name)
+    )
+    assert own != base
+    for key in TRAINING_KEYS:
+        assert getattr(own.student, key) == getattr(base.student, key), key
+    assert own.teacher == base.teacher
+    text = path.read_text()
+    changed = [line for line in text.splitlines() if ": " in line and not line.startswith(("#", "extends"))]
+    assert all(" # " in line for line in changed if not line.strip().startswith("kind: crt")), "a value without its source"
+    assert changed or "Not verified" in text or path.stem in ("gpaco", "proco")
+
+
+def test_values_of_large_data_sets_are_those_of_the_authors_code():
+    def made(*names):
+        paths = [ROOT / f"recipes/{name}.yaml" for name in names]
+        return params(yaml.safe_load(apply_recipe(paths, ROOT / "params.yaml")[0]))
+
+    bcl = made("imagenet-lt-90", "methods/imagenet-lt/bcl").student
+    assert (bcl.gamma, bcl.beta, bcl.contrast.temperature, bcl.projection_hidden, bcl.projection_dim) == (
+        1.0, 0.35, 0.07, 2048, 1024,
+    )  # fmt: skip
+    paco = made("inaturalist2018-100", "methods/inaturalist2018/paco").student
+    assert (paco.contrast.temperature, paco.contrast.alpha, paco.contrast.queue) == (0.2, 0.05, 8192)
+    ride = made("inaturalist2018-100", "methods/inaturalist2018/ride").student.experts
+    assert (ride.diversity, ride.reweight, ride.count) == (0.2, 0.015, 3)
+    mislas = made("imagenet-lt-90", "methods/imagenet-lt/mislas_mixup")
+    assert mislas.classifier.smoothing == [0.3, 0.0]
+    assert (mislas.student.augment.mix, mislas.student.augment.mix_alpha) == ("mixup", 0.2)
+
+
 def test_the_margins_of_ldam_are_in_units_of_the_logits_and_its_logits_count_as_balanced():
     student = params(yaml.safe_load(apply_recipe([METHODS / "ldam_drw.yaml"], ROOT / "params.yaml")[0])).student
     loss = class_loss(student, PRIOR)
