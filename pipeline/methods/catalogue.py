@@ -87,6 +87,10 @@ METHODS = (
     ),
     Method("gpaco", "contrast", "Cui et al. 2023", "PaCo without a momentum encoder", "MIT", trained=2),
     Method("kcl", "contrast", "Kang et al. 2021", "a fixed number of positive keys", "none", forward=1),
+    Method("tsc", "contrast", "Li et al. 2022", "KCL with a fixed target for each class", "MIT", forward=1),
+    Method(
+        "hybrid_sc", "contrast", "Wang et al. 2021", "SupCon, then cross-entropy of a balanced batch", "none", trained=3,
+    ),
     Method(
         "proco", "contrast", "Du et al. 2024", "classes as von Mises-Fisher distributions", "MIT", trained=3
     ),

@@ -168,6 +168,21 @@ class KCLContrast(Section):
     queue: PositiveInt = 4096
 
 
+class TSCContrast(KCLContrast):
+    """Targeted contrast (Li et al. 2022): KCL with a fixed target for each class. target_weight: weight of the own target."""
+
+    kind: Literal["tsc"]  # type: ignore[assignment]
+    target_weight: NonNegative = 0.2
+
+
+class HybridContrast(Section):
+    """Hybrid-SC (Wang et al. 2021): SupCon of two query views, then more and more L_cls of a second, class-balanced batch."""
+
+    kind: Literal["hybrid_sc"]
+    encoders: ClassVar = ("self",)
+    temperature: Positive = 0.1
+
+
 class ProCoContrast(Section):
     """Probabilistic contrastive learning (Du et al. 2024) on two query views: each class is a von Mises-Fisher distribution."""
 
@@ -196,6 +211,8 @@ Contrast = Annotated[
     | PaCoContrast
     | GPaCoContrast
     | KCLContrast
+    | TSCContrast
+    | HybridContrast
     | ProCoContrast
     | CRDContrast,
     Field(discriminator="kind"),
@@ -255,7 +272,7 @@ def check_contrast(
             f"accumulate is {accumulate}, but contrast.kind {kind} compares the whole batch; set accumulate: 1, and "
             "engine.checkpoint_activations: true or a smaller batch_size if the batch does not fit"
         )
-    if kind in ("paco", "gpaco", "kcl", "crd") and mix != "none":
+    if kind in ("paco", "gpaco", "kcl", "tsc", "crd") and mix != "none":
         raise ValueError(
             f"augment.mix is {mix}, but contrast.kind {kind} compares the classifier view; set augment.mix: none"
         )
@@ -265,3 +282,14 @@ def check_contrast(
         )
     if kind == "proco" and projection_dim < 3:
         raise ValueError(f"projection_dim is {projection_dim}; contrast.kind proco needs at least 3")
+
+
+def check_hybrid(adjustment: float, alpha: float, mix: str) -> None:
+    """Raise ValueError for keys of section student that do not fit contrast.kind hybrid_sc."""
+    unfit = {"adjustment": (adjustment, 0.0, "0.0"), "alpha": (alpha, 0.0, "0.0"), "augment.mix": (mix, "none", "none")}
+    for key, (value, expected, allowed) in unfit.items():
+        if value != expected:
+            raise ValueError(
+                f"{key} is {value}, but contrast.kind is hybrid_sc, whose L_cls has a second, class-balanced batch; set {key}: "
+                f"{allowed}"
+            )

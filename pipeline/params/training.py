@@ -16,6 +16,7 @@ from pipeline.params.method import (
     Head,
     Loss,
     check_contrast,
+    check_hybrid,
     check_loss,
     weighted,
 )
@@ -216,7 +217,14 @@ class StudentParams(TrainingParams):
             check_contrast(
                 self.contrast, self.contrast_encoder, self.batch_size, self.accumulate, augment.mix, self.projection_dim
             )
+            if self.draws_balanced_batch:
+                check_hybrid(self.adjustment, self.alpha, augment.mix)
         return self
+
+    @property
+    def draws_balanced_batch(self) -> bool:
+        """Whether L_cls has a class-balanced batch of its own (Hybrid-SC), so that the logits are balanced."""
+        return self.beta > 0 and self.contrast.kind == "hybrid_sc"
 
     @property
     def compares_views(self) -> bool:
@@ -258,7 +266,7 @@ class StudentParams(TrainingParams):
     @property
     def assumed_adjustment(self) -> float | None:
         """As of TrainingParams; None also for experts whose papers use the logits as they are, and for another sampling."""
-        balanced = (self.experts and self.experts.balanced) or self.sampling != 1
+        balanced = (self.experts and self.experts.balanced) or self.sampling != 1 or self.draws_balanced_batch
         return None if balanced else super().assumed_adjustment
 
 

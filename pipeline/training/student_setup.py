@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from models.contrast.gml import TextCentres, UnitVectors
+from models.contrast.supcon import SupCon
 from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import Backbone
 from models.networks.cosine_classifier import CosineClassifier, ImageClassifier
 from models.networks.tuning import TunedBackbone, TuneError, Tuning
 from models.objectives.contrast import ContrastObjective
+from models.objectives.hybrid import HybridObjective
 from models.objectives.objective import Objective
 from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
@@ -120,6 +122,9 @@ def student_objective(
     if section.beta and (section.contrast.kind != "gml" or section.contrast_encoder == "text"):
         width = model.feature_dim if teacher is None else teacher.feature_dim
         term = centres or contrast_term(section, prior, model.feature_dim, width, labels)
+        if section.draws_balanced_batch:
+            assert isinstance(term, SupCon)
+            return HybridObjective(model, term, loss, section.gamma, section.beta)
         return ContrastObjective(
             model, teacher, torch.tensor(prior.in_losses), weights, term,
             encoder_momentum=section.encoder_momentum, teacher_adjustment=teacher_adjustment, loss=loss,

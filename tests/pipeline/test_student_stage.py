@@ -132,14 +132,16 @@ def test_the_student_has_a_seed_derived_from_the_teachers():
 
 TERMS = {
     "supcon": "self", "bcl": "self", "proco": "self", "gpaco": "self", "paco": "momentum", "kcl": "momentum",
+    "tsc": "momentum", "hybrid_sc": "self",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", TERMS)
 def test_a_contrast_term_of_another_paper_needs_no_teacher(made, kind):
-    contrast = {"kind": kind, **({"queue": 16} if kind in ("paco", "gpaco", "kcl") else {})}
+    contrast = {"kind": kind, **({"queue": 16} if kind in ("paco", "gpaco", "kcl", "tsc") else {})}
     alone = {"gamma": 0.0} if kind in ("paco", "gpaco") else {}
-    pipeline.student.run(made(contrast=contrast, contrast_encoder=TERMS[kind], alpha=0.0, **alone))
+    balanced = {"adjustment": 0.0} if kind == "hybrid_sc" else {}
+    pipeline.student.run(made(contrast=contrast, contrast_encoder=TERMS[kind], alpha=0.0, **alone, **balanced))
     record = last_record()
     assert record["contrast"] > 0 and ("classification" in record) is not bool(alone) and not TEACHER.exists()
     load_model(STUDENT, "student")

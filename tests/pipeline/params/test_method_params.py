@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import yaml
 
@@ -74,6 +76,19 @@ MOMENTUM = {"student.contrast_encoder": "momentum"}
             "student: contrast.queue is 10, below batch_size 32; set it to 32 or more",
         ),
         (
+            {**OWN, "student.contrast": {"kind": "hybrid_sc"}, "student.alpha": 0.0},
+            "student: adjustment is 1.0, but contrast.kind is hybrid_sc, whose L_cls has a second, class-balanced batch; set "
+            "adjustment: 0.0",
+        ),
+        (
+            {**OWN, "student.contrast": {"kind": "hybrid_sc"}, "student.adjustment": 0.0, "student.alpha": 1.0},
+            "student: alpha is 1.0, but contrast.kind is hybrid_sc",
+        ),
+        (
+            {**MOMENTUM, "student.contrast": {"kind": "tsc", "queue": 10}},
+            "student: contrast.queue is 10, below batch_size",
+        ),
+        (
             {**OWN, "student.contrast": {"kind": "proco"}, "student.projection_dim": 2},
             "student: projection_dim is 2; contrast.kind proco needs at least 3",
         ),
@@ -92,6 +107,18 @@ def test_a_contrast_term_that_does_not_fit_is_refused_with_what_to_change(change
     with pytest.raises(ParamsError) as error:
         params(changes)
     assert str(error.value).partition(": ")[2].startswith(message)
+
+
+def test_tsc_without_scipy_is_refused_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    student = params({**MOMENTUM, "student.contrast": {"kind": "tsc"}}).student
+    with pytest.raises(ParamsError, match=r"contrast\.kind is tsc, which needs scipy; run `pip install scipy`"):
+        contrast_term(student, PRIOR, 64, 64)
+
+
+def test_the_logits_of_hybrid_sc_count_as_balanced():
+    student = params(yaml.safe_load(apply_recipe([METHODS / "hybrid_sc.yaml"], ROOT / "params.yaml")[0])).student
+    assert student.assumed_adjustment is None
 
 
 def test_a_term_of_weight_0_is_not_checked():
@@ -149,7 +176,9 @@ def test_an_overlay_of_a_large_data_set_changes_values_of_the_method_alone_and_s
     assert own.teacher == base.teacher
     text = path.read_text()
     changed = [line for line in text.splitlines() if ": " in line and not line.startswith(("#", "extends"))]
-    assert all(" # " in line for line in changed if not line.strip().startswith("kind: crt")), "a value without its source"
+    assert all(" # " in line for line in changed if not line.strip().startswith("kind: crt")), (
+        "a value without its source"
+    )
     assert changed or "Not verified" in text or path.stem in ("gpaco", "proco")
 
 
