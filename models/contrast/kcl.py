@@ -43,7 +43,8 @@ def k_positive_losses(
     # A key of another class gets -1, below every order.
     rank, columns = torch.where(same, order, -1.0).topk(chosen, dim=1)
     valid = rank >= 0
-    total, number = own + torch.where(valid, exponent.gather(1, columns), 0.0).sum(1), 1 + valid.sum(1)
+    total = own + torch.where(valid, exponent.gather(1, columns), 0.0).sum(1)
+    number = (1 + valid.sum(1)).to(exponent.dtype)
     if targets is None or target is None:
         return torch.cat([own[:, None], exponent], 1).logsumexp(1) - total / number
     total = total + target_weight * targets.gather(1, target[:, None]).squeeze(1)

@@ -75,6 +75,7 @@ METHODS = (
         "causal", "class loss", "Tang et al. 2020", "direction of the mean feature removed after training", "GPL-3.0",
         predicts="train",
     ),
+    Method("ssp", "class loss", "Yang and Xu 2020", "pretraining by rotations, then ldam_drw", "MIT", trained=5),
     Method("kd", "class loss", "Hinton et al. 2015", "balanced softmax and distillation from the teacher", "-", forward=1),
     Method(
         "supcon", "contrast", "Khosla et al. 2020", "contrast of two views in the batch", "BSD-2-Clause", trained=3,

@@ -175,6 +175,9 @@ class StudentParams(TrainingParams):
     once in an epoch.
 
     experts: a network with several experts and its loss, in place of the terms above; null for one network.
+
+    pretraining: `rotation` first trains the backbone to recognise rotations of the images, with the same epochs, schedule and
+    augmentation but without mixed images (SSP).
     """
 
     gamma: NonNegative
@@ -199,6 +202,7 @@ class StudentParams(TrainingParams):
     tune_rate: Positive = 0.1
     tune_decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
     sampling: Share = 1.0
+    pretraining: Literal["none", "rotation"] = "none"
 
     @property
     def uses_text(self) -> bool:
@@ -261,6 +265,21 @@ class StudentParams(TrainingParams):
     def _experts_fit(self) -> StudentParams:
         if self.experts:
             check_experts(self.experts, self)
+        return self
+
+    @model_validator(mode="after")
+    def _pretraining_fits(self) -> StudentParams:
+        if self.pretraining == "none":
+            return self
+        problem = f"pretraining is {self.pretraining}, but "
+        for key, expected in {"pretrained": None, "experts": None, "memory": None, "tune": "none"}.items():
+            if getattr(self, key) != expected:
+                allowed = "null" if expected is None else expected
+                raise ValueError(f"{problem}{key} is set too; set {key}: {allowed}, or pretraining: none")
+        if self.backbone == "encoder":
+            raise ValueError(
+                f"{problem}backbone is encoder, whose features are stored and not trained; set pretraining: none"
+            )
         return self
 
     @property

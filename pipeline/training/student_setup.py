@@ -43,8 +43,9 @@ def build_objective(
     seed: int,
     teacher: Path,
     encoder: EncoderParams | None = None,
+    start: dict[str, Tensor] | None = None,
 ) -> Objective:
-    """Build the student's objective from the stage's seed.
+    """Build the student's objective from the stage's seed. start: weights of the backbone from a pretraining.
 
     The teacher is loaded from its folder if a loss term needs it. A student that tunes the encoder takes images. Its
     teacher then takes images too, with the frozen encoder. Raises ParamsError when section.tune cannot tune the encoder.
@@ -65,6 +66,8 @@ def build_objective(
         # Built without the encoder; tuned_backbone adds it with its pretrained weights.
         model = build_model(replace(config, tune="none"), "student.backbone")
         load_pretrained(model.backbone, section.pretrained, "student.pretrained")
+        if start is not None:
+            model.backbone.load_state_dict(start)
         if pretrained:
             model.backbone = tuned_backbone(pretrained, model.backbone, section)
         labels = training_labels() if section.beta and section.contrast.kind == "crd" else None

@@ -52,6 +52,7 @@ def test_a_loss_that_does_not_fit_is_refused_with_what_to_change(changes, messag
 
 
 OWN = {"student.contrast_encoder": "self"}
+EXPERTS = {"student.experts": {"kind": "ride"}, "student.alpha": 0.0, "student.beta": 0.0}
 MOMENTUM = {"student.contrast_encoder": "momentum"}
 
 
@@ -107,6 +108,14 @@ def test_a_contrast_term_that_does_not_fit_is_refused_with_what_to_change(change
     with pytest.raises(ParamsError) as error:
         params(changes)
     assert str(error.value).partition(": ")[2].startswith(message)
+
+
+def test_a_pretraining_that_does_not_fit_is_refused_with_what_to_change():
+    with pytest.raises(ParamsError, match="pretraining is rotation, but experts is set too; set experts: null"):
+        params({**EXPERTS, "student.pretraining": "rotation"})
+    weights = {"file": "a.safetensors", "sha256": "0" * 64}
+    with pytest.raises(ParamsError, match="but pretrained is set too; set pretrained: null, or pretraining: none"):
+        params({"student.pretraining": "rotation", "student.pretrained": weights})
 
 
 def test_tsc_without_scipy_is_refused_with_what_to_install(monkeypatch):
