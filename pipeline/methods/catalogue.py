@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["class loss", "contrast", "experts", "second stage", "own recipe"]
 CONTRAST = "contrast"
-WITH_CLASS_WEIGHTS = ("bcl", "paco", "gpaco")  # contrast terms that train the weights of the classifier
+WITH_CLASS_WEIGHTS = ("bcl", "concutmix", "paco", "gpaco")  # contrast terms that train the weights of the classifier
 ALL = "all"
 
 
@@ -83,6 +83,7 @@ METHODS = (
     Method(
         "bcl", "contrast", "Zhu et al. 2022", "balanced contrast with one centre per class", "MIT", trained=3
     ),
+    Method("concutmix", "contrast", "Pan et al. 2024", "BCL, CutMix with rare classes", "none", trained=3),
     Method(
         "paco", "contrast", "Cui et al. 2021", "class logits, batch and queue as candidates", "MIT", forward=1
     ),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+import operator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -135,6 +136,18 @@ class BCLContrast(Section):
     temperature: Positive = 0.1
 
 
+class ConCutMixContrast(BCLContrast):
+    """ConCutMix (Pan et al. 2024): BCL; the classifier view is mixed with images of equally likely classes by CutMix.
+
+    blend: largest share of the distances to the `nearest` class centres in the labels. warm: share of the epochs without it.
+    """
+
+    kind: Literal["concutmix"]  # type: ignore[assignment]
+    blend: Share = 0.0784  # 20 / 255
+    nearest: PositiveInt = 30
+    warm: Share = 0.5
+
+
 class PaCoContrast(Section):
     """PaCo (Cui et al. 2021): class logits, batch and queue are the candidates. It trains the classifier too.
 
@@ -208,6 +221,7 @@ Contrast = Annotated[
     GMLContrast
     | SupConContrast
     | BCLContrast
+    | ConCutMixContrast
     | PaCoContrast
     | GPaCoContrast
     | KCLContrast
@@ -284,12 +298,24 @@ def check_contrast(
         raise ValueError(f"projection_dim is {projection_dim}; contrast.kind proco needs at least 3")
 
 
-def check_hybrid(adjustment: float, alpha: float, mix: str) -> None:
-    """Raise ValueError for keys of section student that do not fit contrast.kind hybrid_sc."""
-    unfit = {"adjustment": (adjustment, 0.0, "0.0"), "alpha": (alpha, 0.0, "0.0"), "augment.mix": (mix, "none", "none")}
-    for key, (value, expected, allowed) in unfit.items():
+def check_second_batch(contrast: Contrast, student: Any) -> None:
+    """Raise ValueError for keys of section student that do not fit a contrast.kind with a second, class-balanced batch."""
+    unfit = {"alpha": (0.0, "0.0"), "augment.mix": ("none", "none")}
+    if contrast.kind == "hybrid_sc":
+        unfit["adjustment"] = (0.0, "0.0")
+    elif contrast.kind == "concutmix":
+        unfit["loss.kind"] = ("cross_entropy", "cross_entropy")
+        if student.backbone == "encoder":
+            raise ValueError(
+                "backbone is encoder, but contrast.kind is concutmix, which cuts images and not stored features; set another "
+                "kind"
+            )
+    else:
+        return
+    for key, (expected, allowed) in unfit.items():
+        value = operator.attrgetter(key)(student)
         if value != expected:
             raise ValueError(
-                f"{key} is {value}, but contrast.kind is hybrid_sc, whose L_cls has a second, class-balanced batch; set {key}: "
-                f"{allowed}"
+                f"{key} is {value}, but contrast.kind is {contrast.kind}, which draws a second, class-balanced batch; "
+                f"set {key}: {allowed}"
             )

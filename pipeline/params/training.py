@@ -16,8 +16,8 @@ from pipeline.params.method import (
     Head,
     Loss,
     check_contrast,
-    check_hybrid,
     check_loss,
+    check_second_batch,
     weighted,
 )
 from pipeline.params.section import Count, NonNegative, Number, Positive, PositiveInt, Section, Share
@@ -221,8 +221,7 @@ class StudentParams(TrainingParams):
             check_contrast(
                 self.contrast, self.contrast_encoder, self.batch_size, self.accumulate, augment.mix, self.projection_dim
             )
-            if self.draws_balanced_batch:
-                check_hybrid(self.adjustment, self.alpha, augment.mix)
+            check_second_batch(self.contrast, self)
         return self
 
     @property

@@ -65,7 +65,7 @@ LOSSES = {
 }  # fmt: skip
 CONTRASTS = {
     "supcon": "SupCon", "bcl": "BCL", "paco": "PaCo", "gpaco": "GPaCo", "kcl": "KCL", "tsc": "TSC", "proco": "ProCo",
-    "hybrid_sc": "Hybrid-SC", "crd": "CRD",
+    "hybrid_sc": "Hybrid-SC", "crd": "CRD", "concutmix": "ConCutMix",
 }  # fmt: skip
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from models.contrast.gml import TextCentres, UnitVectors
-from models.contrast.supcon import SupCon
+from models.contrast.supcon import BalancedContrast, SupCon
 from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import Backbone
 from models.networks.cosine_classifier import CosineClassifier, ImageClassifier
 from models.networks.tuning import TunedBackbone, TuneError, Tuning
+from models.objectives.concutmix import ConCutMixObjective
 from models.objectives.contrast import ContrastObjective
 from models.objectives.hybrid import HybridObjective
 from models.objectives.objective import Objective
@@ -29,6 +30,7 @@ from pipeline.model_io.encoder import build_on_meta, describe, load_encoder
 from pipeline.model_io.inference import accuracy
 from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import EncoderParams, ImageParams, StudentParams
+from pipeline.params.method import ConCutMixContrast
 from pipeline.shared.artifacts import TEXT
 from pipeline.shared.errors import ParamsError
 from pipeline.text.stored import TextFeatures, load_text_features
@@ -128,6 +130,13 @@ def student_objective(
         if section.draws_balanced_batch:
             assert isinstance(term, SupCon)
             return HybridObjective(model, term, loss, section.gamma, section.beta)
+        if isinstance(section.contrast, ConCutMixContrast):
+            assert isinstance(term, BalancedContrast)
+            return ConCutMixObjective(
+                model, torch.tensor(prior.in_losses), weights, term,
+                log_counts=torch.tensor(prior.counts).clamp(min=1).log(), blend=section.contrast.blend,
+                nearest=section.contrast.nearest, warm=section.contrast.warm,
+            )  # fmt: skip
         return ContrastObjective(
             model, teacher, torch.tensor(prior.in_losses), weights, term,
             encoder_momentum=section.encoder_momentum, teacher_adjustment=teacher_adjustment, loss=loss,

@@ -132,7 +132,7 @@ def test_the_student_has_a_seed_derived_from_the_teachers():
 
 TERMS = {
     "supcon": "self", "bcl": "self", "proco": "self", "gpaco": "self", "paco": "momentum", "kcl": "momentum",
-    "tsc": "momentum", "hybrid_sc": "self",
+    "tsc": "momentum", "hybrid_sc": "self", "concutmix": "self",
 }  # fmt: skip
 
 

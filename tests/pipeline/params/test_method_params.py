@@ -78,12 +78,16 @@ MOMENTUM = {"student.contrast_encoder": "momentum"}
         ),
         (
             {**OWN, "student.contrast": {"kind": "hybrid_sc"}, "student.alpha": 0.0},
-            "student: adjustment is 1.0, but contrast.kind is hybrid_sc, whose L_cls has a second, class-balanced batch; set "
+            "student: adjustment is 1.0, but contrast.kind is hybrid_sc, which draws a second, class-balanced batch; set "
             "adjustment: 0.0",
         ),
         (
             {**OWN, "student.contrast": {"kind": "hybrid_sc"}, "student.adjustment": 0.0, "student.alpha": 1.0},
             "student: alpha is 1.0, but contrast.kind is hybrid_sc",
+        ),
+        (
+            {**OWN, "student.contrast": {"kind": "concutmix"}, "student.alpha": 0.0, "student.augment.mix": "cutmix"},
+            "student: augment.mix is cutmix, but contrast.kind is concutmix, which draws a second, class-balanced batch",
         ),
         (
             {**MOMENTUM, "student.contrast": {"kind": "tsc", "queue": 10}},
