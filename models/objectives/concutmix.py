@@ -113,8 +113,10 @@ class ConCutMixObjective(ContrastObjective):
     def classification(self, features: Tensor, logits: Tensor, target: Tensor, mixed: Mixed | None) -> Tensor:
         """Cross-entropy with the labels of the mixed images."""
         assert mixed is not None
-        classes, share = logits.shape[1], mixed.share[:, None].to(logits.dtype)
-        labels = share * F.one_hot(target, classes) + (1 - share) * F.one_hot(mixed.target, classes)
+        classes = torch.arange(logits.shape[1], device=target.device)
+        own, pasted = ((each[:, None] == classes).to(logits.dtype) for each in (target, mixed.target))
+        share = mixed.share[:, None].to(logits.dtype)
+        labels = share * own + (1 - share) * pasted
         with torch.no_grad():
             head, centre_head = self.term.head, self.term.centre_head
             assert isinstance(head, ProjectionHead) and isinstance(centre_head, ProjectionHead)
