@@ -42,7 +42,7 @@ ROUNDS = 5
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations on tensors within its context, and the size of the largest tensor that they make, in float32 values."""
+    """Counts the operations on tensors within its context; size of the largest tensor that they make, in float32 values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,8 +169,8 @@ def table(sides: list[Timed]) -> str:
     counts = {proco_operations(*sizes, dim) for sizes in ((8, 10), (64, 10), (8, 1000))}
     lines += [
         "",
-        f"CRD, B {batch}, K {negatives}, D {dim}, {images} images: the largest tensor has the size of {largest:,} float32 values, "
-        f"B x (K+1) x D is {limit:,}: {'met' if largest <= limit // dim * 2 else 'missed'}.",
+        f"CRD, B {batch}, K {negatives}, D {dim}, {images} images: the largest tensor has the size of {largest:,} float32 "
+        f"values, B x (K+1) x D is {limit:,}: {'met' if largest <= limit // dim * 2 else 'missed'}.",
         f"ProCo, D {dim}: {' or '.join(map(str, sorted(counts)))} operations for 10 and 1,000 classes, batches of 8 and 64: "
         f"{'loop-free, met' if len(counts) == 1 else 'missed'}.",
     ]
