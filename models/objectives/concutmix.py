@@ -32,7 +32,7 @@ def semantic_labels(
     nearest = min(nearest, len(centres))
     least = similarity.topk(nearest, dim=1).values[:, -1:]
     similarity = F.normalize(torch.where(similarity >= least, similarity, 0.0), p=1, dim=1)
-    share = blend * (mixed * log_counts.exp()).sum(1).log() / log_counts.sum()
+    share = blend * (mixed * log_counts.exp()).sum(1).log() / log_counts.sum().clamp(min=1e-6)
     return share[:, None] * similarity + (1 - share[:, None]) * mixed
 
 

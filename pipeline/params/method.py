@@ -304,7 +304,11 @@ def check_second_batch(contrast: Contrast, student: Any) -> None:
     if contrast.kind == "hybrid_sc":
         unfit["adjustment"] = (0.0, "0.0")
     elif contrast.kind == "concutmix":
-        unfit["loss.kind"] = ("cross_entropy", "cross_entropy")
+        if student.loss != CrossEntropyLoss():
+            raise ValueError(
+                f"loss.kind is {student.loss.kind}, but contrast.kind is concutmix, which has its own cross-entropy; set loss: "
+                "{kind: cross_entropy}"
+            )
         if student.backbone == "encoder":
             raise ValueError(
                 "backbone is encoder, but contrast.kind is concutmix, which cuts images and not stored features; set another "

@@ -90,6 +90,10 @@ MOMENTUM = {"student.contrast_encoder": "momentum"}
             "student: augment.mix is cutmix, but contrast.kind is concutmix, which draws a second, class-balanced batch",
         ),
         (
+            {**OWN, "student.contrast": {"kind": "concutmix"}, "student.alpha": 0.0, "student.loss": {"kind": "smoothing"}},
+            "student: loss.kind is smoothing, but contrast.kind is concutmix, which has its own cross-entropy; set loss: {kind",
+        ),
+        (
             {**MOMENTUM, "student.contrast": {"kind": "tsc", "queue": 10}},
             "student: contrast.queue is 10, below batch_size",
         ),
