@@ -79,6 +79,8 @@ def read_words(names: ClassWordsParams, classes: Sequence[str]) -> list[list[str
         if column not in (reader.fieldnames or []):
             has = ", ".join(reader.fieldnames or [])
             raise ParamsError(f"text.names.{key} is {column!r}, but the columns of {path} are {has or 'none'}")
+        if list(reader.fieldnames or []).count(column) > 1:
+            raise DataError(f"{path}: has more than one column {column!r}; rename all but one")
     table: dict[str, list[str]] = {}
     for row in rows:
         name = class_key((row[names.class_column] or "").strip())
