@@ -207,3 +207,12 @@ def test_init_names_the_way_for_a_folder_of_label_maps(tmp_path):
     root = label_map_folder(tmp_path / "scenes", 2)
     with pytest.raises(ParamsError, match=r"holds label maps.*set task: segmentation"):
         inspect_folder(root)
+
+
+@pytest.mark.parametrize("part", ["images", "annotations"])
+def test_a_link_to_a_folder_is_named(tmp_path, part):
+    root = label_map_folder(tmp_path / "scenes", 4)
+    (tmp_path / "more").mkdir()
+    (root / part / "more").symlink_to(tmp_path / "more")
+    with pytest.raises(DataError, match=f"scenes/{part}/more: is a link to a folder; put the images there"):
+        open_base_source(segmentation_params(root).data)
