@@ -11,7 +11,7 @@ from rich.table import Table
 from serving.promotion.history import DECISION_NAME, decision_text, read_optional_json
 from serving.repository.manifest import read_manifest
 from serving.repository.release import published_versions, read_champion, read_release
-from serving.shared.names import CLASSIFIER
+from serving.shared.names import image_model
 from serving.shared.terminal import cell
 
 # Keys of a manifest's test accuracies for the balanced prior (means over classes) → their names in the table.
@@ -46,7 +46,7 @@ def check_promotion(repository: Path, release: Path | int) -> PromotionCheck | N
         if release <= champion.version or release not in published_versions(repository):
             return None  # the promotion rejects it, or has nothing to do
         manifest = read_release(repository, release, hashes=False).manifest
-        decision = read_optional_json(repository / CLASSIFIER / str(release) / DECISION_NAME)
+        decision = read_optional_json(repository / image_model(repository) / str(release) / DECISION_NAME)
     else:
         manifest = read_manifest(release)
     if manifest.files == champion.manifest.files:

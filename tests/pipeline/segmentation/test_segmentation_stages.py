@@ -113,11 +113,11 @@ def check_served_class_maps(made) -> None:
     target = [0.2, 0.7, 0.1]
     rows = {b"balanced": np.zeros(3), b"-0.5": -0.5 * np.array(prior.log_prior)}
     rows[json.dumps(target).encode()] = np.log(target)
-    classifier = load(REPOSITORY, "classifier", "configs/local.pbtxt", backend())
+    segmenter = load(REPOSITORY, "segmenter", "configs/local.pbtxt", backend())
     for text, added in rows.items():
         request = MapRequest([Tensor("image", np.array([[data.encoded(0)]], dtype=np.object_))])
         request.tensors.append(Tensor("prior", np.array([[text]], dtype=np.object_)))
-        [answer] = classifier.execute([request])
+        [answer] = segmenter.execute([request])
         _, inside, truth = data.read(0)
         logits = next(cell_logits(model, data, [0], made.image, CPU))[0]
         expected = class_maps(logits, torch.from_numpy(added)[None].float(), data.canvas, inside, truth.shape)[0]
@@ -126,8 +126,8 @@ def check_served_class_maps(made) -> None:
         assert answer["probability"][0] == pytest.approx(np.sort(counts)[::-1] / counts.sum())
         assert answer["names"][0].tolist() == [name.encode() for name in CLASSES]
     torn = MapRequest([Tensor("image", np.array([[data.encoded(0)[:50]]], dtype=np.object_))])
-    assert "image is damaged" in classifier.execute([torn])[0].error.message()
-    classifier.finalize()
+    assert "image is damaged" in segmenter.execute([torn])[0].error.message()
+    segmenter.finalize()
 
 
 class MapRequest(Response):
