@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.params import LabelMapParams
-from pipeline.params.recipe import RECIPES, flat, resolve
+from pipeline.params import LabelMapParams, read_yaml
+from pipeline.params.recipe import RECIPES, flat
 from pipeline.segmentation.dataset import read_pair
 from pipeline.shared.errors import DataError
 from pipeline.sources import UNLABELLED
@@ -21,7 +21,7 @@ from serving.shared.terminal import counted
 RECIPE = "camvid-cpu.yaml"
 NAMES = "classes.txt"
 READ = 300  # approximate number of pairs that are decoded
-MOST_CLASSES = 255
+MOST_CLASSES, MOST_EPOCHS = 255, 1000
 TEST_SHARE, MOST_TESTED = 0.2, 200
 VALIDATION_SHARE, MOST_VALIDATED = 0.1, 50
 # Without and with a GPU: longest side of the canvas, backbone, batch size, steps, rows of the queues.
@@ -122,7 +122,7 @@ def _class_names(folder: Path, classes: int) -> tuple[list[str], bool]:
 def suggest_label_map_params(summary: LabelMapSummary, location: str, gpu: bool) -> dict[str, tuple[Any, str]]:
     """Choose params: dotted key of params.yaml → (value, reason). gpu: whether training will run on a GPU."""
     longest, backbone, batch, steps, rows = GPU if gpu else CPU
-    recipe, classes = resolve(RECIPES / RECIPE, set()), len(summary.names)
+    recipe, classes = read_yaml(RECIPES / RECIPE), len(summary.names)
     held_out = (0 if "test" in summary.splits else TEST_SHARE) + (
         0 if "validation" in summary.splits else VALIDATION_SHARE
     )
@@ -157,11 +157,11 @@ def suggest_label_map_params(summary: LabelMapSummary, location: str, gpu: bool)
         f"{part}.schedule": (recipe[part].pop("schedule"), f"recipes/{RECIPE}") for part in ("teacher", "student")
     }
     rest = {key: value for key, value in recipe.items() if key not in ("task", "data", "segmentation")}
-    epochs = max(1, round(steps * batch / total))
+    epochs = min(MOST_EPOCHS, max(1, round(steps * batch / total)))
     own = {
         "backbone": (backbone, "small, for a CPU; with a GPU run this command again" if not gpu else "for a GPU"),
         "batch_size": (batch, "crops a step"),
-        "epochs": (epochs, f"about {steps:,} steps of {batch} crops"),
+        "epochs": (epochs, f"{counted(epochs * max(1, total // batch), 'step')} of {batch} crops"),
         "adapter": (0, "of encoders, which pixels do not have"),
     }
     return {

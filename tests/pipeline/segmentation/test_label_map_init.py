@@ -57,7 +57,9 @@ def test_classes_without_names_get_numbers_and_a_warning(project, capsys):
     write(project / "scenes/classes.txt", b"road\ncar")
     with pytest.raises(DataError, match=r"classes.txt: has 2 names, 2 of them different; .* from 3, as label 2 occurs"):
         inspect_label_maps(project / "scenes")
-    assert main(["init", "scenes", "--encoder", "efficientnet-lite0"]) == 2
+    (project / "scenes/classes.txt").unlink()
+    assert main(["init", "scenes", "--force", "--encoder", "efficientnet-lite0"]) == 2
+    assert "whose networks have no encoder" in capsys.readouterr().err
 
 
 def test_the_layout_of_ade20k_is_detected(tmp_path):

@@ -216,7 +216,7 @@ def other_label_map(data):
     ("change", "settings", "status", "printed"),
     [
         (other_label_map(encode(labels(4, (12, 14)))), {}, 1, "has 14x12 pixels, but its image has 32x24"),
-        (other_label_map(palette(labels(4))), {}, 0, "12 images are usable"),
+        (other_label_map(palette(labels(4))), {}, 0, "missing: 0; unreadable: 0"),
         (other_label_map(encode(Image.fromarray(labels(4).astype(np.uint16)))), {}, 1, "has 16 bits per pixel; expected 8"),
         (other_label_map(encode(np.full(SIZE, 3, dtype=np.uint8))), {}, 1, "has label 3; expected 0 to 2, or 255"),
         (other_label_map(encode(np.full(SIZE, 255, dtype=np.uint8))), {}, 1, "has no pixel with a class"),
