@@ -83,7 +83,7 @@ def write_graph(path: Path, scale: float = 20.0) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def write_segmentation_export(folder: Path, version: int = 1, scale: float = 20.0) -> Manifest:
+def write_segmentation_export(folder: Path, version: int = 1, scale: float = 20.0, miou: float = 0.5) -> Manifest:
     """Write an export folder of task segmentation, with golden requests computed by ONNX Runtime."""
     import onnxruntime
 
@@ -94,7 +94,8 @@ def write_segmentation_export(folder: Path, version: int = 1, scale: float = 20.
     manifest = Manifest(
         version=version, classes=CLASSES, counts=COUNTS, log_prior=log_class_prior(COUNTS).tolist(),
         image={"size": CANVAS[0], "resize_to": CANVAS[0], "room": ROOM}, feature_dim=1, tau_s=0.05, strength=0.0, top_k=2,
-        max_batch_size=4, params_sha256="0" * 64, data_sha256="0" * 64, code_revision="none", versions={}, metrics={},
+        max_batch_size=4, params_sha256="0" * 64, data_sha256="0" * 64, code_revision="none", versions={},
+        metrics={"balanced": {"miou": miou}},
         files=dict.fromkeys((STUDENT_NAME, GOLDEN_NAME, "model_card.md"), "0" * 64), runtime=runtime_sha256(SEGMENTER),
         segmentation=SegmentationFormat(height=CANVAS[0], width=CANVAS[1], fill=(120, 120, 120), cells=CELLS),
     )  # fmt: skip

@@ -13,6 +13,7 @@ from conftest import Release
 from PIL import Image
 
 from serving.client.sync_client import Client
+from serving.promotion.check import check_promotion
 from serving.promotion.lifecycle import servers_of
 from serving.promotion.promotion import promote, rollback
 from serving.repository.release import list_versions
@@ -73,7 +74,12 @@ def test_tailor_segment_writes_the_map_and_the_overlay(
 
 
 def test_a_second_release_is_promoted_and_rolled_back(segmenter: TritonServer, tmp_path: Path) -> None:
-    write_segmentation_export(tmp_path / "export", scale=10.0)
+    write_segmentation_export(tmp_path / "export", scale=10.0, miou=0.4)
+    comparison = check_promotion(segmenter.repository, tmp_path / "export")
+    assert comparison.figures["balanced_accuracy"] == (0.5, 0.4) and comparison.figures["few"] == (None, None)
+    assert (
+        comparison.confirmation_reason == "its mIoU on test images of all classes is 40.0%, below the champion's 50.0%"
+    )
     servers = servers_of(segmenter.repository, segmenter.grpc_url)
     assert promote(segmenter.repository, tmp_path / "export", servers=servers).version == 2
     with Client(segmenter.http_url) as client:
