@@ -214,10 +214,7 @@ class Manifest(BaseModel):
         return SEGMENTER if self.segmentation else CLASSIFIER
 
     def balanced_metric(self, name: str) -> float | None:
-        """A test metric for the balanced prior, such as `all` or `nll`; None if the release has none.
-
-        A release of task segmentation has the mIoU of all classes and of each group instead of accuracies.
-        """
+        """A test metric for the balanced prior, such as `nll`, or None; of task segmentation mIoUs for accuracies."""
         if self.segmentation:
             name = {"balanced_accuracy": "miou"}.get(name, f"miou_{name}")
         balanced = self.metrics.get("balanced")
