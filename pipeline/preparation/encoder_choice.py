@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.networks.encoders import Encoder, UnknownEncoderError, find_encoder
 from pipeline.params import EncoderParams, ImageParams
-from pipeline.params.recipe import RECIPES, resolve
+from pipeline.params.recipe import RECIPES, flat, resolve
 from pipeline.preparation.folder_summary import FolderSummary
 from pipeline.shared.errors import ParamsError
 from serving.shared.terminal import counted
@@ -148,7 +148,7 @@ def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Sugge
     del recipe["encoder"]
     section = EncoderParams(name=encoder.name).model_dump(mode="json")  # all keys, because `dvc exp run -S` adds none
     values: Suggestions = {"encoder": (section, choice.reason)}
-    for key, value in _flat(recipe).items():
+    for key, value in flat(recipe).items():
         part, _, last = key.rpartition(".")
         if last == "learning_rate":
             value *= min(1, batch / recipe[part]["batch_size"])
@@ -160,11 +160,3 @@ def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Sugge
         values[key] = (value, reason)
     values["image.size"] = (choice.size, choice.size_reason)
     return values
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
