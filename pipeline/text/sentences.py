@@ -109,6 +109,8 @@ def read_table(
         if (column := getattr(names, key)) not in (None, *(reader.fieldnames or [])):
             has = ", ".join(reader.fieldnames or [])
             raise ParamsError(f"text.names.{key} is {column!r}, but the columns of {path} are {has or 'none'}")
+        if list(reader.fieldnames or []).count(column) > 1:
+            raise DataError(f"{path}: has more than one column {column!r}; rename all but one")
     words, described = dict[str, list[str]](), dict[str, list[str]]()
     for row in rows:
         name = class_key((row[names.class_column] or "").strip())
