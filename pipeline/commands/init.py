@@ -119,7 +119,8 @@ def init(
     choice = FROM_SCRATCH if no_encoder else choose_encoder(summary, encoder, device)
     chosen = suggest_params(summary, folder.as_posix(), device.type == "cuda", choice)
     more, warning = text_values(summary.classes, text_source, choice.encoder is not None) if text_source else ({}, "")
-    chosen |= more or without_text(template)
+    chosen |= more
+    chosen |= {} if "text" in chosen else without_text(template)
     text, _ = write_text(template, chosen)
     steps = create_project(Path()) if not (dry_run or output.is_file()) else []
     if not dry_run:
