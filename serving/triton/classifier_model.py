@@ -129,20 +129,19 @@ class TritonPythonModel:
             "probability": probability.astype(np.float32),
         }
         responses, priors, start = [], Counter(), 0
-        for request in parsed:
+        further = self.extras.outputs(parsed, calibrated, every)
+        for request, extra in zip(parsed, further, strict=True):
             end = start + len(request.images)
-            arrays = {name: values[start:end] for name, values in outputs.items()}
-            if request.extras is not None:
-                arrays |= self.extras.outputs(request, calibrated[start:end], every[start:end])
-                if "unknown" in arrays:
-                    self.metrics.count_unknown(arrays["unknown"])
-                if request.extras.explain is not None:
-                    arrays |= self.explained(request, best[start:end, 0])
+            arrays = {name: values[start:end] for name, values in outputs.items()} | extra
+            if request.extras is not None and request.extras.explain is not None:
+                arrays |= self.explained(request, best[start:end, 0])
             tensors = [pb_utils.Tensor(name, values) for name, values in arrays.items()]
             responses.append(pb_utils.InferenceResponse(tensors))
             priors.update(request.priors)
             start = end
         self.metrics.count_images(priors, best[:, 0], probability[:, 0])
+        if unknown := [extra["unknown"] for extra in further if "unknown" in extra]:
+            self.metrics.count_unknown(np.concatenate(unknown))
         return responses
 
     def explained(self, request, best):
