@@ -73,17 +73,17 @@ def test_planted_errors_are_first_in_every_shot_group():
 
 def test_labels_of_the_most_similar_class_are_found_too():
     """Pairs of classes whose centres are near: the likelihood alone ranks few of these errors among the first."""
-    centres, labels, generator = clusters([120, 110, 60, 50, 24, 20])
+    centres, labels, generator = clusters([120, 110, 60, 50, 24, 20], noise=0.15)
     features = centres + 0.0
     for first in (0, 2, 4):
         shift = features[labels == first].mean(0) - features[labels == first + 1].mean(0)
-        features[labels == first + 1] += 0.7 * shift
+        features[labels == first + 1] += 0.5 * shift
     planted = labels.clone()
     wrong = torch.randperm(len(labels), generator=generator)[:16]
     planted[wrong] = labels[wrong] ^ 1
     images = labelled(features, planted)
     order = label_scores(label_probabilities(images)[0], planted).argsort()
-    assert len(set(order[:16].tolist()) & set(wrong.tolist())) >= 12
+    assert len(set(order[:16].tolist()) & set(wrong.tolist())) >= 14  # 12 by the likelihood alone
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 40))
