@@ -130,11 +130,12 @@ def prediction_set(balanced: Floats, probabilities: Floats, thresholds: Floats) 
 
 
 def members_of(
-    balanced: Floats, probabilities: Floats, thresholds: Floats
+    balanced: Floats, probabilities: Floats, thresholds: Floats, order: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """The sets of `prediction_set` as a mask [N,C], and the order of the classes by probability, [N,C]."""
+    """The sets of `prediction_set` as a mask [N,C], and the order of the classes by probability, [N,C], if it is not given."""
     inside = balanced >= thresholds
-    order = np.argsort(-probabilities, axis=1, kind="stable")
+    if order is None:
+        order = np.argsort(-probabilities, axis=1, kind="stable")
     inside[np.arange(len(inside)), order[:, 0]] = True
     return inside, order
 

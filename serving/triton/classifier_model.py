@@ -124,7 +124,8 @@ class TritonPythonModel:
             self.logit_log.offer(images, logits)
         calibrated = self.prior.calibrate_logits(logits, self.temperature)
         adjusted = self.adjusted_logits(calibrated, parsed)
-        best = np.argsort(-adjusted, axis=-1, kind="stable")[:, : self.top_k]
+        order = np.argsort(-adjusted, axis=-1, kind="stable")
+        best = order[:, : self.top_k]
         every = self.prior.softmax(adjusted)
         probability = np.take_along_axis(every, best, axis=-1)
         outputs = {
@@ -133,7 +134,7 @@ class TritonPythonModel:
             "probability": probability.astype(np.float32),
         }
         responses, priors, start = [], Counter(), 0
-        further = self.extras.outputs(parsed, calibrated, every)
+        further = self.extras.outputs(parsed, calibrated, every, order)
         for request, extra in zip(parsed, further, strict=True):
             end = start + len(request.images)
             arrays = {name: values[start:end] for name, values in outputs.items()} | extra

@@ -170,11 +170,11 @@ class Extras:
         """A BadRequest to raise."""
         return self.parser.BadRequest(reason, message)
 
-    def outputs(self, requests, logits, probability):
+    def outputs(self, requests, logits, probability, order):
         """The output arrays by name of each request of a batch, in order; each part is computed once for all its rows.
 
         requests: parsed. logits: calibrated and balanced, [n,C], the rows of all requests. probability: under the prior of
-        each row, [n,C].
+        each row, [n,C]. order: of the classes by probability, [n,C].
         """
         outputs = [{} for _ in requests]
         if all(request.extras is None for request in requests):
@@ -190,8 +190,10 @@ class Extras:
             if not members:
                 continue
             counts = [len(requests[i].images) for i in members]
-            rows = np.concatenate([np.arange(ends[i] - n, ends[i]) for i, n in zip(members, counts, strict=True)])
-            arrays = compute([requests[i] for i in members], logits[rows], probability[rows])
+            rows = slice(None)
+            if len(members) < len(requests):
+                rows = np.concatenate([np.arange(ends[i] - n, ends[i]) for i, n in zip(members, counts, strict=True)])
+            arrays = compute([requests[i] for i in members], logits[rows], probability[rows], order[rows])
             start = 0
             for i, count in zip(members, counts, strict=True):
                 outputs[i] |= {name: values[start : start + count] for name, values in arrays.items()}
@@ -201,17 +203,19 @@ class Extras:
                 arrays["set"] = np.ascontiguousarray(arrays["set"][:, : arrays["set_size"].max()])
         return outputs
 
-    def nodes(self, requests, _logits, probability):
+    def nodes(self, requests, _logits, probability, _order):
         """`node`: name of the deepest node that reaches the level, empty for none; and its `node_probability`."""
         answers = self.taxonomy.answers(probability, np.array(values_of(requests, "level")))
         names = [self.taxonomy.names[answer.node].encode() if answer.node >= 0 else b"" for answer in answers]
         sums = np.array([answer.probability for answer in answers], dtype=np.float32)
         return {"node": np.array(names, dtype=np.object_)[:, None], "node_probability": sums[:, None]}
 
-    def sets(self, requests, logits, probability):
+    def sets(self, requests, logits, probability, order):
         """`set`: class names, most probable first, filled up with empty texts; `set_size`: their number."""
-        thresholds = np.stack([row for request in requests for row in self.thresholds_of(request)])
-        inside, order = self.decisions.members_of(self.prior.softmax(logits), probability, thresholds)
+        rows = [row for request in requests for row in self.thresholds_of(request)]
+        # Requests usually have the same coverage and prior, and then the same array.
+        thresholds = rows[0] if all(row is rows[0] for row in rows) else np.stack(rows)
+        inside, _ = self.decisions.members_of(self.prior.softmax(logits), probability, thresholds, order)
         members = np.take_along_axis(inside, order, axis=1)
         sizes = members.sum(axis=1, dtype=np.int32)
         names = np.full((len(sizes), sizes.max()), b"", dtype=np.object_)
@@ -231,7 +235,7 @@ class Extras:
                 self.cache[key] = self.thresholds.thresholds(coverage, prior)
             yield self.cache[key]
 
-    def decision(self, requests, _logits, probability):
+    def decision(self, requests, _logits, probability, _order):
         """`decision`: the class name of least expected cost, empty for a person; its index, -1; and the expected cost."""
         costs, ask = values_of(requests, "costs"), values_of(requests, "ask")
         ask = np.array([np.inf if price is None else price for price in ask])
@@ -242,7 +246,7 @@ class Extras:
         names = np.where(index < 0, b"", self.names[index]).astype(np.object_)
         return {"decision": names[:, None], "decision_index": index[:, None], "expected_cost": cost[:, None]}
 
-    def unknown(self, requests, logits, _probability):
+    def unknown(self, requests, logits, _probability, _order):
         """`typicality`: share of known validation images that look at most as familiar; `unknown`: at most false_alarms."""
         density = self.decisions.familiarity(logits, self.log_prior)
         share = self.typicality(density, logits.argmax(axis=1))

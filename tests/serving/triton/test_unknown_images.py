@@ -80,7 +80,7 @@ def test_the_newest_images_are_kept_within_number_and_bytes_and_other_files_stay
         for path in logit_log.unknown_files(tmp_path):  # distinct times, also on a coarse clock
             os.utime(path, ns=(path.stat().st_mtime_ns - 10**9,) * 2)
     assert {path.read_bytes()[2] for path in logit_log.unknown_files(tmp_path)} == {2, 3, 4}
-    store.offer([b"\x89PNG" * 240, b"x" * 1001])
+    store.offer([b"\x89PNG" * 245, b"x" * 1001])
     store.write()
     assert [path.suffix for path in logit_log.unknown_files(tmp_path)] == [".png"]
     assert (tmp_path / "note.txt").exists()
