@@ -36,8 +36,8 @@ SPLIT_ALONE = ("models.image_names", "pipeline.sources")
 TAXONOMY_STAGES = ("split", "evaluate", "export")
 # The optimiser step takes either objective; a change of the student's must not retrain the teacher.
 STUDENT_ALONE = (
-    "models.contrast", "models.objectives.contrast", "models.objectives.student", "models.objectives.student_weights",
-    "pipeline.text",
+    "models.contrast", "models.objectives.concutmix", "models.objectives.contrast", "models.objectives.hybrid",
+    "models.objectives.student", "models.objectives.student_weights", "pipeline.text",
 )  # fmt: skip
 # The code that trains a further seed also made artifacts/student, a dependency of stage `seeds`.
 SEEDS_ALONE = ("pipeline.evaluation", "pipeline.seeds", "models.sample_size")
