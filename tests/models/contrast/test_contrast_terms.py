@@ -318,6 +318,16 @@ def test_crd_draws_each_image_of_the_other_classes_equally_often():
         assert (counts / 20000).tolist() == pytest.approx([1 / len(allowed)] * len(allowed), abs=0.015)
 
 
+def test_two_anchors_of_crd_draw_independently_and_each_step_again():
+    term = CRD(2, 2, torch.tensor([0, 1] * 50), dim=2, negatives=4000)
+    first, second = term.draw(torch.tensor([0, 0]))
+    assert (first == second).float().mean() < 0.05
+    # Independent draws of 50 images: the number of equal neighbours is that of chance.
+    assert (first[1:] == first[:-1]).float().mean().item() == pytest.approx(1 / 50, abs=0.01)
+    term.draws.add_(1)
+    assert (term.draw(torch.tensor([0]))[0] == first).float().mean() < 0.05
+
+
 def test_gradients_of_every_loss_equal_finite_differences():
     free, queue, target = unit(4, 6).requires_grad_(), unit(5, 6, seed=1).requires_grad_(), torch.tensor([0, 1, 0, 2])
     same, own, key_class = target[:, None] == target, torch.arange(4), torch.tensor([0, 1, 2, -1, 0])
