@@ -207,9 +207,24 @@ def write_text(template: str, suggested: Suggestions) -> tuple[str, Params]:
     """
     import yaml
 
+    text, remaining = _with_values(template, suggested, block_mappings=False)
+    if remaining:  # sections in braces or aliases; otherwise they are kept as they are
+        text, remaining = _with_values(template, suggested, block_mappings=True)
+    missing = [key for key, (value, _) in remaining.items() if (key, value) not in NEW_KEYS.items()]
+    if missing:
+        raise ParamsError(
+            f"params.yaml: has no key {missing[0]}; restore the original file, then run this command again"
+        )
+    return text, parse_params(yaml.safe_load(text), Path("params.yaml"))
+
+
+def _with_values(template: str, suggested: Suggestions, block_mappings: bool) -> tuple[str, Suggestions]:
+    """The template with the values on the lines of their keys, and the values whose key has no line of its own."""
+    import yaml
+
     from pipeline.params.recipe import dump_document, load_document
 
-    document = load_document(template)  # puts each key on one line, lists too
+    document = load_document(template, block_mappings)  # puts each key on one line, lists too
     for key in suggested:
         _clear_mapping(document, key)
     template = dump_document(document)
@@ -226,13 +241,7 @@ def write_text(template: str, suggested: Suggestions) -> tuple[str, Params]:
                 text = text.replace("\n...", "").strip()
                 line = f"{'  ' * depth}{name}: {text} # {reason}"
         lines.append(line)
-    missing = [key for key, (value, _) in remaining.items() if (key, value) not in NEW_KEYS.items()]
-    if missing:
-        raise ParamsError(
-            f"params.yaml: has no key {missing[0]}; restore the original file, then run this command again"
-        )
-    text = "\n".join(lines) + "\n"
-    return text, parse_params(yaml.safe_load(text), Path("params.yaml"))
+    return "\n".join(lines) + "\n", remaining
 
 
 def _clear_mapping(document: Any, key: str) -> None:

@@ -163,3 +163,9 @@ def test_sentences_end_at_punctuation_and_lines() -> None:
 def test_keys_that_do_not_fit_the_encoder_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         text(**changes)
+
+
+def test_a_table_of_words_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    names = words(tmp_path, "name,text,text\na,x,y\n")
+    with pytest.raises(DataError, match="has more than one column 'text'; rename all but one"):
+        class_sentences(text(names=names), ["a"])
