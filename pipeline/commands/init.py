@@ -106,7 +106,7 @@ def init(
     folder with images/ and annotations/ gets task segmentation; its classes.txt has the names of the classes.
     Outside a project it first makes the working folder a project, as `tailor new` does.
     """
-    from pipeline.preparation.first_params import write_text
+    from pipeline.preparation.first_params import without_text, write_text
     from pipeline.preparation.project import create_project, keep_out_of_git
     from pipeline.shared.errors import ParamsError
 
@@ -119,6 +119,7 @@ def init(
     if encoder and no_encoder:
         raise ParamsError("--encoder and --no-encoder: expected one of the two")
     chosen, estimate, lines, warnings = _proposal(folder, encoder, no_encoder, text_source)
+    chosen |= {} if "text" in chosen else without_text(template)
     text, _ = write_text(template, chosen)
     steps = create_project(Path()) if not (dry_run or output.is_file()) else []
     if not dry_run:

@@ -36,6 +36,9 @@ MANY = 20_000
 # Seconds of `dvc repro` besides `embed`, rough estimates. START_SECONDS: the start of ten stages, report and export.
 # TRAINING_SECONDS: teacher and student, for each training image.
 START_SECONDS, TRAINING_SECONDS = 100, 0.005
+# From 8 * LARGE_EIGHTH training images the batch on stored features is LARGE_BATCH: half of the time at the same validation
+# accuracy (docs/experiments.md, 2026-11-29).
+LARGE_EIGHTH, LARGE_BATCH = 2048, 512
 WHY = "pretrained features need fewer images than training from scratch"
 
 
@@ -135,14 +138,14 @@ REASONS = {
     "projection_hidden": "the heads embed the whole queue in each step; with the feature width they have ten times the weights",
     "epochs": "an epoch reads stored features and takes seconds",
     "learning_rate": "in proportion to the batch size",
-    "batch_size": f"recipes/{RECIPE}; at most an eighth of the training images",
+    "batch_size": f"recipes/{RECIPE}; at most an eighth of the training images; {LARGE_BATCH} from {8 * LARGE_EIGHTH:,}",
 }
 
 
 def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Suggestions:
     """Return the recipe's values for an encoder: dotted key → (value, reason).
 
-    batch: largest batch size for the number of images. If it is below the recipe's, the learning rate is scaled with it.
+    batch: largest batch size for the number of images, see `proposed_batch`. The learning rate is scaled with the batch size.
     """
     recipe = resolve(RECIPES / RECIPE, set()) | {"image": image_values(encoder, choice.size)}
     del recipe["encoder"]
@@ -151,12 +154,18 @@ def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Sugge
     for key, value in flat(recipe).items():
         part, _, last = key.rpartition(".")
         if last == "learning_rate":
-            value *= min(1, batch / recipe[part]["batch_size"])
+            listed = recipe[part]["batch_size"]
+            value *= proposed_batch(batch, listed) / listed
         elif last == "batch_size":
-            value = min(batch, value)
+            value = proposed_batch(batch, value)
         reason = REASONS.get(key) or REASONS.get(last) or f"recipes/{RECIPE}"
         if ".augment." in key:
             reason = "stored features cannot be augmented in training; encoder.views stores augmented views"
         values[key] = (value, reason)
     values["image.size"] = (choice.size, choice.size_reason)
     return values
+
+
+def proposed_batch(largest: int, listed: int) -> int:
+    """Return the batch size on stored features. largest: an eighth of the training images; listed: that of the recipe."""
+    return LARGE_BATCH if largest >= LARGE_EIGHTH else min(largest, listed)

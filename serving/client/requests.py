@@ -356,4 +356,6 @@ def _extra_parts(answer: Answer, row: int) -> dict[str, Any]:
         )
     if "activation_map" in answer.outputs:
         parts["activation_map"] = tuple(map(tuple, answer.outputs["activation_map"][row].tolist()))
+    if "activation_crop" in answer.outputs:
+        parts["activation_crop"] = float(answer.outputs["activation_crop"][row][0])
     return parts

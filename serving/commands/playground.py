@@ -12,7 +12,7 @@ from serving.client.sync_client import Client
 from serving.commands.options import CaFile, Debug, Headers, Timeout, Url, parse_headers, server_url
 from serving.shared.errors import InputError, install_command
 from serving.shared.names import SEGMENTER
-from serving.shared.ports import choose_ports
+from serving.shared.ports import check_proxies, choose_ports
 from serving.shared.terminal import print
 
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port of the page on 127.0.0.1; 0 takes any free one.")]
@@ -40,9 +40,10 @@ def playground(
     # Gradio reads them at import: no telemetry and no check for a newer version of Gradio.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    check_proxies()  # Gradio fails at import with a proxy that it cannot use
     try:
         import gradio  # noqa: F401
-    except ImportError:
+    except ModuleNotFoundError:
         raise InputError(f"tailor playground needs Gradio; {install_command('playground')}") from None
     from serving.playground.page import build, find_samples, launch_options
 

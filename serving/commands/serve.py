@@ -17,7 +17,7 @@ from serving.commands.options import Debug, RepositoryOption, choose_repository
 from serving.repository.release import Release
 from serving.repository.signature import SIGNATURE_NAME
 from serving.repository.signing_keys import PARAMS_FILE, TRUSTED_VARIABLE, trusted_keys
-from serving.server.arguments import LATENCY_OPTIONS, logit_log_environment, trace_options
+from serving.server.arguments import LATENCY_OPTIONS, logit_log_environment, trace_options, unknown_images_environment
 from serving.server.supervisor import SupervisionLimits, Supervisor
 from serving.server.triton_server import GRACE, TritonServer
 from serving.shared.errors import InputError, ServingError
@@ -80,6 +80,15 @@ def serve(
         str,
         typer.Option(help="With --log-logits: size limit of the folder, e.g. 500MiB; the oldest files are deleted."),
     ] = "1GiB",
+    keep_unknown: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder in which images whose answer is `unknown` are kept, to label them; off if not given."
+        ),
+    ] = None,
+    keep_limit: Annotated[
+        str, typer.Option(help="With --keep-unknown: size limit; the oldest of these images are deleted.")
+    ] = "256MiB",
     grpc_tls_cert: Annotated[
         Path | None,
         typer.Option(help="PEM certificate for gRPC, which then accepts TLS only; Triton has no TLS for HTTP."),
@@ -109,6 +118,8 @@ def serve(
     if (grpc_tls_cert is None) != (grpc_tls_key is None):
         option = "--grpc-tls-cert" if grpc_tls_cert else "--grpc-tls-key"
         raise InputError(f"{option} is given alone; expected --grpc-tls-cert and --grpc-tls-key together")
+    environment = logit_log_environment(log_logits, log_share, log_limit) if log_logits else {}
+    environment |= unknown_images_environment(keep_unknown, keep_limit) if keep_unknown else {}
     server = TritonServer(
         choose_repository(repository, note=True),
         host,
@@ -119,8 +130,13 @@ def serve(
         grace=grace,
         grpc_tls=(grpc_tls_cert, grpc_tls_key) if grpc_tls_cert and grpc_tls_key else None,
         options=options,
-        environment=logit_log_environment(log_logits, log_share, log_limit) if log_logits else None,
+        environment=environment,
     )
+    _run(server, limits, log, quiet)
+
+
+def _run(server: TritonServer, limits: SupervisionLimits, log: Path | None, quiet: bool) -> None:
+    """Run the server until a signal; without `log` and `quiet`, its log is a temporary file."""
     stopping = raise_stopped_at_signals()
     temporary_log = None if log or quiet else new_log_file()
     server.log = log or temporary_log

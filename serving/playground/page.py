@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.image_names import SUFFIXES
+from models.image_names import SUFFIXES, has_image_suffix, is_passed_over
 from serving.client.sync_client import Client
 from serving.playground import answers
 from serving.playground.answers import SHOWN, parse_own_prior, thumbnail
@@ -27,7 +27,11 @@ MAX_SAMPLES = 24
 
 def find_samples(folder: Path) -> list[Path]:
     """Return the first MAX_SAMPLES images of a folder, sorted by name; an empty list for a missing folder."""
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(
+        path
+        for path in folder.glob("*")
+        if has_image_suffix(path) and not is_passed_over(Path(path.name)) and path.is_file()
+    )
     return paths[:MAX_SAMPLES]
 
 
@@ -123,7 +127,7 @@ def _many_images(gr: Any, client: Client) -> None:
     rows = gr.HTML(elem_id="rows")
 
     def classify(paths: list[str] | None, prior: str, progress: Any = gr.Progress()) -> tuple[str, str | None, str]:  # noqa: B008
-        images = [Path(path) for path in paths or [] if Path(path).suffix.lower() in SUFFIXES]
+        images = [Path(path) for path in paths or [] if has_image_suffix(Path(path))]
         if not images or len(images) > MAX_FILES:
             message = f"{counted(len(images), 'image')}; expected 1 to {MAX_FILES:,} JPEG, PNG or WebP files"
             return f'<p class="wrong" role="alert">{message}</p>', None, ""

@@ -35,6 +35,7 @@ EXTRA_OUTPUTS = {
     "node": DataType.TYPE_STRING, "node_probability": DataType.TYPE_FP32,
     "nearest": DataType.TYPE_STRING, "nearest_class": DataType.TYPE_STRING, "nearest_cosine": DataType.TYPE_FP32,
     "nearest_image": DataType.TYPE_STRING, "activation_map": DataType.TYPE_FP32,
+    "activation_crop": DataType.TYPE_FP32,
 }  # fmt: skip
 # Outputs whose size differs between requests; all others have one value a row.
 EXTRA_DIMS = {

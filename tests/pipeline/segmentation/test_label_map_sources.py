@@ -204,6 +204,15 @@ def test_a_retraining_ingests_nothing_and_images_without_label_maps_are_refused(
         ingest(params)
 
 
+@pytest.mark.parametrize("part", ["images", "annotations"])
+def test_a_link_to_a_folder_is_named(tmp_path, part):
+    root = label_map_folder(tmp_path / "scenes", 4)
+    (tmp_path / "more").mkdir()
+    (root / part / "more").symlink_to(tmp_path / "more")
+    with pytest.raises(DataError, match=f"scenes/{part}/more: is a link to a folder; put the images there"):
+        open_base_source(segmentation_params(root).data)
+
+
 def remove_a_label_map(root):
     (root / "annotations/004.png").unlink()
 

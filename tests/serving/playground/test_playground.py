@@ -20,13 +20,14 @@ from conftest import CLASSES, Release, picture
 from PIL import Image
 
 from models.label_map_image import palette
+from models.preprocess import preprocess
 from models.prior import log_class_prior, softmax
 from serving.client.class_maps import Segmentation
 from serving.client.extras import Extras
 from serving.client.predictions import NearestImage, Prediction
 from serving.drift.estimate import write_live_prior
 from serving.playground.answers import PriorResult, as_html, parse_own_prior, side_by_side, thumbnail, unique_names
-from serving.playground.extras import parse_extras
+from serving.playground.extras import overlay, parse_extras
 from serving.playground.page import find_samples
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError, ServingError
@@ -123,6 +124,22 @@ def test_a_picture_taken_sideways_is_shown_upright() -> None:
 def test_files_of_one_name_get_unique_names() -> None:
     files = ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "dog/1.jpg (2)"]
     assert unique_names([Path(file) for file in files]) == ["1.jpg (1)", "1.jpg (3)", "2.jpg", "1.jpg (2)"]
+
+
+def test_the_map_lies_on_the_crop_that_the_network_sees() -> None:
+    """Red grows from left to right and green from top to bottom, so each pixel has its place in the image."""
+    height, width, size, resize_to = 300, 420, 224, 256
+    place = np.zeros((height, width, 3))
+    place[..., 0], place[..., 1] = np.arange(width) / 2, np.arange(height)[:, None] / 2
+    data = io.BytesIO()
+    Image.fromarray(place.round().astype(np.uint8)).save(data, "PNG")
+    flat = Prediction(("ant",), (0,), (1.0,), 1, activation_map=((1.0, 1.0),) * 2, activation_crop=size / resize_to)
+    drawn = Image.open(io.BytesIO(base64.b64decode(overlay(data.getvalue(), flat)))).resize((size, size))
+    seen = preprocess(data.getvalue(), size, resize_to).transpose(1, 2, 0)
+    assert np.abs(np.asarray(drawn, dtype=int) - seen)[4:-4, 4:-4].max() <= 2
+    corners = Prediction(("ant",), (0,), (1.0,), 1, activation_map=((0.0, 0.0), (0.0, 1.0)), activation_crop=1.0)
+    square = np.asarray(Image.open(io.BytesIO(base64.b64decode(overlay(data.getvalue(), corners)))))
+    assert square[-10, -10, 2] > 0 and square[10, 10].tolist() == place[12, 72].round().tolist()
 
 
 def test_the_names_of_nearest_images_are_escaped_and_the_map_is_drawn_where_it_is_high() -> None:
