@@ -31,8 +31,8 @@ def test_new_images_with_label_maps_are_trained_judged_by_miou_and_promoted(cont
     (project.root / "params.yaml").write_text(yaml.safe_dump(params))
     project.commit()
 
-    refused = Begun(context, project.root, "refused").outcome()
-    assert (refused.ending, "mIoU" in refused.message) == ("refused", True), refused
+    below = Begun(context, project.root, "below").outcome()  # four test images do not suffice for a refusal
+    assert (below.ending, "first model, mIoU" in below.message) == ("undecided", True), below
 
     project.set({"gate": {"floor": 0.0}})
     promoted = Begun(context, project.root, "first").outcome()
