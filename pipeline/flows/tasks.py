@@ -9,6 +9,7 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.client.schemas.objects import State
 from prefect.tasks import exponential_backoff
+from prefect.utilities.annotations import quote
 
 from pipeline.evaluation.gate import Decision
 from pipeline.evaluation.predictions import GateError
@@ -108,7 +109,8 @@ class TaskRunner:
         name = name or flow_task.name
         self._logger.info("%s: starts", name)
         started = time.monotonic()
-        result = flow_task.with_options(**task_options(self._params, flow_task))(*arguments)
+        # quote: Prefect does not search the arguments for futures. It takes a section with a key `keys` for a mapping.
+        result = flow_task.with_options(**task_options(self._params, flow_task))(*map(quote, arguments))
         self._logger.info("%s: done (%.1f s)", name, time.monotonic() - started)
         return result
 

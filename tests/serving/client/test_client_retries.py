@@ -127,7 +127,7 @@ def test_a_rejected_request_is_not_retried_over_http(predict: Predict, fault: An
 
 
 def test_a_rejected_request_is_not_retried_over_grpc(predict: Predict) -> None:
-    rejections = [grpc.StatusCode.INVALID_ARGUMENT] * 2  # restricted: its config and its inputs
+    rejections = [grpc.StatusCode.INVALID_ARGUMENT] * 3  # restricted: both configs, and the inputs
     handler = FaultyGrpc(None, [*rejections, grpc.StatusCode.RESOURCE_EXHAUSTED])
     with grpc_server(handler) as url, pytest.raises(RequestRejected, match="refused: made to fail: RESOURCE_EXHAUSTED"):
         predict(url)

@@ -457,6 +457,7 @@ class TestInABrowser:
         (tmp_path / "street.png").write_bytes(street(24, 16))
         (tmp_path / "torn.png").write_bytes(street(24, 16)[:60])
         with segmentation_server(tmp_path / "server") as server, opened_page(server, tmp_path, tmp_path) as page:
+            page.wait_for_selector("#image input[type=file]", state="attached", timeout=60_000)
             assert page.get_by_role("tab").all_inner_texts() == ["Class map"]
             page.set_input_files("#image input[type=file]", tmp_path / "street.png")
             page.wait_for_selector("#answers .column img.map", timeout=60_000)

@@ -14,7 +14,6 @@ from PIL import Image
 
 from serving.client.sync_client import Client
 from serving.promotion.check import check_promotion
-from serving.promotion.lifecycle import servers_of
 from serving.promotion.promotion import promote, rollback
 from serving.repository.release import list_versions
 from serving.server.triton_server import TritonServer
@@ -80,11 +79,10 @@ def test_a_second_release_is_promoted_and_rolled_back(segmenter: TritonServer, t
     assert (
         comparison.confirmation_reason == "its mIoU on test images of all classes is 40.0%, below the champion's 50.0%"
     )
-    servers = servers_of(segmenter.repository, segmenter.grpc_url)
-    assert promote(segmenter.repository, tmp_path / "export", servers=servers).version == 2
+    assert promote(segmenter.repository, tmp_path / "export").version == 2
     with Client(segmenter.http_url) as client:
         assert client.segment([street()])[0].version == 2 and client.status().models[1].versions == (1, 2)
-        rollback(segmenter.repository, servers=servers)
+        rollback(segmenter.repository)
         assert client.segment([street()])[0].version == 1
     assert [state.state for state in list_versions(segmenter.repository)] == ["champion", "kept"]
 
