@@ -154,7 +154,7 @@ def test_serving_loads_neither_torch_nor_the_pipeline(modules):
 
 def test_packages_modules_and_functions_keep_within_their_limits():
     """Most modules of a package, lines of a module and of a function; lower a figure when its largest entry shrinks."""
-    sizes = {"modules": 12, "lines": 364, "function": 92}
+    sizes = {"modules": 12, "lines": 364, "function": 87}
     over = []
     for room in ("models", "pipeline", "serving", "tailor"):
         for package in {path.parent for path in (ROOT / room).rglob("__init__.py")}:
