@@ -12,6 +12,9 @@ TOOL_NAMES = {
     "@recycle", "@tmp", "#snapshot", "lost.dir",
 }  # fmt: skip
 
+NOT_UTF8 = "its name is not UTF-8; rename it, for instance with convmv"
+FOLDER_LINK = "is a link to a folder; put the images there, or link them one by one"
+
 
 def has_image_suffix(path: PurePath) -> bool:
     """Whether the file name has the suffix of a supported image format."""

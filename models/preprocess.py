@@ -31,11 +31,10 @@ MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
 # millions of empty ones.
 MAX_PARTS = 5_000
 # Pillow parses metadata when it opens a file (480 kB of EXIF took 496 MiB, an MPF segment 60 ms, 500 kB of colour
-# profiles 1.3 s). Therefore it receives JPEG and PNG files without metadata. Valid files have one or two parts of a
-# kind.
+# profiles 1.3 s). Therefore it receives JPEG and PNG files without metadata. Valid JPEG files have one or two parts of a
+# kind; texts of a PNG are dropped without decompression.
 MAX_METADATA = 8
-PNG_METADATA = (b"iCCP", b"zTXt", b"iTXt")
-PNG_DROPPED = (*PNG_METADATA, b"tEXt", b"eXIf")
+PNG_DROPPED = (b"iCCP", b"zTXt", b"iTXt", b"tEXt", b"eXIf")
 JPEG_METADATA = ((0xE1, b"Exif\0\0"), (0xED, b"Photoshop"))
 # Frames, tables, the scan, and the JFIF and Adobe segments, which define the colour space. Decoding in Pillow and
 # libjpeg uses no other segments.
@@ -182,7 +181,7 @@ def without_metadata(data: bytes) -> tuple[bytes, bytes, bytes]:
     Other files are returned unchanged.
 
     Bytes between JPEG segments are removed too: Pillow reads them one by one, fill bytes at 0.6 s per megabyte. Raises
-    ImageError for a file with so many parts, or parts of metadata, that reading them would take seconds.
+    ImageError for a file with so many parts, or a JPEG with so many of metadata, that reading them would take seconds.
     """
     if data[:8] != PNG and data[:3] != b"\xff\xd8\xff":
         return data, b"", b""
@@ -201,7 +200,7 @@ def without_metadata(data: bytes) -> tuple[bytes, bytes, bytes]:
             text = kind + content[:-4]
         elif isinstance(kind, bytes) and name.startswith(b"XML:com.adobe.xmp\0"):
             xmp = kind + content[:-4]
-        metadata += kind in PNG_METADATA or any(kind == code and name.startswith(tag) for code, tag in JPEG_METADATA)
+        metadata += any(kind == code and name.startswith(tag) for code, tag in JPEG_METADATA)
         if number >= MAX_PARTS:
             raise ImageError("parts", f"is cut into more than {MAX_PARTS} parts; save it again")
         if metadata > MAX_METADATA:

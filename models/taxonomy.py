@@ -93,7 +93,10 @@ def read_taxonomy(text: str, classes: Sequence[str]) -> Taxonomy:
     Names are compared in Unicode's composed form. Raises ValueError for other columns, a class that is missing or has no
     row, a node with two parents, a class that is a parent, a cycle, and more than MAX_NODES nodes.
     """
-    rows = list(csv.DictReader(text.splitlines()))
+    reader = csv.DictReader(text.splitlines())
+    rows = list(reader)
+    if repeated := [name for name in COLUMNS if (reader.fieldnames or []).count(name) > 1]:
+        raise ValueError(f"has more than one column {repeated[0]!r}; rename all but one")
     if not rows or not set(COLUMNS) <= set(rows[0]):
         found = ", ".join(map(str, rows[0])) if rows else "no row"
         raise ValueError(f"has {found}; expected the columns {' and '.join(COLUMNS)}")

@@ -25,7 +25,7 @@ def ingest(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
-    """Add labelled images of the drop folder to the training split.
+    """Add labelled images of the drop folder to training.
 
     It contains a folder per class, or tables (CSV, Parquet) with a label column. Good rows become one shard of data/ingested/,
     bad rows go to data/quarantine/ with the reason; `dvc repro` then trains on all. Exit status 1 if the whole drop is refused.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pipeline.scheduling.prefect_server import API_URL, HOME, SERVER_RECORD, set_prefect_env
 from pipeline.shared.errors import install_command
+from serving.shared.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ def prefect_findings() -> Iterator[Finding]:
         return
     # Prefect reads these when it is imported; without them it creates a folder in the user's home.
     os.environ[API_URL] = url
-    set_prefect_env()
+    try:
+        set_prefect_env()
+    except InputError as error:
+        yield Finding("prefect", "failing", str(error))
+        return
     from httpx import HTTPError
     from prefect.client.orchestration import get_client
 

@@ -21,6 +21,7 @@ import networkx
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
+from models.image_names import NOT_UTF8
 from pipeline.shared.errors import StageError
 from pipeline.shared.owned_process import end_owned_process, start_owned_process
 
@@ -108,10 +109,15 @@ def _failure(name: str, lines: list[str]) -> StageFailed:
 
 @contextmanager
 def _open_repo():
-    """Open the working folder's project as a DVC repository. DvcException becomes a StageError of one line."""
+    """Open the working folder's project as a DVC repository.
+
+    DvcException becomes a StageError of one line, and DVC's UnicodeError one that names the file.
+    """
     logging.getLogger("dvc").setLevel(logging.ERROR)  # DVC logs progress messages at lower levels
     try:
         with Repo() as repo:
             yield repo
     except DvcException as error:
         raise StageError(f"dvc: {' '.join(str(error).split())}") from error
+    except UnicodeEncodeError as error:
+        raise StageError(f"{error.object}: {NOT_UTF8}") from None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from models.image_names import has_image_suffix, is_passed_over, is_utf8
+from models.image_names import FOLDER_LINK, has_image_suffix, is_passed_over, is_utf8
 from models.prior import class_key
 from pipeline.data.groups import COLUMN, stored_group
 from pipeline.params import IngestParams
@@ -134,12 +134,15 @@ def read_drop(
 
 
 def _list_files(root: Path) -> Iterator[Path]:
-    skipped = 0
+    skipped, links = 0, list[Path]()
     for folder, folders, names in os.walk(root):
         valid = [name for name in names if is_utf8(name)]
         skipped += len(names) - len(valid) + sum(not is_utf8(name) for name in folders)
         folders[:] = sorted(name for name in folders if not is_passed_over(Path(name)) and is_utf8(name))
+        links += [Path(folder) / name for name in folders if (Path(folder) / name).is_symlink()]
         yield from (Path(folder) / name for name in sorted(valid) if not is_passed_over(Path(name)))
+    for path in links:  # os.walk does not follow them
+        print(f"ingest: {path}: skipped, because it {FOLDER_LINK}", file=sys.stderr)
     if skipped:
         print(f"ingest: {root}: {counted(skipped, 'name', 'are')} not UTF-8, skipped; rename them", file=sys.stderr)
 

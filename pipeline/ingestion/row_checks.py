@@ -124,7 +124,7 @@ def _read_image(row: DropRow) -> CheckedRow:
 def _class_of(
     label: str | int | None, params: IngestParams, classes: list[str], class_names: set[str]
 ) -> tuple[str | None, tuple[str, str]]:
-    """Class name of a label, by name or, if no class has that name, by number; else None with the reason.
+    """Class name of a label, by name or, if no name of a class is a number, by number; else None with the reason.
 
     class_names: set of the classes, for fast lookup.
     """
@@ -133,7 +133,7 @@ def _class_of(
     name = class_key(str(label))
     if name in class_names:
         return name, ("", "")
-    if isinstance(label, int):
+    if isinstance(label, int) and not any(map(str.isdecimal, classes)):
         if 0 <= label < len(classes):
             return classes[label], ("", "")
         return None, ("unknown class", f"has the label {label}; expected 0 to {len(classes) - 1}, or a class's name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,39 @@ def find_recipe(path: Path) -> Path:
     return shipped if shipped.is_file() and not path.exists() else path
 
 
-def load_document(text: str) -> Any:
-    """Load a params file for editing, with its comments; block lists, as of `dvc exp run -S`, are put on one line."""
+def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
+def load_document(text: str, block_mappings: bool = False) -> Any:
+    """Load a params file for editing, with its comments; block lists, as of `dvc exp run -S`, are put on one line.
+
+    block_mappings: put each key of a section in braces or of an alias (`*name`) on its own line, so that editing one
+    section changes no other.
+    """
     document = _yaml().load(text)
+    if block_mappings:
+        document = _block(document)
     _lists_on_one_line(document)
     return document
+
+
+def _block(mapping: Any) -> Any:
+    """The mapping in block style, with a copy for each alias."""
+    mapping = copy.copy(mapping)
+    mapping.fa.set_block_style()
+    mapping.yaml_set_anchor(None, always_dump=False)
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            mapping[key] = _block(value)
+        elif isinstance(value, list):
+            mapping[key] = copy.copy(value)
+            mapping[key].yaml_set_anchor(None, always_dump=False)
+    return mapping
 
 
 def dump_document(document: Any) -> str:

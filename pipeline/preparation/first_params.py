@@ -186,6 +186,20 @@ def text_values(classes: Sequence[str], source: Path, adapter: bool) -> tuple[Su
     return suggested, ""
 
 
+def without_text(template: str) -> Suggestions:
+    """Values that remove section `text` and its use from a template that has them: nothing else would compute its centres."""
+    from pipeline.params.recipe import load_document
+
+    document = load_document(template)
+    removed: Suggestions = {}
+    if document.get("text"):
+        removed["text"] = (None, "removed, as no text features are suggested; --text FILE adds them")
+    if "text" in (document.get("student") or {}).get("contrast_encoder", ""):
+        removed["student.contrast_encoder"] = ("teacher", "instead of text features")
+        removed["student.contrast"] = ({"kind": "gml"}, "instead of text features")
+    return removed
+
+
 def write_text(template: str, suggested: Suggestions) -> tuple[str, Params]:
     """Write the suggested values into the template (text of a params.yaml), each with its reason as a comment.
 
@@ -193,9 +207,24 @@ def write_text(template: str, suggested: Suggestions) -> tuple[str, Params]:
     """
     import yaml
 
+    text, remaining = _with_values(template, suggested, block_mappings=False)
+    if remaining:  # sections in braces or aliases; otherwise they are kept as they are
+        text, remaining = _with_values(template, suggested, block_mappings=True)
+    missing = [key for key, (value, _) in remaining.items() if (key, value) not in NEW_KEYS.items()]
+    if missing:
+        raise ParamsError(
+            f"params.yaml: has no key {missing[0]}; restore the original file, then run this command again"
+        )
+    return text, parse_params(yaml.safe_load(text), Path("params.yaml"))
+
+
+def _with_values(template: str, suggested: Suggestions, block_mappings: bool) -> tuple[str, Suggestions]:
+    """The template with the values on the lines of their keys, and the values whose key has no line of its own."""
+    import yaml
+
     from pipeline.params.recipe import dump_document, load_document
 
-    document = load_document(template)  # puts each key on one line, lists too
+    document = load_document(template, block_mappings)  # puts each key on one line, lists too
     for key in suggested:
         _clear_mapping(document, key)
     template = dump_document(document)
@@ -212,13 +241,7 @@ def write_text(template: str, suggested: Suggestions) -> tuple[str, Params]:
                 text = text.replace("\n...", "").strip()
                 line = f"{'  ' * depth}{name}: {text} # {reason}"
         lines.append(line)
-    missing = [key for key, (value, _) in remaining.items() if (key, value) not in NEW_KEYS.items()]
-    if missing:
-        raise ParamsError(
-            f"params.yaml: has no key {missing[0]}; restore the original file, then run this command again"
-        )
-    text = "\n".join(lines) + "\n"
-    return text, parse_params(yaml.safe_load(text), Path("params.yaml"))
+    return "\n".join(lines) + "\n", remaining
 
 
 def _clear_mapping(document: Any, key: str) -> None:

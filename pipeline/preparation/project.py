@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from models.image_names import NOT_UTF8, is_utf8
 from pipeline.shared.artifacts import write_file
 from pipeline.shared.errors import ParamsError, StageError
 from pipeline.shared.lineage import GitError, git
@@ -36,8 +37,10 @@ def create_project(folder: Path) -> list[str]:
     """Write the files of a project into `folder`, initialise git unless it is in a repository, and initialise DVC.
 
     Returns the commands that the user must run before stages can run, one line each. Raises ParamsError if `folder` is
-    a file or has a params.yaml or dvc.yaml already, StageError if git or DVC fail.
+    a file, has a params.yaml or dvc.yaml already or a path that is not UTF-8, StageError if git or DVC fail.
     """
+    if not is_utf8(str(folder.resolve())):
+        raise ParamsError(f"{folder.resolve()}: {NOT_UTF8}")
     if folder.exists() and not folder.is_dir():
         raise ParamsError(f"{folder}: is a file; expected a folder, or a name that does not exist yet")
     for name in ("params.yaml", "dvc.yaml"):

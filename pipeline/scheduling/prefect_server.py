@@ -19,7 +19,7 @@ import psutil
 from pipeline.shared.artifacts import write_json
 from pipeline.shared.errors import ParamsError, StageError
 from pipeline.shared.owned_process import end_owned_process, start_owned_process
-from serving.shared.ports import bypass_proxy_on_loopback, choose_ports
+from serving.shared.ports import bypass_proxy_on_loopback, check_proxies, choose_ports
 
 HOME = Path(".prefect")
 SERVER_RECORD = "tailor-server.json"  # address and owner process of the server that `tailor schedule` runs
@@ -40,9 +40,10 @@ class PrefectServerError(StageError):
 def set_prefect_env(home: Path = HOME) -> None:
     """Set Prefect's environment variables before Prefect is imported: its folder, and no telemetry.
 
-    Variables that the user has set are kept.
+    Variables that the user has set are kept. Raises InputError for a proxy that Prefect cannot use.
     """
     bypass_proxy_on_loopback()
+    check_proxies()
     os.environ.setdefault("PREFECT_HOME", str(home.absolute()))
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")

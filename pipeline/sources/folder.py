@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from models.image_names import has_image_suffix, is_passed_over, is_utf8
+from models.image_names import FOLDER_LINK, NOT_UTF8, has_image_suffix, is_passed_over, is_utf8
 from models.prior import class_key
 from pipeline.shared.errors import DataError, raise_problems
 from pipeline.sources.source import FileSource, Row
@@ -20,7 +20,6 @@ SPLIT_NAMES = {
     "test": "test", "testing": "test", "eval": "test",
 }  # fmt: skip
 SHOWN = 5  # names in a message
-NOT_UTF8 = "its name is not UTF-8; rename it, for instance with convmv"
 ClassFiles = dict[Path, list[Path]]
 
 
@@ -72,7 +71,7 @@ class FolderSource(FileSource):
         yield from files
         for path in folders:
             if path.is_symlink():
-                self._problems.append((path, "is a link to a folder; put the images there, or link them one by one"))
+                self._problems.append((path, FOLDER_LINK))
             else:
                 yield from self._files_below(path)
 

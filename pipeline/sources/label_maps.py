@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from models.image_names import has_image_suffix, is_passed_over, is_utf8
+from models.image_names import FOLDER_LINK, NOT_UTF8, has_image_suffix, is_passed_over, is_utf8
 from models.preprocess import PNG, ImageError, opened
 from pipeline.params import LabelMapParams, TableParams
 from pipeline.shared.errors import DataError, raise_problems
-from pipeline.sources.folder import NOT_UTF8
 from pipeline.sources.shards import CACHE_BYTES, ORIGIN_KEY, RowGroupCache, image_bytes
 from pipeline.sources.source import BadImageError, FileSource, Row, Source, read_image_file
 from pipeline.sources.table import TableReader, TableSource
@@ -90,8 +89,8 @@ class LabelMapFolder(FileSource, LabelMapSource):
     """Folders `images` and `annotations`: for images/a/b.jpg the label map annotations/a/b.png.
 
     splits: meaning of the folders inside `images`. If none of them is the training split, all images are training
-    images. Raises DataError, in one error for all of them, for images with the same label map, names that are not UTF-8
-    and label maps without an image.
+    images. Raises DataError, in one error for all of them, for images with the same label map, names that are not UTF-8,
+    links to folders and label maps without an image.
     """
 
     def __init__(self, root: Path, origin: str, label_maps: LabelMapParams) -> None:
@@ -107,6 +106,12 @@ class LabelMapFolder(FileSource, LabelMapSource):
         maps = {path.with_suffix("") for path in _files_below(root / ANNOTATIONS) if path.suffix.lower() == ".png"}
         without_suffix = [path.with_suffix("") for path in images]
         problems = [(root / IMAGES / path, NOT_UTF8) for path in images if not is_utf8(str(path))]
+        both = [path for name in (IMAGES, ANNOTATIONS) for path in sorted((root / name).rglob("*"))]
+        problems += [
+            (path, FOLDER_LINK)
+            for path in both
+            if path.is_symlink() and path.is_dir() and not is_passed_over(path.relative_to(root))
+        ]
         problems += [
             (root / ANNOTATIONS / f"{path}.png", f"has no image in {IMAGES}/; remove it or restore the image")
             for path in sorted(maps.difference(without_suffix))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.image_names import SUFFIXES, has_image_suffix, is_passed_over
+from models.image_names import FOLDER_LINK, SUFFIXES, has_image_suffix, is_passed_over
 from models.preprocess import MAX_BYTES, ImageError, check_size, decode, opened, to_rgb, upright
 from serving.shared.errors import InputError
 
@@ -74,15 +74,23 @@ def read_image(image: ImageLike, index: int = 0, check: bool = True) -> bytes:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List the JPEG, PNG and WebP files (by suffix) in a folder, recursive and sorted. Raises InputError if none."""
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if has_image_suffix(path) and not is_passed_over(path.relative_to(folder)) and path.is_file()
-    ]
+    """List the JPEG, PNG and WebP files (by suffix) in a folder, recursive and sorted. Raises InputError if none.
+
+    As in training, a link to a folder is read directly in `folder`, as a class, and refused deeper.
+    """
+    paths = list(folder.rglob("*"))
+    paths += [inner for path in paths if path.parent == folder and _is_folder_link(path) for inner in path.rglob("*")]
+    paths = [path for path in sorted(paths) if not is_passed_over(path.relative_to(folder))]
+    if link := next((path for path in paths if path.parent != folder and _is_folder_link(path)), None):
+        raise InputError(f"{link}: {FOLDER_LINK}")
+    files = [path for path in paths if has_image_suffix(path) and path.is_file()]
     if not files:
         raise InputError(f"{folder}: holds no image; expected files that end in {', '.join(SUFFIXES)}")
     return files
+
+
+def _is_folder_link(path: Path) -> bool:
+    return path.is_symlink() and path.is_dir()
 
 
 def header_pixels(data: bytes) -> int:

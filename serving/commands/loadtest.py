@@ -43,9 +43,9 @@ def loadtest(
     debug: Debug = False,
     **options: Any,
 ) -> None:
-    """Put load on a running server with Locust and check thresholds.
+    """Put load on a running server, and check thresholds.
 
-    The exit status is 1 when a threshold is not met. Starts no server.
+    The load comes from Locust. The exit status is 1 when a threshold is not met. Starts no server.
     """
     plan = LoadPlan(Connection(server_url(url, protocol), parse_headers(header), ca_file), **options)
     folder = report or Path("artifacts/loadtest") / f"{time.strftime('%Y%m%d-%H%M%S')}-{plan.connection.protocol}"

@@ -22,7 +22,7 @@ from serving.server.supervisor import SupervisionLimits, Supervisor
 from serving.server.triton_server import GRACE, TritonServer
 from serving.shared.errors import InputError, ServingError
 from serving.shared.logs import new_log_file, remove_log_files
-from serving.shared.names import CLASSIFIER
+from serving.shared.names import CLASSIFIER, image_model
 from serving.shared.terminal import print
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -176,8 +176,10 @@ def _print_addresses(server: TritonServer) -> None:
         warn_unchecked(server.repository, server.releases)
     if server.log:
         print(f"log {server.log}")
-    print(f"\na request from a shell, in the binary form:\n\n{curl_example(server.http_url, server.example)}")
-    print(f"\nthe same as plain JSON:\n\n{json_example(server.http_url, server.example)}\n", flush=True)
+    model = image_model(server.repository)
+    curl = curl_example(server.http_url, server.example, model=model)
+    print(f"\na request from a shell, in the binary form:\n\n{curl}")
+    print(f"\nthe same as plain JSON:\n\n{json_example(server.http_url, server.example, model)}\n", flush=True)
     if server.host not in LOOPBACK:
         print_warning(
             f"--host {server.host}: this Triton release can be killed by one hostile request; "
@@ -187,7 +189,9 @@ def _print_addresses(server: TritonServer) -> None:
 
 def warn_unchecked(repository: Path, releases: Sequence[Release]) -> None:
     """Print a warning if a release is signed: an operator may have started in a folder without the list of keys."""
-    paths = {each.version: repository / CLASSIFIER / str(each.version) / SIGNATURE_NAME for each in releases}
+    paths = {
+        each.version: repository / each.manifest.image_model / str(each.version) / SIGNATURE_NAME for each in releases
+    }
     if signed := [str(version) for version, path in paths.items() if path.is_file()]:
         print_warning(
             f"signatures are not checked, although version {', '.join(signed)} is signed: no serving.trusted_keys in "
@@ -208,28 +212,28 @@ json='{{"inputs": [{{"name": "image", "shape": [1, 1], "datatype": "BYTES",
 {{ printf %s "$json"
   printf "$(printf '\\\\%03o' $((bytes & 255)) $((bytes >> 8 & 255)) $((bytes >> 16 & 255)) $((bytes >> 24 & 255)))"
   cat "$image"; }} | curl --silent --show-error --data-binary @- \\
-  --header "Inference-Header-Content-Length: ${{#json}}" {url}/v2/models/classifier/infer"""
+  --header "Inference-Header-Content-Length: ${{#json}}" {url}/v2/models/{model}/infer"""
 
 
 JSON = """\
 {{ printf '{{"inputs": [{{"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": ["data:image/png;base64,'; \\
   base64 < {image} | tr -d '\\n'; \\
   printf '"]}}, {{"name": "prior", "shape": [1, 1], "datatype": "BYTES", "data": ["balanced"]}}]}}'; }} > request.json
-curl -d @request.json {url}/v2/models/classifier/infer"""
+curl -d @request.json {url}/v2/models/{model}/infer"""
 
 
-def curl_example(url: str, image: Path, strength: float = 0.0) -> str:
+def curl_example(url: str, image: Path, strength: float = 0.0, model: str = CLASSIFIER) -> str:
     """Return POSIX shell commands that classify an image file at a strength over HTTP.
 
     Triton's binary form: a JSON header, then each image after its length as four bytes, little-endian. Only the
     server's limit on images applies; the gateway limits JSON to 1 MiB.
     """
-    return CURL.format(image=shlex.quote(str(image)), strength=strength, url=url)
+    return CURL.format(image=shlex.quote(str(image)), strength=strength, url=url, model=model)
 
 
-def json_example(url: str, image: Path) -> str:
+def json_example(url: str, image: Path, model: str = CLASSIFIER) -> str:
     """Return POSIX shell commands that write request.json with the image as base64 text, and send it.
 
     The classifier detects the image format from the bytes: `image/png` also works for a JPEG or WebP file.
     """
-    return JSON.format(image=shlex.quote(str(image)), url=url)
+    return JSON.format(image=shlex.quote(str(image)), url=url, model=model)

@@ -82,7 +82,10 @@ def rollback(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Make an older release the champion again; no request is lost."""
+    """Make an older release the champion again.
+
+    No request is lost.
+    """
     root = choose_repository(repository)
     promoted = promotion.rollback(root, version, servers=servers_at(root, url), timeout=timeout, rehearsal=rehearsal)
     _print_promotion(promoted, as_json)

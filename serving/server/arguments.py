@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from serving.server.installation import Installation
 from serving.server.local_tree import TREE
 from serving.shared.errors import InputError
-from serving.shared.names import ADMIN_HEADER, ADMIN_KEY_VARIABLE, CLASSIFIER, LOCAL_CONFIG, STUDENT
+from serving.shared.names import ADMIN_HEADER, ADMIN_KEY_VARIABLE, LOCAL_CONFIG, models_of
 from serving.triton import logit_log
 
 # Endpoints that need the admin key. A caller that may load a model can run code in the server; the other endpoints read
@@ -47,8 +47,7 @@ def triton_arguments(
         f"--backend-config=python,stub-timeout-seconds={STUB_START_TIMEOUT}",
         f"--model-config-name={LOCAL_CONFIG}",
         "--model-control-mode=explicit",
-        f"--load-model={STUDENT}",
-        f"--load-model={CLASSIFIER}",
+        *(f"--load-model={model}" for model in models_of(runtime / TREE)),
         # The configs are complete; completing them would start one more inference process per model.
         "--disable-auto-complete-config",
         # Without this a failed load of a new version makes the server not ready, although the old version serves.

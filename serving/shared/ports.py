@@ -6,7 +6,9 @@ import errno
 import os
 import random
 import socket
+import urllib.request
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 from serving.shared.errors import InputError, ServingError
 
@@ -62,3 +64,16 @@ def bypass_proxy_on_loopback() -> None:
     if "*" not in names:
         names += [name for name in ("127.0.0.1", "localhost", "::1") if name not in names]
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(names)
+
+
+def check_proxies() -> None:
+    """Raise InputError for a SOCKS proxy in the environment that httpx, the HTTP client of Prefect and Gradio, cannot use.
+
+    httpx then fails when a client is created, also for an address on loopback, which it would reach without the proxy.
+    """
+    for name, url in urllib.request.getproxies_environment().items():
+        if url.startswith("socks") and find_spec("socksio") is None:
+            raise InputError(
+                f"{name.upper()}_PROXY is a SOCKS proxy, which needs the package socksio; run `pip install socksio`, or "
+                "unset the variable for this command"
+            )

@@ -1,4 +1,4 @@
-"""`classifier` for Triton's python backend: encoded images in, the best classes for the requested target prior out.
+"""`classifier` and `segmenter` for Triton's python backend: encoded images in, classes for the requested target prior out.
 
 Runs in an inference process (Triton's stub) with numpy and Pillow and with the files beside it: prior.py,
 preprocess.py, decisions.py and taxonomy.py (copies of the modules of training), request_parser.py, extras.py, explain.py,

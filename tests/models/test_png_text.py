@@ -66,3 +66,14 @@ def test_a_bomb_of_texts_costs_no_time():
     with contextlib.suppress(ImageError):
         decode(data)
     assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt"])
+def test_a_png_with_many_small_texts_is_decoded(kind):
+    info = PngImagePlugin.PngInfo()
+    for number in range(40):
+        if kind == "iTXt":
+            info.add_itxt(f"exif:Tag{number}", "value")
+        else:
+            info.add_text(f"exif:Tag{number}", "value", zip=True)
+    assert np.array_equal(np.asarray(decode(png(pnginfo=info))), PIXELS)

@@ -82,3 +82,8 @@ def test_a_wrong_table_is_refused_with_the_reason(rows, message):
 
 def test_composed_and_decomposed_names_are_one_class():
     assert read_taxonomy("name,parent\ncafe\u0301,x\ntea,x\n", ["caf\u00e9", "tea"]).names == ["caf\u00e9", "tea", "x"]
+
+
+def test_two_columns_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="has more than one column 'parent'; rename all but one"):
+        read_taxonomy("name,parent,parent\ncat,cats,dogs\nwolf,cats,dogs\n", ["cat", "wolf"])

@@ -106,9 +106,8 @@ def test_the_gate_reads_the_sets_that_evaluation_writes(tmp_path):
     _, answers = fitted({"serving.coverage": 0.8})
     logits = made_logits(LABELS, PRIOR, 3)
     test = SimpleNamespace(sample_ids=[f"{row:03d}" for row in range(len(LABELS))], labels=torch.from_numpy(LABELS))
-    table = _predictions(
-        test, probabilities_by_target_prior(logits, PRIOR), logits, answers, PRIOR, answers.temperature
-    )
+    by_prior, calibrated = probabilities_by_target_prior(logits, PRIOR), logits / answers.temperature
+    table = _predictions(test, by_prior, logits, calibrated, answers, PRIOR)
     pyarrow.parquet.write_table(table, tmp_path / "predictions.parquet")
     (tmp_path / "prior.json").write_text(json.dumps(asdict(PRIOR)))
     for target in ("balanced", "train"):

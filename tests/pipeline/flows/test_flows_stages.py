@@ -184,3 +184,14 @@ def test_child_processes_of_a_command_end_with_it(end, tmp_path):
     assert process.wait(30) == (137 if "kill" in end else 0)
     assert exits(int(pid_file.read_text()))
     assert end_owned_process(process) == process.returncode
+
+
+def test_a_file_whose_name_dvc_cannot_encode_is_named(project, tmp_path):
+    project("cat data/* > two")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / os.fsdecode(b"caf\xe9.png")).touch()
+    stages = yaml.safe_load(Path("dvc.yaml").read_text())
+    stages["stages"]["export"]["deps"] = ["data"]
+    Path("dvc.yaml").write_text(yaml.safe_dump(stages))
+    with pytest.raises(StageError, match=r"/data/caf\udce9\.png: its name is not UTF-8; rename it"):
+        changed_stages(["export"])

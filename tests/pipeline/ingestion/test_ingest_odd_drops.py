@@ -39,14 +39,21 @@ def test_integer_labels_of_a_table_are_class_numbers(tmp_path):
     assert report.reasons == {"unknown class": 1, "no label": 1}
 
 
-def test_a_label_of_a_csv_table_is_read_as_a_name_before_a_number(tmp_path):
+def test_a_label_of_a_csv_table_is_a_name_where_classes_are_named_by_digits(tmp_path):
     params = project(tmp_path, {"001": 9, "002": 9, "7": 9}, min_good_share=0.0)
     paths = [str(path.relative_to("data/drop")) for path in drop_images("photos", range(6))]
     labels = {"path": paths, "label": ["001", "002", "7", "1", "003", "3"]}
     table(Path("data/drop/labels.csv"), labels).rename("data/drop/LABELS.CSV")
     report = ingest(params)
-    assert [row["label"] for row in shards()] == ["001", "002", "7", "002"]
-    assert report.reasons == {"unknown class": 2}
+    assert [row["label"] for row in shards()] == ["001", "002", "7"]
+    assert report.reasons == {"unknown class": 3}
+
+
+def test_a_year_in_a_csv_table_becomes_a_new_class_where_classes_are_years(tmp_path):
+    params = project(tmp_path, {"2024": 9, "2025": 9}, new_classes="accept")
+    paths = [str(path.relative_to("data/drop")) for path in drop_images("photos", range(2))]
+    table(Path("data/drop/labels.csv"), {"path": paths, "label": ["2026", "1"]})
+    assert ingest(params).new_classes == ["1", "2026"]
 
 
 def test_a_path_or_link_out_of_the_drop_is_never_read(tmp_path):

@@ -197,3 +197,16 @@ def test_lists_over_several_lines_are_edited_by_recipe_and_init_alike(params, tm
     content = yaml.safe_load(write_text(written, chosen)[0])
     assert content["data"]["location"] == "photos" and content["image"]["mean"] == [0.485, 0.456, 0.406]
     assert content["gate"] == yaml.safe_load(written)["gate"]
+
+
+@pytest.mark.parametrize("form", ["braces", "aliases"])
+def test_sections_in_braces_or_aliases_are_edited_by_init(form):
+    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    if form == "aliases":
+        content["student"] |= {key: content["teacher"][key] for key in ("schedule", "augment")}
+    template = yaml.safe_dump(content, default_flow_style=form == "braces", sort_keys=False, width=10**6)
+    chosen = {"student.schedule.warmup_epochs": (2, "x"), "data.source": ("folder", "y")}
+    text, changed = write_text(template, chosen)
+    content["student"]["schedule"] = content["student"]["schedule"] | {"warmup_epochs": 2}
+    content["data"]["source"] = "folder"
+    assert yaml.safe_load(text) == content and changed.student.schedule.warmup_epochs == 2

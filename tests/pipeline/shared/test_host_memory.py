@@ -24,11 +24,14 @@ def faults_of_a_step():
         del held
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-faults_of_a_step()
-released = faults_of_a_step()
+# The least of several steps: other programs make the kernel move or take pages, which only adds faults.
+def least_faults():
+    faults_of_a_step()
+    return min(faults_of_a_step() for _ in range(5))
+
+released = least_faults()
 assert keep_freed_memory()
-faults_of_a_step()
-print(released, faults_of_a_step())
+print(released, least_faults())
 """
 
 

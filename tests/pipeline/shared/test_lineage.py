@@ -78,3 +78,26 @@ def test_a_repository_of_another_owner_is_an_error_of_compare_and_init(tmp_path,
 def test_git_returns_none_outside_a_repository(tmp_path):
     assert git(tmp_path, "rev-parse", "HEAD") is None
     assert code_revision() == "unknown" or len(code_revision().partition("+")[0]) == 40
+
+
+@pytest.mark.parametrize("damage", ["version", "config", "gitfile"])
+def test_every_other_refusal_of_git_is_an_error_too(tmp_path, monkeypatch, capsys, damage):
+    folder = repository(tmp_path, ".")
+    monkeypatch.chdir(folder)
+    if damage == "gitfile":
+        (folder / ".git").rename(tmp_path / "moved")
+        (folder / ".git").write_text("gitdir: /nowhere\n")
+    else:
+        config = folder / ".git/config"
+        config.write_text("[core]\n\trepositoryformatversion = 99\n" if damage == "version" else "[core\n")
+    with pytest.raises(GitError, match=r": fatal: .*(found 99|bad config line 1|not a git repository: /nowhere)"):
+        git(Path(), "rev-parse", "HEAD")
+    assert code_revision() == "unknown" and "recorded as unknown: " in capsys.readouterr().err
+    with pytest.raises(StageError, match="fatal: "):
+        load_run_at_revision("HEAD", tmp_path / "copy")
+
+
+def test_a_repository_without_a_commit_has_no_revision_and_is_no_error(tmp_path, monkeypatch):
+    run(tmp_path, "git", "init", "-q")
+    monkeypatch.chdir(tmp_path)
+    assert code_revision() == "unknown" and git(Path(), "status", "--porcelain") == ""

@@ -8,10 +8,13 @@ import pytest
 
 from pipeline import split
 from pipeline.command_line import stage_main
+from pipeline.commands.app import main
 from pipeline.ingestion.ingest import ingest
 from pipeline.shared.errors import DataError
 from pipeline.sources import open_source
 from serving.client.images import image_files
+from serving.playground.page import find_samples
+from serving.shared.errors import InputError
 from tests.support.data_commands import command, report, scene
 from tests.support.dropping import FIRST_NEW, project
 from tests.support.making import data_params, encode, folder, png, write
@@ -78,3 +81,46 @@ def test_a_name_that_is_not_utf8_is_one_line_in_every_command_on_the_source(tmp_
     assert capsys.readouterr().err == f"tailor: {expected}"
     assert stage_main(split.run, "", ["--params", str(tmp_path / "params.yaml")]) == 1
     assert capsys.readouterr().err == f"split: {expected}"
+
+
+def test_a_class_that_is_a_link_to_a_folder_holds_the_same_images_for_training_and_prediction(tmp_path):
+    root = folder(tmp_path / "photos", {"cat": 3, "dog": 3})
+    folder(tmp_path, {"eel": 4})
+    (root / "eel").symlink_to(tmp_path / "eel")
+    assert len(open_source(data_params(root).data).rows) == len(image_files(root)) == 10
+    (tmp_path / "eel/more").symlink_to(root / "cat")
+    with pytest.raises(DataError, match="photos/eel/more: is a link to a folder"):
+        open_source(data_params(root).data)
+    with pytest.raises(InputError, match="photos/eel/more: is a link to a folder"):
+        image_files(root)
+
+
+def test_a_link_to_a_folder_in_the_drop_is_named(tmp_path, capsys):
+    params = project(tmp_path)
+    folder(tmp_path / "more", {"x": 2})
+    Path("data/drop/cat").mkdir(parents=True)
+    for name in ("cat/more", "eel"):
+        (Path("data/drop") / name).symlink_to(tmp_path / "more/x")
+    assert ingest(params).added == 0
+    printed = capsys.readouterr().err
+    for name in ("cat/more", "eel"):
+        assert f"data/drop/{name}: skipped, because it is a link to a folder; put the images there" in printed
+
+
+def test_the_playground_offers_the_images_that_prediction_reads(tmp_path):
+    folder(tmp_path, {".": 2})
+    for name in ("._000.png", ".hidden.png"):
+        write(tmp_path / name, b"of the desktop")
+    assert find_samples(tmp_path) == image_files(tmp_path) == [tmp_path / "000.png", tmp_path / "001.png"]
+
+
+@pytest.mark.parametrize("command_name", ["new", "init"])
+def test_a_path_that_is_not_utf8_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, command_name):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"caf\xe9")
+    if command_name == "init":
+        folder(tmp_path / name, {"cat": 6, "dog": 6})
+    before = sorted(tmp_path.rglob("*"))
+    assert main([command_name, name]) == 2
+    assert "caf\\udce9: its name is not UTF-8; rename it" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -64,19 +64,19 @@ def test_every_command_has_an_example_in_its_help() -> None:
 
 
 def group_help(group: Any, context: Any) -> Iterator[tuple[str, str]]:
-    """Return the help of each group for a terminal of 80 columns."""
+    """Return the help of each group for a terminal of 80 columns, of which the formatter uses 78."""
     yield context.command_path, group.get_help(context)
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         if hasattr(command, "list_commands"):
             yield from group_help(
-                command, command.make_context(name, [], parent=context, resilient_parsing=True, terminal_width=80)
+                command, command.make_context(name, [], parent=context, resilient_parsing=True, terminal_width=78)
             )
 
 
 def test_no_command_summary_is_truncated_at_80_columns() -> None:
     program = typer.main.get_command(app)
-    context = program.make_context("tailor", [], resilient_parsing=True, terminal_width=80)
+    context = program.make_context("tailor", [], resilient_parsing=True, terminal_width=78)
     helps = dict(group_help(program, context))
     assert {"tailor", "tailor data"} <= set(helps)
     for words, text in helps.items():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import http.server
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,20 @@ def test_http_clients_bypass_a_proxy_on_loopback_and_keep_no_proxy(url: str, no_
 @pytest.mark.slow
 def test_prefects_server_on_loopback_is_reached_without_the_proxy(url: str) -> None:
     assert run_python("-c", PREFECT, url).stdout == "True\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [("retrain",), ("schedule", "--cron", "0 3 * * *"), ("playground", "--url", "http://127.0.0.1:9")]
+)
+def test_a_socks_proxy_that_prefect_and_gradio_cannot_use_is_one_line(tmp_path: Path, command: tuple[str, ...]) -> None:
+    if find_spec("socksio"):
+        pytest.skip("socksio is installed")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    ended = run_python(
+        "-c", "import os, sys; os.chdir(sys.argv.pop(1)); from pipeline.commands.app import main; sys.exit(main())",
+        str(tmp_path), *command, all_proxy="socks5://user:secret@127.0.0.1:9",
+    )  # fmt: skip
+    assert ended.returncode == 2 and ended.stdout == "", ended.stderr
+    assert ended.stderr.startswith("tailor: ALL_PROXY is a SOCKS proxy, which needs the package socksio; ")
+    assert ended.stderr.count("\n") == 1 and "secret" not in ended.stderr

@@ -18,7 +18,7 @@ from pipeline.onnx_export.explanations import packed, with_class, write_arrays
 from serving.client import Extras
 from serving.client.extras import EXPLAIN
 from serving.client.predictions import NearestImage
-from serving.client.requests import _extra_parts, classifier_call
+from serving.client.requests import _extra_parts, image_call
 from serving.repository.manifest import EXPLAIN_NAME, MANIFEST_NAME, STUDENT_NAME, Manifest, sha256_of
 from serving.repository.writer import publish, write_repository
 from serving.shared.errors import InputError, RepositoryError
@@ -178,7 +178,7 @@ def test_the_client_sends_a_number_and_reads_images_and_map() -> None:
     for wrong in (-1, 21, "yes", 2.5):
         with pytest.raises(InputError, match="expected True or a number of images from 1 to 20"):
             Extras(explain=wrong)  # type: ignore[arg-type]
-    call = classifier_call([b""], "prior", None, None, Extras(explain=2).inputs(None))
+    call = image_call([b""], "prior", None, None, Extras(explain=2).inputs(None))
     assert set(EXPLAIN) == set(call.optional) and call.inputs["explain"].dtype == np.uint8
     outputs = {
         "nearest": np.array([[b"a.jpg", b""]], dtype=object), "nearest_class": np.array([[b"ant", b""]], dtype=object),
