@@ -112,10 +112,9 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     calibrated = calibrate_logits(logits["student"], served or 1.0)
     hierarchy = taxonomy_record(load_taxonomy(), calibrated, labels, prior)
     mistakes, train = _mistakes(params, test, calibrated, prior, device)
-    groups = read_groups("test")
     figures = analyse_predictions(
         logits, labels, prior, settings.ece_bins, data.seed, temperature=answers.temperature,
-        champion=champion, groups=groups and (groups, set(read_groups("train") or [])),
+        champion=champion, groups=_groups(),
     )  # fmt: skip
     chosen = choose_samples(probabilities["student"], settings.samples, data.seed)
     sizes = SplitSizes(sum(prior.counts), len(held_out), len(test))
@@ -144,6 +143,12 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         )  # fmt: skip
         write_file(folder / "report.html", render_report(evaluation))
     return Result(metrics, output)
+
+
+def _groups() -> tuple[list[str], set[str]] | None:
+    """The group of each test image, and the groups in training; None without data.group."""
+    groups = read_groups("test")
+    return (groups, set(read_groups("train") or [])) if groups else None
 
 
 def _mistakes(
