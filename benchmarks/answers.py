@@ -30,7 +30,7 @@ from benchmarks.serving_releases import Release, release_of
 from benchmarks.serving_sections import as_http, port_of
 from models.prior import GROUPS
 from serving.client.extras import Extras
-from serving.client.requests import classifier_call
+from  import classifier_call
 from serving.repository.manifest import load_manifest
 from serving.repository.model_config import default_outputs
 from serving.repository.writer import write_repository
