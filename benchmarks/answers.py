@@ -30,7 +30,7 @@ from benchmarks.serving_releases import Release, release_of
 from benchmarks.serving_sections import as_http, port_of
 from models.prior import GROUPS
 from serving.client.extras import Extras
-from  import classifier_call
+from serving.client.requests import image_call
 from serving.repository.manifest import load_manifest
 from serving.repository.model_config import default_outputs
 from serving.repository.writer import write_repository
@@ -92,7 +92,7 @@ def load_on(server: TritonServer, release: Release, extras: Extras | None, defau
     """A load on `classifier`: one JPEG file per request, under the prior `train`."""
     row, inputs = np.array([b"train"], dtype=np.object_), {} if extras is None else extras.inputs(None)
     photos = itertools.islice(itertools.cycle(release.photos), 96)
-    calls = [classifier_call([photo], "prior", row, None, inputs, defaults) for photo in photos]
+    calls = [image_call([photo], "prior", row, None, inputs, defaults) for photo in photos]
     return Load(port_of(server.http_url), [as_http(call) for call in calls], 1, release.network.users)
 
 

@@ -109,31 +109,28 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         validation = network_logits(student, stage, held_out, image, prior, device), held_out.labels.numpy()
     answers = fit_answers(validation, (logits["student"], labels), prior, settings, params.serving)
     served = answers.temperature if params.serving.calibration == "temperature" else None
-    calibrated = calibrate_logits(logits["student"], served or 1.0)
-    hierarchy = taxonomy_record(load_taxonomy(), calibrated, labels, prior)
-    mistakes, train = _mistakes(params, test, calibrated, prior, device)
+    served_logits = calibrate_logits(logits["student"], served or 1.0)
+    hierarchy = taxonomy_record(load_taxonomy(), served_logits, labels, prior)
+    mistakes, train = _mistakes(params, test, served_logits, prior, device)
+    groups = read_groups("test")
     figures = analyse_predictions(
         logits, labels, prior, settings.ece_bins, data.seed, temperature=answers.temperature,
-        champion=champion, groups=_groups(),
+        champion=champion, groups=groups and (groups, set(read_groups("train") or [])),
     )  # fmt: skip
     chosen = choose_samples(probabilities["student"], settings.samples, data.seed)
     sizes = SplitSizes(sum(prior.counts), len(held_out), len(test))
     _warn_of_few_images(metrics)
     about_data = data_facts(data, image, prior, sizes)
-    strength, encoder = params.serving.strength, stored_encoder(params)
-    config = load_config(student, stage)
-    about_model = model_facts(
-        params.teacher, params.student, image.size, strength, prior, encoder, config.memory, config.second_stage
-    )
+    about_model, memory = _model_facts(params, prior, student, stage)
     with whole_folder(output) as folder:
         classes = _per_class(probabilities, labels, prior)
         _write_tables(folder, metrics, classes, probabilities["student"]["balanced"], labels, prior)
         write_plots(figures, folder / "plots")
-        table = _predictions(test, probabilities["student"], logits["student"], calibrated, answers, prior)
+        table = _predictions(test, probabilities["student"], logits["student"], served_logits, answers, prior)
         pyarrow.parquet.write_table(table, folder / "predictions.parquet")
         write_json(folder / ANSWERS.name, answers.as_json() | {"taxonomy": hierarchy})
         samples = _write_samples(folder / "samples", test, chosen, probabilities["student"], prior.classes)
-        write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes, config.memory))
+        write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes, memory))
         card = model_card(data, network_name(params), params.seed, about_model, prior, metrics["student"])
         write_file(folder / "model_card.md", card)
         evaluation = Evaluation(
@@ -145,10 +142,15 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     return Result(metrics, output)
 
 
-def _groups() -> tuple[list[str], set[str]] | None:
-    """The group of each test image, and the groups in training; None without data.group."""
-    groups = read_groups("test")
-    return (groups, set(read_groups("train") or [])) if groups else None
+def _model_facts(
+    params: Params, prior: Prior, student: Path, stage: str
+) -> tuple[list[tuple[str, str]], dict[str, Any] | None]:
+    """Return the facts of the model card, and the record of the student's memory if it has one."""
+    config, strength, encoder = load_config(student, stage), params.serving.strength, stored_encoder(params)
+    facts = model_facts(
+        params.teacher, params.student, params.image.size, strength, prior, encoder, config.memory, config.second_stage
+    )
+    return facts, config.memory
 
 
 def _mistakes(
