@@ -231,7 +231,7 @@ def _tables(splits: Mapping[str, Split], others: Mapping[str, Tensor], seeds: in
         lines.append(f"| {name} | {' | '.join(cells)} | {_cell([row['size'] / 100 for row in rows])} |")
     columns = [f"{measure}, {group}" for measure in ("AUROC", "FPR95") for group in ("all", *GROUPS)]
     lines += ["", f"| unknown images | score | {' | '.join(columns)} |", "|---|---|" + "--:|" * len(columns)]
-    for (name, score), each in detected.items():
+    for (name, score), each in sorted(detected.items(), key=lambda item: item[0][0]):
         cells = [
             _cell([by_group[group][place] for by_group in each if group in by_group])
             for place in (0, 1) for group in ("all", *GROUPS)

@@ -1,10 +1,10 @@
-"""Cost of the extra parts of an answer for ResNet-32 at 32 pixels: `python -m benchmarks.answers [--rounds 5]`.
+"""Cost of the extra parts of an answer for ResNet-32 at 32 pixels: `python -m benchmarks.answers [--rounds 20]`.
 
 Two Triton servers take turns, each as `tailor serve` starts it: one with a release of today's answers, one whose release has a
 temperature and defaults for prediction set, decision by costs and ask, and unknown. The requests have one JPEG file each. The
 last side requests the same parts with inputs. A ratio is of one round, against the first side: of the images per second, and
-of the CPU time per image of all processes of the server, which other work on the machine disturbs less. Median, smallest and
-largest of the rounds. The load generator shares the cores.
+of the CPU time per image of the server (Triton) and of its inference processes (Python), which other work on the machine
+disturbs less. Median and quartiles of the rounds. The load generator shares the cores.
 """
 
 from __future__ import annotations
@@ -37,12 +37,10 @@ from serving.repository.writer import write_repository
 from serving.server.triton_server import TritonServer
 
 IMAGES = 2000  # validation images of the release
-PARTS = {
-    "prediction set": Extras(coverage=0.9),
-    "decision": Extras(ask=0.2),
-    "unknown": Extras(false_alarms=0.05),
-    "all": Extras(coverage=0.9, ask=0.2, false_alarms=0.05),
-}
+ALL = Extras(coverage=0.9, ask=0.2, false_alarms=0.05)
+Turn = tuple[
+    float, float, float
+]  # images per second; CPU time per image in µs, of Triton and of the inference processes
 
 
 def with_defaults(export: Path, folder: Path) -> Path:
@@ -64,11 +62,12 @@ def with_defaults(export: Path, folder: Path) -> Path:
     return folder
 
 
-def cpu_seconds(server: TritonServer) -> float:
-    """CPU time of the server and of its inference processes so far."""
+def cpu_seconds(server: TritonServer) -> tuple[float, float]:
+    """CPU time of the server, and of its inference processes, so far."""
     assert server.process_id is not None
     process = psutil.Process(server.process_id)
-    return sum(sum(each.cpu_times()[:2]) for each in (process, *process.children(recursive=True)))
+    own = sum(process.cpu_times()[:2])
+    return own, sum(sum(each.cpu_times()[:2]) for each in process.children(recursive=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +77,15 @@ class Side:
     server: TritonServer
     load: Load
 
-    def turn(self, seconds: float) -> tuple[float, float]:
-        """Images per second, and CPU time of the server per image in µs."""
-        before, sent = cpu_seconds(self.server), serving_load.WARM_UP * seconds
+    def turn(self, seconds: float) -> Turn:
+        """Send requests for `seconds` after a warm-up."""
+        before = cpu_seconds(self.server)
         result: TurnResult = serving_load.run(self.load, seconds)
-        images = result.rate * (seconds + sent)
-        return result.rate, (cpu_seconds(self.server) - before) / images * 1e6
+        images = result.rate * seconds * (1 + serving_load.WARM_UP)
+        own, inference = (
+            (now - then) / images * 1e6 for now, then in zip(cpu_seconds(self.server), before, strict=True)
+        )
+        return result.rate, own, inference
 
 
 def load_on(server: TritonServer, release: Release, extras: Extras | None, defaults: list[str]) -> Load:
@@ -94,8 +96,8 @@ def load_on(server: TritonServer, release: Release, extras: Extras | None, defau
     return Load(port_of(server.http_url), [as_http(call) for call in calls], 1, release.network.users)
 
 
-def measured(options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
-    """Images per second and CPU time per image of each side, a pair for each round."""
+def measured(options: argparse.Namespace) -> dict[str, list[Turn]]:
+    """The turns of each side, one for each round."""
     release = release_of("resnet32", options.work)
     export = with_defaults(release.graph.parent, options.work.absolute() / "resnet32-answers")
     repository = write_repository(export, options.work.absolute() / "resnet32-answers-repository")
@@ -105,25 +107,29 @@ def measured(options: argparse.Namespace) -> dict[str, list[tuple[float, float]]
         sides = {
             "none": Side(plain, load_on(plain, release, None, [])),
             "all, defaults of the release": Side(full, load_on(full, release, None, names)),
-        }
-        sides |= {
-            f"{name}, requested": Side(full, load_on(full, release, extras, names)) for name, extras in PARTS.items()
+            "all, requested": Side(full, load_on(full, release, ALL, names)),
         }
         for side in sides.values():
             side.turn(options.seconds / 2)
-        turns: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        turns: dict[str, list[Turn]] = {name: [] for name in sides}
         for _ in range(options.rounds):
             for name, side in sides.items():
                 turns[name].append(side.turn(options.seconds))
-                print(f"{name}: {turns[name][-1][0]:,.0f} images/s, {turns[name][-1][1]:.0f} µs", file=sys.stderr)
+                print(name, *(f"{value:,.0f}" for value in turns[name][-1]), file=sys.stderr)
     return turns
+
+
+def quartiles(ratios: list[float]) -> str:
+    """Median, and first and third quartile."""
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the measurement and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.answers", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("build/serving"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -132,14 +138,13 @@ def main(arguments: list[str] | None = None) -> int:
     first = turns["none"]
     print(f"`python -m benchmarks.answers {shlex.join(arguments or sys.argv[1:])}`\n")
     print(f"{processor()}; load average {load_average()}; other work took {others.share():.0%} of the cores.\n")
-    print("| parts of an answer | images/s | ratio | CPU time, µs an image | ratio |\n|---|--:|--:|--:|--:|")
-    for name, pairs in turns.items():
-        cells = []
-        for column, text in enumerate(("{:,.0f}", "{:.0f}")):
-            cells.append(text.format(statistics.median(pair[column] for pair in pairs)))
-            ratios = [pair[column] / base[column] for pair, base in zip(pairs, first, strict=True)]
-            cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-        print(f"| {name} | {' | '.join(cells)} |")
+    print("| parts of an answer | images/s | ratio | CPU time, µs an image: Triton | inference | ratio of the sum |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for name, each in turns.items():
+        rate, own, inference = (f"{statistics.median(turn[column] for turn in each):,.0f}" for column in range(3))
+        rates = quartiles([turn[0] / base[0] for turn, base in zip(each, first, strict=True)])
+        times = quartiles([sum(turn[1:]) / sum(base[1:]) for turn, base in zip(each, first, strict=True)])
+        print(f"| {name} | {rate} | {rates} | {own} | {inference} | {times} |")
     return 0
 
 

@@ -126,10 +126,8 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         classes = _per_class(probabilities, labels, prior)
         _write_tables(folder, metrics, classes, probabilities["student"]["balanced"], labels, prior)
         write_plots(figures, folder / "plots")
-        pyarrow.parquet.write_table(
-            _predictions(test, probabilities["student"], logits["student"], answers, prior, served or 1.0),
-            folder / "predictions.parquet",
-        )
+        table = _predictions(test, probabilities["student"], logits["student"], served_logits, answers, prior)
+        pyarrow.parquet.write_table(table, folder / "predictions.parquet")
         write_json(folder / ANSWERS.name, answers.as_json() | {"taxonomy": hierarchy})
         samples = _write_samples(folder / "samples", test, chosen, probabilities["student"], prior.classes)
         write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes, memory))
@@ -292,9 +290,9 @@ def _predictions(
     test: AnyImages,
     by_prior: dict[str, np.ndarray],
     logits: np.ndarray,
+    calibrated: np.ndarray,
     answers: Answers,
     prior: Prior,
-    temperature: float,
 ) -> pa.Table:
     """Table of the predictions; with the calibration and the prediction sets as served, which the gate compares."""
     columns: dict[str, Any] = {"sample_id": list(test.sample_ids), "label": test.labels.numpy()}
@@ -303,7 +301,7 @@ def _predictions(
         columns[f"probability_{name}"] = probabilities.max(1)
     columns["logits"] = pa.array(list(logits), type=pa.list_(pa.float32()))
     notes = {CALIBRATION_NOTE: json.dumps(answers.calibration)}
-    covered = covered_columns(answers.sets, calibrate_logits(logits, temperature), columns["label"], prior)
+    covered = covered_columns(answers.sets, calibrated, columns["label"], prior)
     if answers.sets:
         columns |= {f"covered_{name}": values for name, values in covered.items()}
         notes[COVERAGE_NOTE] = json.dumps(answers.sets["coverage"])

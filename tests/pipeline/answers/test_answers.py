@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
+import torch
 
 from models.prior import softmax
 from pipeline.answers.fit import fit_answers
 from pipeline.answers.prediction_sets import MAX_SCORES, set_scores
+from pipeline.evaluate import _predictions
+from pipeline.evaluation.network_metrics import probabilities_by_target_prior
+from pipeline.evaluation.predictions import Contender, load_predictions
 from pipeline.onnx_export.release import decision_defaults, load_calibration, load_sets, load_unknown
 from pipeline.shared.artifacts import ANSWERS, write_json
 from pipeline.shared.errors import ParamsError, StageError
@@ -93,3 +100,20 @@ def test_costs_of_params_name_classes_or_are_a_matrix():
         decision_defaults(params({"serving.costs": {"unicorn": 1}}).serving, PRIOR)
     with pytest.raises(ParamsError, match=r"serving\.costs has shape \[2, 2\]; expected 12 numbers"):
         decision_defaults(params({"serving.costs": [[0, 1], [1, 0]]}).serving, PRIOR)
+
+
+def test_the_gate_reads_the_sets_that_evaluation_writes(tmp_path):
+    _, answers = fitted({"serving.coverage": 0.8})
+    logits = made_logits(LABELS, PRIOR, 3)
+    test = SimpleNamespace(sample_ids=[f"{row:03d}" for row in range(len(LABELS))], labels=torch.from_numpy(LABELS))
+    by_prior, calibrated = probabilities_by_target_prior(logits, PRIOR), logits / answers.temperature
+    table = _predictions(test, by_prior, logits, calibrated, answers, PRIOR)
+    pyarrow.parquet.write_table(table, tmp_path / "predictions.parquet")
+    (tmp_path / "prior.json").write_text(json.dumps(asdict(PRIOR)))
+    for target in ("balanced", "train"):
+        read = load_predictions(Contender(tmp_path / "predictions.parquet", tmp_path / "prior.json"), target)
+        assert read.sets.coverage == answers.sets["coverage"] == 0.8
+        weights = np.array(PRIOR.p)[LABELS] if target == "train" else None
+        assert np.average(read.sets.covered, weights=weights) == pytest.approx(
+            answers.sets["tables"][target]["served"]["all"]["coverage"]
+        )
