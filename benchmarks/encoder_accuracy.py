@@ -3,6 +3,7 @@
     python -m benchmarks.encoder_accuracy plankton --data DIR --size 112
     python -m benchmarks.encoder_accuracy tiny-imagenet-lt --data DIR --size 224
     python -m benchmarks.encoder_accuracy cifar10-if100 --data DIR --size 128 --text artifacts/text
+    python -m benchmarks.encoder_accuracy plankton --data DIR --size 112 --tuned --seeds 0
 
 Rows, with the params of recipes/photographs-lite0.yaml:
 - kNN, LogisticRegression balanced: benchmarks/feature_classifiers.py. They use no random numbers.
@@ -15,6 +16,8 @@ Rows, with the params of recipes/photographs-lite0.yaml:
 - With --text, the folder of stage embed_text: GML with text centres, row GML with its sentences in the place of the teacher's
   queues; GML with image and text centres, both terms. zero-shot: the class whose mean sentence has the largest cosine, without
   training; only if image and text features have one width. Features of classes without names are assigned in their order.
+- With --tuned: L_cls and GML of a student that trains the encoder's last two blocks too, on augmented images (TUNED_STUDENT in
+  benchmarks/encoder_projects.py). GML's keys are features of the frozen encoder.
 
 Column `all` is the mean of per-class accuracies for the balanced target prior; many, medium and few are means over the
 classes of a group; `images at train` is the share of correct test images for the training prior. Finished rows are stored
@@ -40,7 +43,7 @@ import torch
 
 from benchmarks.accuracy import format_difference, format_mean_std, merged, publish
 from benchmarks.encoder_projects import NOTES, add_options, prepare, project_folder, project_params
-from benchmarks.encoder_rows import TEXT_ALONE, Features, Row, rows, text_hash, text_rows
+from benchmarks.encoder_rows import TEXT_ALONE, Features, Row, rows, text_hash, text_rows, tuned_rows
 from pipeline.data.class_prior import load_prior
 from pipeline.evaluation.network_metrics import network_metrics
 from pipeline.features.stored import load_features
@@ -113,11 +116,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--text", type=Path, metavar="DIR", help="folder of stage embed_text: adds the rows of text centres"
     )
+    parser.add_argument("--tuned", action="store_true", help="adds the rows that train the encoder's last blocks")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="a Markdown file for the table")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    available = [*rows(), *(text_rows() if options.text else [])]
+    available = [*rows(), *(text_rows() if options.text else []), *(tuned_rows() if options.tuned else [])]
     known = [row.name for row in available]
     if unknown := set(options.rows or known) - set(known):
         parser.error(f"--rows: {sorted(unknown)[0]!r} is unknown; expected {', '.join(known)}")

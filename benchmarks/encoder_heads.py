@@ -1,8 +1,9 @@
 """Time of training teacher and student on stored features, and of scikit-learn's LogisticRegression to the same loss.
 
 The features are generated: 21,549 of width 1,280 in 200 classes with the sizes of Tiny-ImageNet-LT. A feature is the mean of
-its class plus noise, and not negative, like those of an EfficientNet. Sections teacher and student are those of a recipe; the
-student has GML_STUDENT if the recipe has no contrast term. The loss is the cross-entropy of balanced logits on the training
+its class plus noise, and not negative, like those of an EfficientNet. Sections teacher and student are those of a recipe, the
+teacher with the batch size and the learning rate that `tailor init` proposes for the number of images; the student has
+GML_STUDENT if the recipe has no contrast term. The loss is the cross-entropy of balanced logits on the training
 features, with equal weight for each class; LogisticRegression with class_weight="balanced" minimises the same loss. It runs
 with a growing number of iterations until its loss is at most that of the teacher; the time is that of the last run. Accuracy is
 the mean of per-class accuracies on other features of the same distribution.
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from benchmarks.accuracy import merged
 from benchmarks.encoder_projects import gml_params
 from models.networks.cosine_classifier import ImageClassifier
 from models.prior import class_prior, shot_group
@@ -33,6 +35,7 @@ from pipeline.model_io.checkpoint import build_model
 from pipeline.model_io.inference import balanced_logits
 from pipeline.params import Params, TrainingParams, parse_params
 from pipeline.params.recipe import apply_recipe
+from pipeline.preparation.encoder_choice import proposed_batch
 from pipeline.training.engine import Training
 from pipeline.training.run import model_config, teacher_objective
 from pipeline.training.student_setup import student_objective, weights_of
@@ -71,6 +74,10 @@ class Heads:
         self.train = generated(COUNTS, generator, means)
         self.test = generated([TEST_PER_CLASS] * CLASSES, generator, means)
         self.prior = prior_of(COUNTS)
+        listed = self.params.teacher
+        batch = proposed_batch(len(self.train) // 8, listed.batch_size)
+        rate = listed.learning_rate * batch / listed.batch_size
+        self.params = merged(self.params, {"teacher": {"batch_size": batch, "learning_rate": rate}})
 
     def teacher(self) -> ImageClassifier:
         """Train the teacher."""

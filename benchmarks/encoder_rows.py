@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.accuracy import classification_alone, merged
-from benchmarks.encoder_projects import gml_params
+from benchmarks.encoder_projects import gml_params, tuned_params
 from benchmarks.feature_classifiers import knn, logistic_regression
 from benchmarks.language_guided import train_language_guided
 from models.networks.memory import FeatureMemory, build_memory
 from models.networks.memory_fit import LEAST_WEIGHT, fit_memory
 from pipeline import classifier, student, teacher
 from pipeline.data.class_prior import Prior
+from pipeline.data.dataset import AnyImages, evaluation_images
 from pipeline.evaluation.network_metrics import network_logits
 from pipeline.features.stored import FeatureImages
 from pipeline.model_io.devices import choose_device
@@ -100,6 +101,15 @@ def text_rows() -> list[Row]:
     ]
 
 
+def tuned_rows() -> list[Row]:
+    """Return the rows whose student trains the encoder's last blocks on images: minutes an epoch."""
+    alone = {"student": {"beta": 0.0, "alpha": 0.0}}
+    return [
+        Row("L_cls, last blocks", student_alone, ("student",), changes=lambda p: tuned_params(merged(p, alone))),
+        Row("GML, last blocks", gml, ("teacher", "student"), changes=lambda p: tuned_params(gml_params(p))),
+    ]
+
+
 def _without_training(classifier: Callable[..., Logits], data: Features) -> Logits:
     train, validation, test = ((split.images[:, 0], split.labels) for split in (data.train, data.validation, data.test))
     return classifier(*train, *validation, test[0], len(data.prior.classes))
@@ -132,12 +142,17 @@ def gml(params: Params, data: Features) -> Logits:
     return network(params, data, "student", train)
 
 
+def student_alone(params: Params, data: Features) -> Logits:
+    """Return logits of the student of params without a term that needs a teacher."""
+    return network(params, data, "student", lambda output: student.run(params, output))
+
+
 def second_stage(params: Params, data: Features) -> Logits:
     """Return logits of a second stage of the student of the same params, which is trained first."""
 
     def train(output: Path) -> None:
         first = run_folder(params, "student")
-        network(params, data, "student", lambda folder: student.run(params, folder))
+        student_alone(params, data)
         classifier.run(params, output, first)
 
     return network(params, data, "classifier", train)
@@ -191,9 +206,10 @@ def network(params: Params, data: Features, kind: str, train: Callable[[Path], o
         train(folder)
     device = choose_device(params.device)
     stage = kind if kind in ("teacher", "classifier") else "student"
-    validation, test = (
-        network_logits(folder, stage, split, params.image, data.prior, device) for split in (data.validation, data.test)
-    )
+    splits: list[AnyImages] = [data.validation, data.test]
+    if kind == "student" and params.student.tune != "none":
+        splits = [evaluation_images(params, split) for split in ("validation", "test")]
+    validation, test = (network_logits(folder, stage, split, params.image, data.prior, device) for split in splits)
     return validation, test
 
 

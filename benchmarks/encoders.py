@@ -6,6 +6,7 @@ size. `embed` also reads, decodes and resizes the JPEGs, and writes shards. Goal
 
   python -m benchmarks.encoders --encoder efficientnet_lite0 --size 224 --images 512
   python -m benchmarks.encoders --heads           # training on stored features: benchmarks/encoder_heads.py
+  python -m benchmarks.encoders --memory 512 4096 # peak memory of `embed` for these numbers of images, a new process for each
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import multiprocessing
 import os
 import shutil
 import statistics
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,7 @@ from torch import Tensor
 import pipeline.embed
 import pipeline.split
 from benchmarks.encoder_heads import report, timed
+from benchmarks.other_work import memory_mebibytes
 from models.networks.encoders import ENCODERS
 from pipeline.model_io.encoder import LoadedEncoder, load_encoder
 from pipeline.params import Params, parse_params
@@ -38,6 +42,7 @@ ROOT = Path(__file__).parents[1]
 BATCHES = (8, 16, 32, 64)
 SIDE = 320  # pixels of a JPEG
 GOAL = 0.9
+MEMORY_GOAL = 1.1  # peak of the largest number of images, as a multiple of that of the smallest
 
 
 def prepared(name: str, size: int, images: int, root: Path) -> Params:
@@ -70,6 +75,26 @@ def bare(encoder: LoadedEncoder, images: Tensor, batch: int) -> None:
         encoder.network(part)
 
 
+def peak_of_embed(params: Params) -> float:
+    """Run stage embed in this process; returns the peak of its resident memory in MiB."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        pipeline.embed.run(params)
+    return memory_mebibytes("VmHWM")
+
+
+def report_memory(name: str, size: int, counts: list[int]) -> bool:
+    """Print the peak memory of stage embed for each number of images; returns whether the goal is met."""
+    peaks = []
+    for images in counts:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            params = prepared(name, size, images, Path(folder))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                peaks.append(process.submit(peak_of_embed, params).result())
+        print(f"embed of {images:,} images: peak {peaks[-1]:,.0f} MiB", flush=True)
+    print(f"ratio of the last to the first {peaks[-1] / peaks[0]:.2f}, goal at most {MEMORY_GOAL}")
+    return peaks[-1] <= MEMORY_GOAL * peaks[0]
+
+
 def main() -> int:
     """Print images/s of both sides and their ratio; returns 0 if the goal is met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -79,7 +104,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--heads", action="store_true", help="time the training on features instead")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/photographs-lite0.yaml", help="for --heads")
+    parser.add_argument("--memory", type=int, nargs="+", metavar="IMAGES", help="measure the peak memory instead")
     options = parser.parse_args()
+    if options.memory:
+        return 0 if report_memory(options.encoder, options.size, options.memory) else 1
     if options.heads:
         return 0 if report(options.recipe) else 1
     keep_freed_memory()  # as embed does, for both sides

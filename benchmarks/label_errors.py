@@ -31,7 +31,7 @@ from benchmarks.encoder_projects import add_options, prepare, project_folder, pr
 from models.prior import GROUPS, shot_group
 from pipeline.features.stored import load_features
 from pipeline.labels.features import LabelledImages
-from pipeline.labels.suspects import label_probabilities
+from pipeline.labels.suspects import label_probabilities, label_scores
 from pipeline.params import Params
 
 SHARE, FIRST = 0.05, 100
@@ -71,12 +71,11 @@ def plant(features: Tensor, labels: Tensor, kind: str, most: int, seed: int) -> 
 
 
 def tailor_scores(planted: Planted) -> np.ndarray:
-    """Probability of each label as in `tailor data suspects`, [N]."""
+    """Score of each label as in `tailor data suspects`, [N]."""
     count, names = len(planted.labels), [str(label) for label in range(int(planted.labels.max()) + 1)]
     blank = [""] * count
     images = LabelledImages(planted.features, planted.labels, torch.arange(count), blank, blank, blank, names)
-    probabilities = label_probabilities(images)[0]
-    return probabilities.gather(1, planted.labels[:, None])[:, 0].numpy()
+    return label_scores(label_probabilities(images)[0], planted.labels).numpy()
 
 
 def cleanlab_scores(planted: Planted, python: Path) -> tuple[np.ndarray, str]:
@@ -116,8 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = project_folder(options.work, options.data_set, params)
     prepare(params, folder)
     peer = options.peers_python.absolute() if options.peers_python else None
-    with torch.inference_mode():
-        lines = _table(params, folder, options, peer)
+    lines = _table(params, folder, options, peer)
     command = shlex.join(["python", "-m", "benchmarks.label_errors", *(arguments or sys.argv[1:])])
     print("\n".join([f"`{command}`", "", *lines]))
     return 0

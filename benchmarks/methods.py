@@ -1,7 +1,8 @@
-"""Markdown table of a comparison of methods, for docs/results.md.
+"""Markdown table of a comparison of methods, for docs/results.md; with --steps, cost of a step and the cost goals.
 
     tailor methods compare --methods all --seeds 3
     python -m benchmarks.methods comparison/comparison.json
+    python -m benchmarks.methods --steps
 
 Percent; an interval of the differences is in brackets. Cost: trained images of one seed with the teacher, in thousands, and
 multiply-accumulates relative to the first method.
@@ -57,8 +58,15 @@ def _difference(estimate: dict[str, float] | None) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__.splitlines()[0])
-    parser.add_argument("comparison", type=Path, help="comparison.json of `tailor methods compare`")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("comparison", type=Path, nargs="?", help="comparison.json of `tailor methods compare`")
+    what.add_argument("--steps", action="store_true", help="measure a step of each contrast method (minutes)")
     options = parser.parse_args(arguments)
+    if options.steps:
+        from benchmarks.method_steps import report
+
+        print(report(), end="")
+        return 0
     print(table(json.loads(options.comparison.read_text(encoding="utf-8"))), end="")
     return 0
 

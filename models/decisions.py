@@ -39,11 +39,13 @@ def check_costs(costs: Any, classes: int) -> Floats:
     return c
 
 
-def cheapest(probabilities: Floats, costs: Floats | None, ask: float | None) -> tuple[NDArray[np.int64], Floats]:
+def cheapest(
+    probabilities: Floats, costs: Floats | None, ask: float | Floats | None
+) -> tuple[NDArray[np.int64], Floats]:
     """The class of least expected cost of each row, int [N], and that cost, float64 [N].
 
     probabilities: [N,C]. costs: of `check_costs`; None: 1 for every wrong class. ask: the price of asking a person, who knows
-    the class; the decision is ASK where it is below the cost of every class (Chow 1970). None: never ask.
+    the class, or one for each row; the decision is ASK where it is below the cost of every class (Chow 1970). None: never ask.
     """
     if costs is None:
         expected = 1 - probabilities
@@ -128,11 +130,12 @@ def prediction_set(balanced: Floats, probabilities: Floats, thresholds: Floats) 
 
 
 def members_of(
-    balanced: Floats, probabilities: Floats, thresholds: Floats
+    balanced: Floats, probabilities: Floats, thresholds: Floats, order: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """The sets of `prediction_set` as a mask [N,C], and the order of the classes by probability, [N,C]."""
+    """The sets of `prediction_set` as a mask [N,C], and the order of the classes by probability, [N,C], if it is not given."""
     inside = balanced >= thresholds
-    order = np.argsort(-probabilities, axis=1, kind="stable")
+    if order is None:
+        order = np.argsort(-probabilities, axis=1, kind="stable")
     inside[np.arange(len(inside)), order[:, 0]] = True
     return inside, order
 

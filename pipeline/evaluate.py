@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
-from models.prior import calibrate_logits
+from models.prior import calibrate_logits, softmax
 from models.sample_size import from_json, warnings_of
-from pipeline.answers.fit import fit_answers
+from pipeline.answers.fit import Answers, fit_answers
 from pipeline.answers.hierarchy import taxonomy_record
+from pipeline.answers.prediction_sets import covered_columns
+from pipeline.answers.reasons import Mistake, confident_mistakes
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.dataset import AnyImages
@@ -29,12 +31,20 @@ from pipeline.evaluation.network_metrics import (
     probabilities_by_target_prior,
     student_parts,
 )
-from pipeline.evaluation.predictions import CALIBRATION_NOTE, GateError, Predictions, check_comparable, load_predictions
+from pipeline.evaluation.predictions import (
+    CALIBRATION_NOTE,
+    COVERAGE_NOTE,
+    GateError,
+    Predictions,
+    check_comparable,
+    load_predictions,
+)
 from pipeline.evaluation.runs import load_run
 from pipeline.evaluation.segmentation import evaluate_networks
 from pipeline.features.stored import evaluation_inputs, stored_encoder
-from pipeline.model_io.checkpoint import BEST, load_config, student_folder
+from pipeline.model_io.checkpoint import BEST, load_config, load_model, student_folder
 from pipeline.model_io.devices import choose_device
+from pipeline.model_io.inference import EVALUATION_BATCH, outputs
 from pipeline.params import ImageParams, Params
 from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report, render_segmentation_report
 from pipeline.report.analysis import write_plots
@@ -99,7 +109,9 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
         validation = network_logits(student, stage, held_out, image, prior, device), held_out.labels.numpy()
     answers = fit_answers(validation, (logits["student"], labels), prior, settings, params.serving)
     served = answers.temperature if params.serving.calibration == "temperature" else None
-    hierarchy = taxonomy_record(load_taxonomy(), calibrate_logits(logits["student"], served or 1.0), labels, prior)
+    served_logits = calibrate_logits(logits["student"], served or 1.0)
+    hierarchy = taxonomy_record(load_taxonomy(), served_logits, labels, prior)
+    mistakes, train = _mistakes(params, test, served_logits, prior, device)
     groups = read_groups("test")
     figures = analyse_predictions(
         logits, labels, prior, settings.ece_bins, data.seed, temperature=answers.temperature,
@@ -109,30 +121,57 @@ def run(params: Params, output: Path = EVALUATION) -> Result:
     sizes = SplitSizes(sum(prior.counts), len(held_out), len(test))
     _warn_of_few_images(metrics)
     about_data = data_facts(data, image, prior, sizes)
-    strength, encoder = params.serving.strength, stored_encoder(params)
-    config = load_config(student, stage)
-    about_model = model_facts(
-        params.teacher, params.student, image.size, strength, prior, encoder, config.memory, config.second_stage
-    )
+    about_model, memory = _model_facts(params, prior, student, stage)
     with whole_folder(output) as folder:
         classes = _per_class(probabilities, labels, prior)
         _write_tables(folder, metrics, classes, probabilities["student"]["balanced"], labels, prior)
         write_plots(figures, folder / "plots")
         pyarrow.parquet.write_table(
-            _predictions(test, probabilities["student"], logits["student"], answers.calibration),
+            _predictions(test, probabilities["student"], logits["student"], answers, prior, served or 1.0),
             folder / "predictions.parquet",
         )
         write_json(folder / ANSWERS.name, answers.as_json() | {"taxonomy": hierarchy})
         samples = _write_samples(folder / "samples", test, chosen, probabilities["student"], prior.classes)
-        write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes, config.memory))
+        write_file(folder / "data_card.md", data_card(data, about_data, prior, sizes, memory))
         card = model_card(data, network_name(params), params.seed, about_model, prior, metrics["student"])
         write_file(folder / "model_card.md", card)
         evaluation = Evaluation(
             figures, metrics, classes, samples, prior, test.encoded, about_data, about_model,
             params.model_dump(mode="json"), notes=notes, provenance=_provenance(), answers=answers, taxonomy=hierarchy,
+            mistakes=mistakes, train_image=train and train.encoded,
         )  # fmt: skip
         write_file(folder / "report.html", render_report(evaluation))
     return Result(metrics, output)
+
+
+def _model_facts(
+    params: Params, prior: Prior, student: Path, stage: str
+) -> tuple[list[tuple[str, str]], dict[str, Any] | None]:
+    """Return the facts of the model card, and the record of the student's memory if it has one."""
+    config, strength, encoder = load_config(student, stage), params.serving.strength, stored_encoder(params)
+    facts = model_facts(
+        params.teacher, params.student, params.image.size, strength, prior, encoder, config.memory, config.second_stage
+    )
+    return facts, config.memory
+
+
+def _mistakes(
+    params: Params, test: AnyImages, logits: np.ndarray, prior: Prior, device: torch.device
+) -> tuple[list[Mistake], AnyImages | None]:
+    """The most confident mistakes with their nearest training images, and the training split; none without serving.explain.
+
+    logits: calibrated and balanced, of the test split.
+    """
+    most = params.serving.explain.images
+    if not most:
+        return [], None
+    train = evaluation_inputs(params, "train")["student"]
+    model = load_model(*student_folder(params))[0].to(device)
+
+    def features(images: AnyImages, rows: torch.Tensor) -> torch.Tensor:
+        return outputs(model, images.batches(rows, EVALUATION_BATCH), params.image, device)[0]
+
+    return confident_mistakes(features, test, softmax(logits), train, prior.classes, most), train
 
 
 def _evaluate_segmentation(params: Params, output: Path) -> Result:
@@ -250,15 +289,25 @@ def _per_class(networks: dict[str, dict[str, np.ndarray]], labels: np.ndarray, p
 
 
 def _predictions(
-    test: AnyImages, by_prior: dict[str, np.ndarray], logits: np.ndarray, calibration: dict[str, Any] | None
+    test: AnyImages,
+    by_prior: dict[str, np.ndarray],
+    logits: np.ndarray,
+    answers: Answers,
+    prior: Prior,
+    temperature: float,
 ) -> pa.Table:
-    """Table of the predictions; the schema has the calibration, so that the gate compares the probabilities as served."""
+    """Table of the predictions; with the calibration and the prediction sets as served, which the gate compares."""
     columns: dict[str, Any] = {"sample_id": list(test.sample_ids), "label": test.labels.numpy()}
     for name, probabilities in by_prior.items():
         columns[f"predicted_{name}"] = probabilities.argmax(1)
         columns[f"probability_{name}"] = probabilities.max(1)
     columns["logits"] = pa.array(list(logits), type=pa.list_(pa.float32()))
-    return pa.table(columns).replace_schema_metadata({CALIBRATION_NOTE: json.dumps(calibration)})
+    notes = {CALIBRATION_NOTE: json.dumps(answers.calibration)}
+    covered = covered_columns(answers.sets, calibrate_logits(logits, temperature), columns["label"], prior)
+    if answers.sets:
+        columns |= {f"covered_{name}": values for name, values in covered.items()}
+        notes[COVERAGE_NOTE] = json.dumps(answers.sets["coverage"])
+    return pa.table(columns).replace_schema_metadata(notes)
 
 
 def _write_samples(

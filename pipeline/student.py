@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from models.distributed import rank
+from models.objectives.rotation import ANGLES, RotationObjective
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
-from pipeline.features.stored import stored_encoder
-from pipeline.model_io.checkpoint import WEIGHTS
+from pipeline.data.dataset import Images
+from pipeline.features.stored import stored_encoder, training_inputs
+from pipeline.model_io.checkpoint import WEIGHTS, ModelConfig, build_model
 from pipeline.model_io.devices import joined_ranks
 from pipeline.params import Params
 from pipeline.segmentation import objectives
 from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, STUDENT, TEACHER, TEXT
 from pipeline.text.stored import FEATURES_FILE
+from pipeline.training.engine import Training
 from pipeline.training.run import (
     Result,
     check_backbones,
@@ -21,11 +28,13 @@ from pipeline.training.run import (
     check_tuned_export,
     memory_alone,
     model_config,
+    run_folder,
     stage_seed,
     train_network,
 )
 from pipeline.training.student_memory import write_memory
 from pipeline.training.student_setup import build_objective
+from serving.shared.terminal import print
 
 
 def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Result:
@@ -45,12 +54,42 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
     with joined_ranks(params.device) as device:
         if section.memory and memory_alone(section):
             return Result(*write_memory(section.memory, config, params, prior, output))
-        seed = stage_seed(params.seed, "student")
-        objective = build_objective(section, image, config, prior, seed, teacher, params.encoder)
+        seed, start = stage_seed(params.seed, "student"), None
+        pretraining = _pretraining(params, config, device, output) if section.pretraining == "rotation" else None
+        if pretraining:
+            start = pretraining.model.backbone.state_dict()
+        objective = build_objective(section, image, config, prior, seed, teacher, params.encoder, start)
         inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS_INDEX] if config.encoder else [])]
         inputs += [teacher / WEIGHTS] if getattr(objective, "teacher", None) is not None else []
         inputs += [TEXT / FEATURES_FILE] if section.uses_text else []
-        return train_network("student", objective, config, params, prior, device, output, inputs)
+        result = train_network("student", objective, config, params, prior, device, output, inputs)
+        if pretraining and pretraining.run_folder and rank() == 0:
+            pretraining.run_folder.clear()
+        return result
+
+
+def _pretraining(params: Params, config: ModelConfig, device: torch.device, output: Path) -> Training:
+    """Train the student's network to recognise rotations; resumes, and is not repeated once it has ended.
+
+    Its checkpoints are beside `output`; the last one is the result.
+    """
+    augment = params.student.augment.model_copy(update={"mix": "none"})
+    section = params.student.model_copy(update={"augment": augment})
+    seed = stage_seed(params.seed, "rotation")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        objective = RotationObjective(build_model(replace(config, classes=ANGLES), "student.backbone"))
+    inputs = [SPLIT / "train.parquet"]
+    rotation = output.with_name(f"{output.name}.rotation")
+    folder = run_folder(section, params.image, params.engine, params.stream, params.seed, rotation, inputs)
+    training = Training("student", objective, section, params.image, seed, device, folder, params.engine)
+    train, _, notice = training_inputs(params, "student", device, augment=augment, views=1)
+    if rank() == 0:
+        print(f"student  pretraining by rotations{f'; {notice}' if notice else ''}", flush=True)
+    size = params.image.size
+    nothing = Images(torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0).long(), [], [], None)
+    training.run(train, nothing)
+    return training
 
 
 def _train_segmentation(params: Params, prior: Prior, output: Path, teacher: Path) -> Result:

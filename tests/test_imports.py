@@ -153,8 +153,11 @@ def test_serving_loads_neither_torch_nor_the_pipeline(modules):
 
 
 def test_packages_modules_and_functions_keep_within_their_limits():
-    """Most modules of a package, lines of a module and of a function; lower a figure when its largest entry shrinks."""
-    sizes = {"modules": 12, "lines": 364, "function": 92}
+    """Most modules of a package, lines of a module and of a function; lower a figure when its largest entry shrinks.
+
+    Of a function, its statements count: options of a command and the docstring do not.
+    """
+    sizes = {"modules": 12, "lines": 364, "function": 58}
     over = []
     for room in ("models", "pipeline", "serving", "tailor"):
         for package in {path.parent for path in (ROOT / room).rglob("__init__.py")}:
@@ -165,5 +168,8 @@ def test_packages_modules_and_functions_keep_within_their_limits():
             if len(text.splitlines()) > sizes["lines"]:
                 over.append(str(path))
             functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
-            over += [f"{path}: {f.name}" for f in functions if f.end_lineno - f.lineno >= sizes["function"]]
+            for function in functions:
+                first = function.body[1 if ast.get_docstring(function) and len(function.body) > 1 else 0]
+                if function.end_lineno - first.lineno >= sizes["function"]:
+                    over.append(f"{path}: {function.name}")
     assert over == []

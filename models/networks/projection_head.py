@@ -22,6 +22,10 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """features [N,D] → unit vectors [N,out_dim]. Under autocast only the two linear layers use the lower precision."""
+        return F.normalize(self.unscaled(features), dim=1)
+
+    def unscaled(self, features: Tensor) -> Tensor:
+        """features [N,D] → vectors [N,out_dim] before the L2 normalisation."""
         first, norm, activation, last = self.layers
         hidden = activation(norm(full_precision(first(features))))
-        return F.normalize(full_precision(last(hidden)), dim=1)
+        return full_precision(last(hidden))

@@ -108,7 +108,7 @@ class ContrastObjective(Objective):
         key, teacher_logits = self._references(views)
         parts, terms = {}, []
         if weights.gamma:
-            parts["classification"] = self.loss(logits[0], target, mixed)
+            parts["classification"] = self.classification(features[0], logits[0], target, mixed)
             terms.append(weights.gamma * parts["classification"])
         inputs = ContrastInputs(
             features[self.first :], target, sample_ids, key, logits[self.first :], self.model.classifier.weight
@@ -121,6 +121,11 @@ class ContrastObjective(Objective):
             terms.append(weights.alpha * parts["distillation"])
         parts.update(observed)
         return {"loss": sum(terms[1:], terms[0]), **{name: part.detach() for name, part in parts.items()}}
+
+    def classification(self, features: Tensor, logits: Tensor, target: Tensor, mixed: Mixed | None) -> Tensor:  # noqa: ARG002
+        """L_cls, a scalar. features [B,D], logits [B,C] of the classifier view; target [B]."""
+        loss: Tensor = self.loss(logits, target, mixed)
+        return loss
 
     @torch.no_grad()
     def _references(self, views: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -61,6 +61,28 @@ def set_record(
     }  # fmt: skip
 
 
+def covered_columns(
+    record: dict[str, Any] | None, logits: np.ndarray, labels: np.ndarray, prior: Prior
+) -> dict[str, np.ndarray]:
+    """Whether the served set of each test image has its class, bool [N], by target prior; empty without a set_record.
+
+    logits: calibrated and balanced, [N,C], of the test split.
+    """
+    if record is None:
+        return {}
+    source, balanced, classes = (
+        SetThresholds(record["scores"], record["interpolation"]),
+        softmax(logits),
+        len(prior.classes),
+    )
+    columns = {}
+    for target, q in (("balanced", np.full(classes, 1 / classes)), ("train", np.array(prior.p))):
+        thresholds = source.thresholds(record["coverage"], q)
+        inside, _ = members_of(balanced, softmax(logits + np.log(q)), thresholds)
+        columns[target] = inside[np.arange(len(labels)), labels]
+    return columns
+
+
 def set_tables(
     scores: list[list[float]], logits: np.ndarray, labels: np.ndarray, prior: Prior, coverage: float
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:

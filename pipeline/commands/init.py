@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,7 +25,12 @@ Recipes = Annotated[
         "--recipe", help="A recipe to apply, e.g. recipes/cifar100-if100-200.yaml; may be repeated.", show_default=False
     ),
 ]
-Images = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images for each class, in one folder.")]
+Images = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FOLDER", help="A folder with a folder of images for each class, or with images/ and annotations/."
+    ),
+]
 Output = Annotated[Path, typer.Option(help="The file to write; its current content is the template.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite a file with uncommitted changes.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the file, write nothing.")]
@@ -97,13 +102,11 @@ def init(
 
     Counts the images of each class, reads their sizes, and chooses encoder or network, epochs, queues and held-out
     images; a comment beside each value gives the reason. It computes the features of a sample of images in seconds, and
-    estimates the time on this machine and the accuracy from them. It trains nothing, and you can change every value.
+    estimates the time on this machine and the accuracy from them. It trains nothing, and you can change every value. A
+    folder with images/ and annotations/ gets task segmentation; its classes.txt has the names of the classes.
     Outside a project it first makes the working folder a project, as `tailor new` does.
     """
-    from pipeline.model_io.devices import choose_device
-    from pipeline.preparation.encoder_choice import choose_encoder
-    from pipeline.preparation.first_params import FROM_SCRATCH, suggest_params, text_values, write_text
-    from pipeline.preparation.folder_summary import inspect_folder
+    from pipeline.preparation.first_params import without_text, write_text
     from pipeline.preparation.project import create_project, keep_out_of_git
     from pipeline.shared.errors import ParamsError
 
@@ -115,11 +118,8 @@ def init(
         )
     if encoder and no_encoder:
         raise ParamsError("--encoder and --no-encoder: expected one of the two")
-    summary, device = inspect_folder(folder), choose_device("auto")
-    choice = FROM_SCRATCH if no_encoder else choose_encoder(summary, encoder, device)
-    chosen = suggest_params(summary, folder.as_posix(), device.type == "cuda", choice)
-    more, warning = text_values(summary.classes, text_source, choice.encoder is not None) if text_source else ({}, "")
-    chosen |= more
+    chosen, estimate, lines, warnings = _proposal(folder, encoder, no_encoder, text_source)
+    chosen |= {} if "text" in chosen else without_text(template)
     text, _ = write_text(template, chosen)
     steps = create_project(Path()) if not (dry_run or output.is_file()) else []
     if not dry_run:
@@ -127,17 +127,47 @@ def init(
         keep_out_of_git(folder)
     if as_json:
         listed = {key: {"value": value, "why": why} for key, (value, why) in chosen.items()}
-        print_json(listed | {"estimate": choice.estimate()})
+        print_json(listed | {"estimate": estimate})
     elif dry_run:
         print(text, end="")
     else:
-        print(f"{folder}: {summary}")
+        print(f"{folder}: {lines[0]}")
         for key, (value, why) in chosen.items():
             print(f"  {key} = {value}  # {why}")
-        print(f"encoder {choice.encoder.name if choice.encoder else 'none'}: {choice.reason}")
+        for line in lines[1:]:
+            print(line)
         print(f"→ {output}; next: {''.join(f'{step}, ' for step in steps)}tailor data check, then: dvc repro")
-    _print_warnings(folder, summary, choice, warning)
+    for line in warnings:
+        print(f"init: {line}", file=sys.stderr)
     return 0
+
+
+def _proposal(
+    folder: Path, encoder: str | None, no_encoder: bool, text_source: Path | None
+) -> tuple[dict[str, tuple[Any, str]], dict[str, Any] | None, list[str], list[str]]:
+    """Return the suggested values with their reasons, the estimate, lines on the folder and the choice, and warnings."""
+    from pipeline.model_io.devices import choose_device
+    from pipeline.preparation.encoder_choice import choose_encoder
+    from pipeline.preparation.first_params import FROM_SCRATCH, suggest_params, text_values
+    from pipeline.preparation.folder_summary import inspect_folder
+    from pipeline.segmentation.first_params import holds_label_maps, inspect_label_maps, suggest_label_map_params
+    from pipeline.shared.errors import ParamsError
+
+    device = choose_device("auto")
+    if holds_label_maps(folder):
+        if encoder or text_source:
+            raise ParamsError(
+                f"--encoder and --text: {folder} holds label maps, whose networks have no encoder; omit them"
+            )
+        maps = inspect_label_maps(folder)
+        chosen = suggest_label_map_params(maps, folder.as_posix(), device.type == "cuda")
+        return chosen, None, [str(maps)], maps.remarks()
+    summary = inspect_folder(folder)
+    choice = FROM_SCRATCH if no_encoder else choose_encoder(summary, encoder, device)
+    chosen = suggest_params(summary, folder.as_posix(), device.type == "cuda", choice)
+    more, warning = text_values(summary.classes, text_source, choice.encoder is not None) if text_source else ({}, "")
+    lines = [str(summary), f"encoder {choice.encoder.name if choice.encoder else 'none'}: {choice.reason}"]
+    return chosen | more, choice.estimate(), lines, _warnings(folder, summary, choice, warning)
 
 
 def _template(output: Path, overwrite: bool) -> str:
@@ -162,23 +192,22 @@ def _template(output: Path, overwrite: bool) -> str:
     return template
 
 
-def _print_warnings(folder: Path, summary: FolderSummary, choice: EncoderChoice, warning: str) -> None:
-    """Print warnings to stderr: too few images, unreadable files, features that do not separate the classes."""
+def _warnings(folder: Path, summary: FolderSummary, choice: EncoderChoice, warning: str) -> list[str]:
+    """Return warnings: too few images, unreadable files, features that do not separate the classes."""
     from models.sample_size import ADVICE, warnings_of
     from pipeline.preparation.folder_summary import expected_tests
 
-    for line in summary.remarks:
-        print(f"init: {line}", file=sys.stderr)
+    lines = list(summary.remarks)
     if choice.sample and not choice.sample.above_chance:
         chance = f"not above chance, which is {100 / choice.sample.classes:.0f} %"
-        print(f"init: warning: {choice.sample}; {chance}: add images, or pass --no-encoder", file=sys.stderr)
+        lines.append(f"warning: {choice.sample}; {chance}: add images, or pass --no-encoder")
     if warning:
-        print(f"init: warning: {warning}", file=sys.stderr)
+        lines.append(f"warning: {warning}")
     few = warnings_of(expected_tests(summary))
-    for line in [*few, *([f"too few test images: {ADVICE}"] if few else [])]:
-        print(f"init: warning: {line}", file=sys.stderr)
-    for reference in summary.unreadable[:5]:
-        print(f"init: {folder / reference}: cannot be read; `tailor data check` prints why", file=sys.stderr)
+    lines += [f"warning: {line}" for line in [*few, *([f"too few test images: {ADVICE}"] if few else [])]]
+    return lines + [
+        f"{folder / reference}: cannot be read; `tailor data check` prints why" for reference in summary.unreadable[:5]
+    ]
 
 
 def _changed(path: Path) -> bool:

@@ -48,10 +48,14 @@ class Prior:
         return shift
 
     def sampled(self, power: float) -> Prior:
-        """Prior whose losses use the log of sampled class shares, in proportion to n_c ** power; 1: this prior."""
+        """Prior whose losses use the log of sampled class shares, in proportion to p ** power; 1: this prior.
+
+        p is n_c / sum(n) and the shares are those of ClassSampler; with prior.smoothing above 0 a class without images has the
+        share of its smoothed p, as without sampling.
+        """
         if power == 1:
             return self
-        shares = power * np.log(np.maximum(self.counts, 1))
+        shares = power * np.array(self.log_prior)
         return replace(self, loss_log_prior=(shares - np.logaddexp.reduce(shares)).tolist())
 
     def __str__(self) -> str:

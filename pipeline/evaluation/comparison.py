@@ -13,7 +13,7 @@ from models.prior import GROUPS
 from models.sample_size import ADVICE, SampleSize, sample_size
 from pipeline.evaluation.intervals import bootstrap
 from pipeline.evaluation.metrics import expected_calibration_error, resampled_ece
-from pipeline.evaluation.predictions import Predictions
+from pipeline.evaluation.predictions import GateError, Predictions, Sets
 from pipeline.params import GateParams, GateRule
 from pipeline.segmentation.run_areas import RunAreas
 
@@ -74,19 +74,19 @@ class ClassDifference:
 
 
 def compare(challenger: Predictions, champion: Predictions, params: GateParams, ece_bins: int) -> dict[str, Measure]:
-    """Compare accuracy on all, many, medium and few, calibration error and NLL; paired intervals and McNemar's tests.
+    """Compare accuracy on all, many, medium and few, calibration error, NLL and coverage; paired intervals, McNemar's tests.
 
     The groups are those of the champion's training prior. many, medium and few are means of class accuracies, as in
     `evaluate`: the weight of a sample is 1 / (test samples of its class). all weighs the classes by the target prior:
-    with `balanced` it is the balanced accuracy.
+    with `balanced` it is the balanced accuracy. Raises GateError if a rule needs prediction sets that a contender lacks.
     """
     labels, classes = challenger.labels, len(champion.prior.classes)
     correct = [a.probabilities.argmax(1) == labels for a in (champion, challenger)]
     groups = np.array(champion.prior.groups)
     counts = np.bincount(labels, minlength=classes)
     target = np.array(champion.prior.p) if params.target_prior == "train" else np.ones(classes)
-    weights = target[labels] / counts[labels]
-    measures = {"all": _compare_accuracy(*correct, weights / weights.sum(), params, "all")}
+    weights_of_all = target[labels] / counts[labels]
+    measures = {"all": _compare_accuracy(*correct, weights_of_all / weights_of_all.sum(), params, "all")}
     sizes = {"all": sample_size(counts, target), "ece": SampleSize(len(labels), len(labels))}
     for name in GROUPS:
         members = groups[labels] == name
@@ -98,14 +98,52 @@ def compare(challenger: Predictions, champion: Predictions, params: GateParams, 
     pair = champion.probabilities, challenger.probabilities
     measures["ece"] = _compare_error(
         *(expected_calibration_error(p, labels, ece_bins) for p in pair),
-        *(resampled_ece(p, labels, ece_bins) for p in pair), len(labels), params, "ece",
+        *(resampled_ece(p, labels, ece_bins) for p in pair), len(labels), params, params.ece,
     )  # fmt: skip
     losses = [-np.log(np.maximum(p[np.arange(len(labels)), labels], 1e-12)) for p in pair]
     measures["nll"] = _compare_error(
         *(float(loss.mean()) for loss in losses),
-        *(lambda index, loss=loss: loss[index].mean(axis=-1) for loss in losses), len(labels), params, "nll",
+        *(lambda index, loss=loss: loss[index].mean(axis=-1) for loss in losses), len(labels), params, params.nll,
     )  # fmt: skip
+    measures |= _compare_coverage(challenger, champion, weights_of_all, params)
+    sizes |= {
+        f"coverage {name}" if name != "all" else "coverage": sizes[name] for name in ("all", *GROUPS) if name in sizes
+    }
     return {name: _add_sample_size(measure, sizes.get(name)) for name, measure in measures.items()}
+
+
+def _compare_coverage(
+    challenger: Predictions, champion: Predictions, weights: np.ndarray, params: GateParams
+) -> dict[str, Measure]:
+    """Compare by how much prediction sets stay below their wanted coverage: `coverage`, and `coverage few` and so on.
+
+    weights: of each image in `coverage`, [N]; a group is the mean over its classes. Empty without sets, if no rule needs them.
+    """
+    if challenger.sets is None or champion.sets is None:
+        if params.coverage.rule != "none":
+            side = "challenger" if challenger.sets is None else "champion"
+            raise GateError(
+                f"gate.coverage is set, but the {side} has no prediction sets; evaluate it with validation images"
+            )
+        return {}
+    labels, groups = challenger.labels, np.array(champion.prior.groups)
+    measures, counts = {}, np.bincount(labels, minlength=len(groups))
+    members = {"coverage": np.ones(len(labels), dtype=bool)}
+    members |= {f"coverage {name}": groups[labels] == name for name in GROUPS}
+    for name, rows in members.items():
+        if not rows.any():
+            continue
+        share = weights[rows] if name == "coverage" else 1 / counts[labels[rows]]
+        gaps = [_coverage_gap(sets, rows, share / share.mean()) for sets in (champion.sets, challenger.sets)]
+        every, samples = np.arange(rows.sum()), int(rows.sum())
+        measures[name] = _compare_error(*(float(gap(every)) for gap in gaps), *gaps, samples, params, params.coverage)
+    return measures
+
+
+def _coverage_gap(sets: Sets, rows: np.ndarray, weights: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """How far the mean coverage of resampled rows is below the wanted one; 0 above it, because wider sets are not better."""
+    covered = sets.covered[rows] * weights
+    return lambda index: np.maximum(sets.coverage - covered[index].mean(axis=-1), 0.0)
 
 
 def compare_areas(challenger: RunAreas, champion: RunAreas, params: GateParams) -> dict[str, Measure]:
@@ -134,7 +172,7 @@ def compare_areas(challenger: RunAreas, champion: RunAreas, params: GateParams) 
 def too_few_images(measures: dict[str, Measure]) -> list[str]:
     """One line for each rule whose measure has too few test images, with the remedy."""
     return [
-        f"{name}: {measure.size}; {ADVICE}, or set gate.{name}.rule: none"
+        f"{name}: {measure.size}; {ADVICE}, or set gate.{name.partition(' ')[0]}.rule: none"
         for name, measure in measures.items()
         if measure.rule != "none" and measure.too_few
     ]
@@ -171,10 +209,9 @@ def _compare_error(
     challenger: Callable[[np.ndarray], np.ndarray],
     samples: int,
     params: GateParams,
-    name: str,
+    rule: GateRule,
 ) -> Measure:
     """Compare a value that must not increase. before, after: its values; champion, challenger: the same of resampled rows."""
-    rule = getattr(params, name)
     low, high = paired_interval(lambda index: challenger(index) - champion(index), samples, params)
     # The rules are written for values that must not decrease.
     passed = _passes(rule, before - after, -high, -low, None, 1 - params.confidence)

@@ -14,7 +14,8 @@ from pipeline.evaluation.metrics import adjusted_probabilities
 from pipeline.shared.errors import StageError, TailorError
 from serving.shared.bounded_parquet import read_note, read_predictions
 
-CALIBRATION_NOTE = "tailor_calibration"  # key of the schema of predictions.parquet
+# Keys of the schema of predictions.parquet; COVERAGE_NOTE: the wanted coverage of the prediction sets in its columns covered_*.
+CALIBRATION_NOTE, COVERAGE_NOTE = "tailor_calibration", "tailor_coverage"
 
 
 class GateError(StageError):
@@ -41,8 +42,9 @@ def load_predictions(contender: Contender, target_prior: str = "balanced") -> Pr
     """
     path, prior = contender.predictions, load_prior(contender.prior)
     try:
-        labels, logits, (ids,) = read_predictions(path, "sample_id")
-        calibration = read_note(path, CALIBRATION_NOTE)
+        calibration, coverage = read_note(path, CALIBRATION_NOTE), read_note(path, COVERAGE_NOTE)
+        sets = [] if coverage is None else [f"covered_{target_prior}"]
+        labels, logits, (ids, *covered) = read_predictions(path, "sample_id", *sets)
     except FileNotFoundError:
         raise GateError(f"{path}: no such file; run `dvc repro evaluate` first") from None
     except TailorError as error:
@@ -60,7 +62,8 @@ def load_predictions(contender: Contender, target_prior: str = "balanced") -> Pr
     strength = 1.0 if target_prior == "train" else 0.0
     served = calibrate_logits(logits[order], _served_temperature(path, calibration))
     probabilities = adjusted_probabilities(served, np.array(prior.log_prior), strength)
-    return Predictions([ids[i] for i in order], labels[order], probabilities, prior, calibration)
+    sets_of = Sets(float(coverage), np.array(covered[0], dtype=bool)[order]) if covered else None
+    return Predictions([ids[i] for i in order], labels[order], probabilities, prior, calibration, sets_of)
 
 
 def _served_temperature(path: Path, calibration: Any) -> float:
@@ -95,10 +98,19 @@ def check_comparable(challenger: Predictions, champion: Predictions, names: str 
 
 
 @dataclass(frozen=True)
+class Sets:
+    """Prediction sets on the test set. coverage: wanted share. covered: whether the set has the right class, bool [N]."""
+
+    coverage: float
+    covered: np.ndarray
+
+
+@dataclass(frozen=True)
 class Predictions:
     """Predictions of a contender on the test set, in the order of the sample ids.
 
     labels: int [N]; probabilities: float [N,C], for one target prior. calibration: of `calibration_record`; None without one.
+    sets: None where the release has no prediction sets.
     """
 
     sample_ids: list[str]
@@ -106,3 +118,4 @@ class Predictions:
     probabilities: np.ndarray
     prior: Prior
     calibration: dict[str, Any] | None = None
+    sets: Sets | None = None

@@ -15,7 +15,7 @@ from pipeline.shared.artifacts import EVALUATION, EXPORT, PRIOR, whole_folder, w
 from serving.promotion.history import DECISION_NAME, STORY_NAME
 from serving.repository.manifest import STUDENT_NAME
 from serving.repository.release import Release
-from serving.shared.names import CLASSIFIER, STUDENT
+from serving.shared.names import STUDENT, image_model
 
 IDENTITY_LENGTH = 12  # leading characters of a release's identity, used as the folder name
 PREDICTIONS, REPORT = "predictions.parquet", "report.html"
@@ -39,7 +39,7 @@ def write_evidence(params: Params, champion: Release | None, run_info: dict[str,
         challenger = Contender(EVALUATION / PREDICTIONS, PRIOR, latency_ms[0])
         served = None
         if champion:
-            version = repository / CLASSIFIER / str(champion.version)  # its evidence is in its folder
+            version = repository / image_model(repository) / str(champion.version)  # its evidence is in its folder
             served = Contender(version / PREDICTIONS, version / PRIOR.name, latency_ms[1])
         decision = decide(challenger, served, params.gate, params.evaluate.ece_bins, evidence / DECISION_NAME, error)
         write_json(evidence / STORY_NAME, {**run_info, "decided": now().isoformat(), "promote": decision.promote})

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["class loss", "contrast", "experts", "second stage", "own recipe"]
 CONTRAST = "contrast"
-WITH_CLASS_WEIGHTS = ("bcl", "paco", "gpaco")  # contrast terms that train the weights of the classifier
+WITH_CLASS_WEIGHTS = ("bcl", "concutmix", "paco", "gpaco")  # contrast terms that train the weights of the classifier
 ALL = "all"
 
 
@@ -75,6 +75,7 @@ METHODS = (
         "causal", "class loss", "Tang et al. 2020", "direction of the mean feature removed after training", "GPL-3.0",
         predicts="train",
     ),
+    Method("ssp", "class loss", "Yang and Xu 2020", "pretraining by rotations, then ldam_drw", "MIT", trained=5),
     Method("kd", "class loss", "Hinton et al. 2015", "balanced softmax and distillation from the teacher", "-", forward=1),
     Method(
         "supcon", "contrast", "Khosla et al. 2020", "contrast of two views in the batch", "BSD-2-Clause", trained=3,
@@ -82,11 +83,16 @@ METHODS = (
     Method(
         "bcl", "contrast", "Zhu et al. 2022", "balanced contrast with one centre per class", "MIT", trained=3
     ),
+    Method("concutmix", "contrast", "Pan et al. 2024", "BCL, CutMix with rare classes", "none", trained=3),
     Method(
         "paco", "contrast", "Cui et al. 2021", "class logits, batch and queue as candidates", "MIT", forward=1
     ),
     Method("gpaco", "contrast", "Cui et al. 2023", "PaCo without a momentum encoder", "MIT", trained=2),
     Method("kcl", "contrast", "Kang et al. 2021", "a fixed number of positive keys", "none", forward=1),
+    Method("tsc", "contrast", "Li et al. 2022", "KCL with a fixed target for each class", "MIT", forward=1),
+    Method(
+        "hybrid_sc", "contrast", "Wang et al. 2021", "SupCon, then cross-entropy of a balanced batch", "none", trained=3,
+    ),
     Method(
         "proco", "contrast", "Du et al. 2024", "classes as von Mises-Fisher distributions", "MIT", trained=3
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.networks.cosine_classifier import ImageClassifier
+from models.objectives.rotation import ANGLES
 from pipeline.data.class_prior import Prior
-from pipeline.model_io.checkpoint import load_model
+from pipeline.model_io.checkpoint import build_model, load_model
 from pipeline.params import Params
 from pipeline.preparation.gpu_memory import fake_batch, fake_step
+from pipeline.training.run import model_config
 
 BACKWARD = 2  # a backward pass takes about twice the multiply-accumulates of the forward pass
 
@@ -58,7 +60,23 @@ def training_cost(params: Params, stage: str, prior: Prior, encoder: dict[str, A
     with fake_step(params, stage, prior, encoder) as step, FlopCounterMode(display=False) as counter:
         images = _count_images(step.objective)
         step.descend(*fake_batch(step, params, stage, encoder), None)
-    return Cost(images["trained"] * steps, images["forward"] * steps, counter.get_total_flops() // 2 * steps)
+    cost = Cost(images["trained"] * steps, images["forward"] * steps, counter.get_total_flops() // 2 * steps)
+    return cost + _rotation_cost(params, len(prior.classes), steps) if _rotates(params, stage) else cost
+
+
+def _rotates(params: Params, stage: str) -> bool:
+    return stage == "student" and params.student.pretraining == "rotation"
+
+
+def _rotation_cost(params: Params, classes: int, steps: int) -> Cost:
+    """Cost of the pretraining by rotations."""
+    section, size = params.student, params.image.size
+    images = ANGLES * section.batch_size
+    with torch.device("meta"):
+        model = build_model(replace(model_config(section, params.image, classes), classes=ANGLES), "student.backbone")
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(images, 3, size, size))
+    return Cost(images * steps, 0, counter.get_total_flops() // 2 * (1 + BACKWARD) * steps)
 
 
 def _count_images(objective: nn.Module) -> dict[str, int]:

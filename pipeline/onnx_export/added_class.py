@@ -38,10 +38,7 @@ from pipeline.shared.artifacts import PRIOR, whole_folder, write_file, write_jso
 from pipeline.shared.errors import DataError, ParamsError, StageError
 from pipeline.sources import BadImageError, Ingested
 from pipeline.sources.source import read_image_file
-from serving.repository.manifest import (
-    STUDENT_NAME,
-    Manifest,
-)
+from serving.repository.manifest import STUDENT_NAME, Manifest
 from serving.repository.version_policy import present_versions
 from serving.repository.writer import load_export, write_repository
 from serving.shared.terminal import counted
@@ -139,14 +136,8 @@ def add_class(
                 "position": position, "name": name, "row": prototype / manifest.tau_s, "features": features,
             }  # fmt: skip
             write_export(folder / EXPORT_NAME, export, graph, final, examples, result, added)
-            evidence = folder / EVIDENCE_NAME
-            evidence.mkdir()
-            shutil.copyfile(folder / DECISION_NAME, evidence / DECISION_NAME)
-            write_json(evidence / PRIOR.name, asdict(prior))
-            columns = {"sample_id": list(test.sample_ids), "label": labels}
-            columns["logits"] = pa.array(list(logits), type=pa.list_(pa.float32()))
-            pyarrow.parquet.write_table(pa.table(columns), evidence / PREDICTIONS_NAME)
-            write_repository(folder / EXPORT_NAME, folder / REPOSITORY_NAME, evidence=evidence)
+            _write_evidence(folder, prior, test.sample_ids, labels, logits)
+            write_repository(folder / EXPORT_NAME, folder / REPOSITORY_NAME, evidence=folder / EVIDENCE_NAME)
     report = _ingest(params, name, images) if result["promote"] else ""
     return AddedClass(**result, output=str(output), ingested=report)
 
@@ -236,6 +227,19 @@ def _decide(
         "name": name, "promote": promote, "reasons": reasons, "before": before, "after": after,
         "held_out": len(held), "recognised": recognised,
     }  # fmt: skip
+
+
+def _write_evidence(
+    folder: Path, prior: Prior, sample_ids: Sequence[str], labels: np.ndarray, logits: np.ndarray
+) -> None:
+    """Write what a release rests on: the decision, the class prior and the test predictions, as a retraining does."""
+    evidence = folder / EVIDENCE_NAME
+    evidence.mkdir()
+    shutil.copyfile(folder / DECISION_NAME, evidence / DECISION_NAME)
+    write_json(evidence / PRIOR.name, asdict(prior))
+    columns = {"sample_id": list(sample_ids), "label": labels}
+    columns["logits"] = pa.array(list(logits), type=pa.list_(pa.float32()))
+    pyarrow.parquet.write_table(pa.table(columns), evidence / PREDICTIONS_NAME)
 
 
 def _ingest(params: Params, name: str, images: list[_Image]) -> str:

@@ -46,6 +46,7 @@ from serving.repository.manifest import (
     sha256_of,
 )
 from serving.repository.writer import runtime_sha256
+from serving.shared.names import CLASSIFIER, SEGMENTER
 from serving.shared.version import TAILOR_VERSION
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def build_manifest(
         top_k=top_k(params.serving, prior),
         max_batch_size=params.export.max_batch_size,
         files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
-        runtime=runtime_sha256(segmentation is not None),
+        runtime=runtime_sha256(SEGMENTER if segmentation else CLASSIFIER),
         # Without the trusted keys: after a rotation the release is still the same.
         params_sha256=sha256_of_json(params.model_dump(mode="json", exclude={"serving": {"trusted_keys"}})),
         data_sha256=data_sha256(SPLIT),

@@ -37,13 +37,15 @@ class ClassWordsParams(Section):
     """A CSV file (UTF-8) with the words of each class.
 
     class_column: column with the class name, as in data/split/classes.json. text_column: column with its words. separator:
-    text between several words of one cell; null: the cell is one.
+    text between several words of one cell; null: the cell is one. description_column: column with sentences about the class,
+    used as its description; null: none.
     """
 
     file: str
     class_column: str = "name"
     text_column: str = "text"
     separator: Annotated[str, Field(min_length=1)] | None = None
+    description_column: str | None = None
 
 
 class TextParams(Section):
@@ -56,7 +58,8 @@ class TextParams(Section):
     downloaded. tokenizer: tokenizer.json, of onnx. model: architecture, of open_clip. pooling: of a graph or model that
     outputs a vector for each token: their mean, or the first. max_tokens: longest sentence; null: the tokenizer's.
     names: words of the classes; null: the class names, with spaces instead of underscores. templates: sentences with one
-    {} for the words. descriptions: a folder with <class>.txt. max_sentences: of a class; templates precede descriptions.
+    {} for the words. descriptions: a folder with <class>.txt, besides names.description_column. max_sentences: of a class;
+    templates and descriptions alternate.
     """
 
     encoder: Literal["onnx", "open_clip", "transformers", "features"]
@@ -87,8 +90,11 @@ class TextParams(Section):
                 raise ValueError(
                     f"templates has {template!r}; expected a sentence with one {{}} for the words of a class"
                 )
-        if not (self.templates or self.descriptions or self.encoder == "features"):
-            raise ValueError("templates is empty and descriptions is null; set one of them")
+        described = self.descriptions or (self.names and self.names.description_column)
+        if not (self.templates or described or self.encoder == "features"):
+            raise ValueError(
+                "templates is empty and descriptions is null; set one of them, or names.description_column"
+            )
         return self
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+import operator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -135,6 +136,18 @@ class BCLContrast(Section):
     temperature: Positive = 0.1
 
 
+class ConCutMixContrast(BCLContrast):
+    """ConCutMix (Pan et al. 2024): BCL; the classifier view is mixed with images of equally likely classes by CutMix.
+
+    blend: largest share of the distances to the `nearest` class centres in the labels. warm: share of the epochs without it.
+    """
+
+    kind: Literal["concutmix"]  # type: ignore[assignment]
+    blend: Share = 0.0784  # 20 / 255
+    nearest: PositiveInt = 30
+    warm: Share = 0.5
+
+
 class PaCoContrast(Section):
     """PaCo (Cui et al. 2021): class logits, batch and queue are the candidates. It trains the classifier too.
 
@@ -168,6 +181,21 @@ class KCLContrast(Section):
     queue: PositiveInt = 4096
 
 
+class TSCContrast(KCLContrast):
+    """Targeted contrast (Li et al. 2022): KCL with a fixed target for each class. target_weight: weight of the own target."""
+
+    kind: Literal["tsc"]  # type: ignore[assignment]
+    target_weight: NonNegative = 0.2
+
+
+class HybridContrast(Section):
+    """Hybrid-SC (Wang et al. 2021): SupCon of two query views, then more and more L_cls of a second, class-balanced batch."""
+
+    kind: Literal["hybrid_sc"]
+    encoders: ClassVar = ("self",)
+    temperature: Positive = 0.1
+
+
 class ProCoContrast(Section):
     """Probabilistic contrastive learning (Du et al. 2024) on two query views: each class is a von Mises-Fisher distribution."""
 
@@ -193,9 +221,12 @@ Contrast = Annotated[
     GMLContrast
     | SupConContrast
     | BCLContrast
+    | ConCutMixContrast
     | PaCoContrast
     | GPaCoContrast
     | KCLContrast
+    | TSCContrast
+    | HybridContrast
     | ProCoContrast
     | CRDContrast,
     Field(discriminator="kind"),
@@ -255,7 +286,7 @@ def check_contrast(
             f"accumulate is {accumulate}, but contrast.kind {kind} compares the whole batch; set accumulate: 1, and "
             "engine.checkpoint_activations: true or a smaller batch_size if the batch does not fit"
         )
-    if kind in ("paco", "gpaco", "kcl", "crd") and mix != "none":
+    if kind in ("paco", "gpaco", "kcl", "tsc", "crd") and mix != "none":
         raise ValueError(
             f"augment.mix is {mix}, but contrast.kind {kind} compares the classifier view; set augment.mix: none"
         )
@@ -265,3 +296,30 @@ def check_contrast(
         )
     if kind == "proco" and projection_dim < 3:
         raise ValueError(f"projection_dim is {projection_dim}; contrast.kind proco needs at least 3")
+
+
+def check_second_batch(contrast: Contrast, student: Any) -> None:
+    """Raise ValueError for keys of section student that do not fit a contrast.kind with a second, class-balanced batch."""
+    unfit = {"alpha": (0.0, "0.0"), "augment.mix": ("none", "none")}
+    if contrast.kind == "hybrid_sc":
+        unfit["adjustment"] = (0.0, "0.0")
+    elif contrast.kind == "concutmix":
+        if student.loss != CrossEntropyLoss():
+            raise ValueError(
+                f"loss.kind is {student.loss.kind}, but contrast.kind is concutmix, which has its own cross-entropy; set loss: "
+                "{kind: cross_entropy}"
+            )
+        if student.backbone == "encoder":
+            raise ValueError(
+                "backbone is encoder, but contrast.kind is concutmix, which cuts images and not stored features; set another "
+                "kind"
+            )
+    else:
+        return
+    for key, (expected, allowed) in unfit.items():
+        value = operator.attrgetter(key)(student)
+        if value != expected:
+            raise ValueError(
+                f"{key} is {value}, but contrast.kind is {contrast.kind}, which draws a second, class-balanced batch; "
+                f"set {key}: {allowed}"
+            )

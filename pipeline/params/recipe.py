@@ -66,6 +66,14 @@ def find_recipe(path: Path) -> Path:
     return shipped if shipped.is_file() and not path.exists() else path
 
 
+def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
 def load_document(text: str, block_mappings: bool = False) -> Any:
     """Load a params file for editing, with its comments; block lists, as of `dvc exp run -S`, are put on one line.
 

@@ -103,7 +103,8 @@ class GateRule(Section):
 class GateParams(Section):
     """Promotion gate: a rule per measure, and the floor for the first model.
 
-    all: mean over classes, weighted by target_prior. floor: smallest balanced accuracy if there is no champion.
+    all: mean over classes, weighted by target_prior. coverage: how far the prediction sets of the release stay below the wanted
+    coverage, over all classes and over each shot group. floor: smallest balanced accuracy if there is no champion.
     latency_ratio: largest allowed latency of challenger / champion; null for no limit.
     """
 
@@ -118,4 +119,5 @@ class GateParams(Section):
     few: GateRule = GateRule(rule="estimate")
     ece: GateRule = GateRule(rule="none")
     nll: GateRule = GateRule(rule="none")
+    coverage: GateRule = GateRule(rule="none")
     latency_ratio: Positive | None = None

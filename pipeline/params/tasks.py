@@ -105,6 +105,7 @@ def _check_segmentation(params: Params) -> None:
         "student.experts": (student.experts, (None,)),
         "student.alpha": (student.alpha, (0,)),
         "student.sampling": (student.sampling, (1.0,)),
+        "student.pretraining": (student.pretraining, ("none",)),
         "student.train_tau_g": (student.train_tau_g, (False,)),
         "student.contrast.kind": (student.contrast.kind, ("gml",)),
         "student.contrast_encoder": (student.contrast_encoder, ("teacher", "self")),

@@ -17,6 +17,7 @@ from pipeline.params.method import (
     Loss,
     check_contrast,
     check_loss,
+    check_second_batch,
     weighted,
 )
 from pipeline.params.section import Count, NonNegative, Number, Positive, PositiveInt, Section, Share
@@ -174,6 +175,9 @@ class StudentParams(TrainingParams):
     once in an epoch.
 
     experts: a network with several experts and its loss, in place of the terms above; null for one network.
+
+    pretraining: `rotation` first trains the backbone to recognise rotations of the images, with the same epochs, schedule and
+    augmentation but without mixed images (SSP).
     """
 
     gamma: NonNegative
@@ -198,6 +202,7 @@ class StudentParams(TrainingParams):
     tune_rate: Positive = 0.1
     tune_decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
     sampling: Share = 1.0
+    pretraining: Literal["none", "rotation"] = "none"
 
     @property
     def uses_text(self) -> bool:
@@ -216,7 +221,13 @@ class StudentParams(TrainingParams):
             check_contrast(
                 self.contrast, self.contrast_encoder, self.batch_size, self.accumulate, augment.mix, self.projection_dim
             )
+            check_second_batch(self.contrast, self)
         return self
+
+    @property
+    def draws_balanced_batch(self) -> bool:
+        """Whether L_cls has a class-balanced batch of its own (Hybrid-SC), so that the logits are balanced."""
+        return self.beta > 0 and self.contrast.kind == "hybrid_sc"
 
     @property
     def compares_views(self) -> bool:
@@ -255,10 +266,25 @@ class StudentParams(TrainingParams):
             check_experts(self.experts, self)
         return self
 
+    @model_validator(mode="after")
+    def _pretraining_fits(self) -> StudentParams:
+        if self.pretraining == "none":
+            return self
+        problem = f"pretraining is {self.pretraining}, but "
+        for key, expected in {"pretrained": None, "experts": None, "memory": None, "tune": "none"}.items():
+            if getattr(self, key) != expected:
+                allowed = "null" if expected is None else expected
+                raise ValueError(f"{problem}{key} is set too; set {key}: {allowed}, or pretraining: none")
+        if self.backbone == "encoder":
+            raise ValueError(
+                f"{problem}backbone is encoder, whose features are stored and not trained; set pretraining: none"
+            )
+        return self
+
     @property
     def assumed_adjustment(self) -> float | None:
         """As of TrainingParams; None also for experts whose papers use the logits as they are, and for another sampling."""
-        balanced = (self.experts and self.experts.balanced) or self.sampling != 1
+        balanced = (self.experts and self.experts.balanced) or self.sampling != 1 or self.draws_balanced_batch
         return None if balanced else super().assumed_adjustment
 
 

@@ -18,7 +18,7 @@ from pipeline.data.inspection import InspectionResult, Journal, inspect_images
 from pipeline.data.profiles import choose_images, class_sizes
 from pipeline.data.published import PUBLISHED, hash_of_ranks, published_choice
 from pipeline.data.split_tables import read_taxonomy_file
-from pipeline.params import Params
+from pipeline.params import DataParams, Params
 from pipeline.segmentation import figures
 from pipeline.shared.artifacts import sha256_of_json
 from pipeline.shared.errors import StageError
@@ -121,20 +121,8 @@ def check(
     classes = ["images"] if data.label_map else source.classes
     inspected = inspect_images(source, "check", perceptual_hash if hashed else None, Journal(journal, settings), jobs)
     bad = [row for row in source.rows if inspected[row.reference].problem]
-    names = class_names_problem(source.classes)
-    verdict = [names] if names else []
-    if bad and data.on_bad_image == "fail":
-        verdict.append(
-            f"{counted(len(bad), 'image', 'are')} missing or cannot be used; the first: {inspected[bad[0].reference].problem}"
-        )
-        missing = [row for row in bad if inspected[row.reference].missing]
-        if missing and (cause := source.why_missing(missing)):
-            verdict.append(cause)
+    verdict = _source_problems(source, data, bad, inspected)
     remarks = [*source.remarks] if isinstance(source, FolderSource) else []
-    try:
-        read_taxonomy_file(data.taxonomy, source.classes)
-    except StageError as error:
-        verdict.append(str(error))
     try:
         rows = without(source, bad, classes) if data.on_bad_image == "skip" else source.rows
         groups, alone = image_groups(source, rows, data, inspected)
@@ -146,11 +134,7 @@ def check(
     hashes = {reference: image.sha256 for reference, image in inspected.items() if image.sha256}
     conflicts = conflicting_labels(source.rows, hashes)
     if conflicts and source.origin not in PUBLISHED:
-        row, other = conflicts[0]
-        verdict.append(
-            f"{counted(len(conflicts), 'image')} with two labels; the first: {source.location(row)} and "
-            f"{source.location(other)}"
-        )
+        verdict.append(_conflict_problem(conflicts, source))
     published = compare_with_published(params, source)
     if any(not figure.same for figure in published):
         verdict.append(f"{source.origin} differs from what was published")
@@ -171,6 +155,31 @@ def check(
         bad, conflicts, duplicates, near_duplicates,
         hash_split(assigned), hash_split(assigned, hashes), published, verdict, problems, remarks, label_maps,
     )  # fmt: skip
+
+
+def _source_problems(
+    source: Source, data: DataParams, bad: list[Row], inspected: Mapping[str, InspectionResult]
+) -> list[str]:
+    """Errors of class names, images and taxonomy with which `split` would fail."""
+    names = class_names_problem(source.classes)
+    problems = [names] if names else []
+    if bad and data.on_bad_image == "fail":
+        problems.append(
+            f"{counted(len(bad), 'image', 'are')} missing or cannot be used; the first: {inspected[bad[0].reference].problem}"
+        )
+        missing = [row for row in bad if inspected[row.reference].missing]
+        if missing and (cause := source.why_missing(missing)):
+            problems.append(cause)
+    try:
+        read_taxonomy_file(data.taxonomy, source.classes)
+    except StageError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _conflict_problem(conflicts: list[tuple[Row, Row]], source: Source) -> str:
+    row, other = conflicts[0]
+    return f"{counted(len(conflicts), 'image')} with two labels; the first: {source.location(row)} and {source.location(other)}"
 
 
 def _large_enough(group: list[tuple[str, Row]], inspected: Mapping[str, InspectionResult]) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.networks.encoders import Encoder, UnknownEncoderError, find_encoder
 from pipeline.params import EncoderParams, ImageParams
-from pipeline.params.recipe import RECIPES, resolve
+from pipeline.params.recipe import RECIPES, flat, resolve
 from pipeline.preparation.folder_summary import FolderSummary
 from pipeline.shared.errors import ParamsError
 from serving.shared.terminal import counted
@@ -36,6 +36,9 @@ MANY = 20_000
 # Seconds of `dvc repro` besides `embed`, rough estimates. START_SECONDS: the start of ten stages, report and export.
 # TRAINING_SECONDS: teacher and student, for each training image.
 START_SECONDS, TRAINING_SECONDS = 100, 0.005
+# From 8 * LARGE_EIGHTH training images the batch on stored features is LARGE_BATCH: half of the time at the same validation
+# accuracy (docs/experiments.md, 2026-11-29).
+LARGE_EIGHTH, LARGE_BATCH = 2048, 512
 WHY = "pretrained features need fewer images than training from scratch"
 
 
@@ -135,25 +138,26 @@ REASONS = {
     "projection_hidden": "the heads embed the whole queue in each step; with the feature width they have ten times the weights",
     "epochs": "an epoch reads stored features and takes seconds",
     "learning_rate": "in proportion to the batch size",
-    "batch_size": f"recipes/{RECIPE}; at most an eighth of the training images",
+    "batch_size": f"recipes/{RECIPE}; at most an eighth of the training images; {LARGE_BATCH} from {8 * LARGE_EIGHTH:,}",
 }
 
 
 def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Suggestions:
     """Return the recipe's values for an encoder: dotted key → (value, reason).
 
-    batch: largest batch size for the number of images. If it is below the recipe's, the learning rate is scaled with it.
+    batch: largest batch size for the number of images, see `proposed_batch`. The learning rate is scaled with the batch size.
     """
     recipe = resolve(RECIPES / RECIPE, set()) | {"image": image_values(encoder, choice.size)}
     del recipe["encoder"]
     section = EncoderParams(name=encoder.name).model_dump(mode="json")  # all keys, because `dvc exp run -S` adds none
     values: Suggestions = {"encoder": (section, choice.reason)}
-    for key, value in _flat(recipe).items():
+    for key, value in flat(recipe).items():
         part, _, last = key.rpartition(".")
         if last == "learning_rate":
-            value *= min(1, batch / recipe[part]["batch_size"])
+            listed = recipe[part]["batch_size"]
+            value *= proposed_batch(batch, listed) / listed
         elif last == "batch_size":
-            value = min(batch, value)
+            value = proposed_batch(batch, value)
         reason = REASONS.get(key) or REASONS.get(last) or f"recipes/{RECIPE}"
         if ".augment." in key:
             reason = "stored features cannot be augmented in training; encoder.views stores augmented views"
@@ -162,9 +166,6 @@ def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Sugge
     return values
 
 
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def proposed_batch(largest: int, listed: int) -> int:
+    """Return the batch size on stored features. largest: an eighth of the training images; listed: that of the recipe."""
+    return LARGE_BATCH if largest >= LARGE_EIGHTH else min(largest, listed)

@@ -186,6 +186,20 @@ def text_values(classes: Sequence[str], source: Path, adapter: bool) -> tuple[Su
     return suggested, ""
 
 
+def without_text(template: str) -> Suggestions:
+    """Values that remove section `text` and its use from a template that has them: nothing else would compute its centres."""
+    from pipeline.params.recipe import load_document
+
+    document = load_document(template)
+    removed: Suggestions = {}
+    if document.get("text"):
+        removed["text"] = (None, "removed, as no text features are suggested; --text FILE adds them")
+    if "text" in (document.get("student") or {}).get("contrast_encoder", ""):
+        removed["student.contrast_encoder"] = ("teacher", "instead of text features")
+        removed["student.contrast"] = ({"kind": "gml"}, "instead of text features")
+    return removed
+
+
 def write_text(template: str, suggested: Suggestions) -> tuple[str, Params]:
     """Write the suggested values into the template (text of a params.yaml), each with its reason as a comment.
 

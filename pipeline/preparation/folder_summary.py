@@ -68,18 +68,13 @@ class FolderSummary:
 def inspect_folder(folder: Path) -> FolderSummary:
     """Count a folder's images, and decode about 300 of them, evenly spread, to measure their sizes.
 
-    Raises ParamsError if the folder does not exist, has a path that is not UTF-8 or holds label maps, DataError if it has no
+    Raises ParamsError if the folder does not exist, or has a path that is not UTF-8, DataError if it has no
     classes or no readable image.
     """
     if not folder.is_dir():
         raise ParamsError(f"{folder}: no such folder; expected one that holds a folder of images for each class")
     if not is_utf8(str(folder.resolve())):  # DVC cannot hash such a path
         raise ParamsError(f"{folder.resolve()}: {NOT_UTF8}")
-    if all((folder / name).is_dir() for name in ("images", "annotations")):
-        raise ParamsError(
-            f"{folder}: holds label maps (images/ and annotations/), for which init proposes no values; start from `tailor "
-            "recipe recipes/camvid-cpu.yaml` or set task: segmentation and data.label_map yourself (docs/segmentation.md)"
-        )
     source = FolderSource(folder)
     train = [row for row in source.rows if row.split == "train"]
     counts = np.bincount([row.label for row in train], minlength=len(source.classes)).tolist()

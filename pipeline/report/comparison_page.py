@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from models.prior import GROUPS
 from pipeline.evaluation.run_comparison import Comparison, as_json
 from pipeline.report import figures
 from pipeline.report.page import render_page
@@ -13,17 +14,20 @@ FORMATS = {
     "difference": "points", "low": "points", "high": "points", "p": "p", "q": "p",
 }  # fmt: skip
 SHOWN = 8  # classes named at each end
-NAMES = {"all": "all classes", "ece": "calibration error", "nll": "NLL"}
+NAMES = {"all": "all classes", "ece": "calibration error", "nll": "NLL", "coverage": "missing coverage"}
 
 
 def render_comparison(comparison: Comparison, command: str) -> str:
     """Render the page as HTML text. command: the command line that is shown in the footer."""
     content = as_json(comparison)
     classes: list[dict[str, Any]] = sorted(content["classes"], key=lambda row: -row["train_count"])
-    measures = [{"measure": NAMES.get(name, name)} | values for name, values in content["measures"].items()]
+    measures = [
+        {"measure": NAMES.get(name, name.replace("coverage", NAMES["coverage"] + ",", 1))} | values
+        for name, values in content["measures"].items()
+    ]
     changed = [row for row in classes if row["won"] or row["lost"]]
     by_change = sorted(changed, key=lambda row: (row["difference"], row["p"]))
-    accuracies = [row for row in measures if row["measure"] not in (NAMES["ece"], NAMES["nll"])]
+    accuracies = [row for row in measures if row["measure"] in (NAMES["all"], *GROUPS)]
     data = {
         "figures": {
             "differences": figures.difference_chart(accuracies, comparison.after),

@@ -12,6 +12,7 @@ import yaml
 from models.calibration import MINIMUM_IMAGES
 from models.sample_size import ADVICE, from_json
 from pipeline.answers.fit import Answers
+from pipeline.answers.reasons import Mistake
 from pipeline.data.class_prior import Prior
 from pipeline.evaluation.metrics import GROUPS
 from pipeline.evaluation.segmentation import SegmentationEvaluation, legend
@@ -42,7 +43,8 @@ class Evaluation:
     metrics: network → target prior → metric; classes: rows of per_class.csv; samples: test samples with their image
     bytes; encoded: row of the test split → bytes of its image; data_facts, model_facts: (term, text) pairs; recipe:
     params as JSON; notes: missing parts and the reasons; answers: what a
-    release fits on validation images, None without it.
+    release fits on validation images, None without it; mistakes: the most confident wrong answers, and train_image: row of the
+    training split → bytes of its image.
     """
 
     analysis: Analysis
@@ -58,6 +60,8 @@ class Evaluation:
     notes: Sequence[str] = ()
     answers: Answers | None = None
     taxonomy: Mapping[str, Any] | None = None
+    mistakes: Sequence[Mistake] = ()
+    train_image: Callable[[int], bytes] | None = None
 
 
 def render_report(evaluation: Evaluation) -> str:
@@ -97,6 +101,8 @@ def render_report(evaluation: Evaluation) -> str:
         model_facts=evaluation.model_facts, notes=evaluation.notes, provenance=evaluation.provenance, few=few,
         answers=evaluation.answers, taxonomy=evaluation.taxonomy, least_validation=MINIMUM_IMAGES, advice=ADVICE,
         curves=list(curves),
+        mistakes=[(each, [(thumbnail(evaluation.train_image(near.row)), near) for near in each.nearest])
+                  for each in evaluation.mistakes if evaluation.train_image],
         test_images=count_test_images(classes), params=recipe,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), command=COMMAND,
     )  # fmt: skip

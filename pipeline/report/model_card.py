@@ -64,7 +64,8 @@ LOSSES = {
     "smoothing": "cross-entropy with label smoothing", "lade": "LADE",
 }  # fmt: skip
 CONTRASTS = {
-    "supcon": "SupCon", "bcl": "BCL", "paco": "PaCo", "gpaco": "GPaCo", "kcl": "KCL", "proco": "ProCo", "crd": "CRD",
+    "supcon": "SupCon", "bcl": "BCL", "paco": "PaCo", "gpaco": "GPaCo", "kcl": "KCL", "tsc": "TSC", "proco": "ProCo",
+    "hybrid_sc": "Hybrid-SC", "crd": "CRD", "concutmix": "ConCutMix",
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def text_features(text: TextParams, classes: Sequence[str]) -> tuple[TextFeature
         features, cut = encoder.encode(sentences, text.batch_size)
         if cut:
             remarks.append(f"{counted(cut, 'sentence', 'are')} cut to {encoder.limit} tokens, of {len(sentences):,}")
-        record = {**encoder.record, "templates": text.templates, "cut": cut}
+        record = {**encoder.record, "templates": text.templates, "cut": cut, "unused": of_class.unused}
     row_class = np.repeat(np.arange(len(classes)), [len(own) for own in rows])
     norms = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     if (wrong := ~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0)).any():
@@ -56,30 +56,40 @@ def text_features(text: TextParams, classes: Sequence[str]) -> tuple[TextFeature
 def own_features(text: TextParams, classes: Sequence[str]) -> tuple[list[np.ndarray], str]:
     """Read the user's file: a tensor [n,D] or [D] for each class name. Returns the rows of each class and the sha256.
 
-    Raises ParamsError if the file cannot be read, DataError for a class without rows, a tensor of no class, and widths
-    or shapes that differ.
+    Raises ParamsError if the file cannot be read, DataError for a class without rows or with two tensors, a tensor of no
+    class, and widths or shapes that differ.
     """
     path, sha256 = checked_file(text.file, text.sha256, text.download)
     try:
-        tensors = {class_key(name): rows for name, rows in safetensors.numpy.load_file(path).items()}
+        stored = safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, TypeError, KeyError) as error:  # a type that numpy does not have: bfloat16
         raise ParamsError(
             f"text.file: {path}: cannot be read as safetensors of float16, float32 or float64: {error}"
         ) from None
-    result, problems = [], []
+    tensors, result, problems = dict[str, np.ndarray](), list[np.ndarray](), []
+    for given, rows in sorted(stored.items()):
+        if (name := class_key(given)) in tensors:
+            same = " and ".join(ascii(other) for other in sorted(stored) if class_key(other) == name)
+            raise DataError(
+                f"{path}: tensors {same} are of the same class {name!r} (Unicode NFC); expected one of them"
+            )
+        tensors[name] = rows
     for name in classes:
-        rows = tensors.get(name)
-        rows = rows[None] if rows is not None and rows.ndim == 1 else rows
         width = result[0].shape[1] if result else None
-        if rows is None:
-            problems.append((path, f"class {name!r} has no tensor"))
-        elif rows.ndim != 2 or rows.dtype.kind != "f" or not rows.size:
+        if (rows := tensors.get(name)) is None:
+            problems.append((path, f"class {name!r} has no tensor; add one [n,{width or 'D'}] of this name"))
+            continue
+        rows = rows[None] if rows.ndim == 1 else rows
+        if rows.ndim != 2 or rows.dtype.kind != "f" or not rows.size:
             problems.append((path, f"class {name!r} is {rows.dtype} {list(rows.shape)}; expected floating point [n,D]"))
         elif width not in (None, rows.shape[1]):
             problems.append((path, f"class {name!r} has width {rows.shape[1]}, but class {classes[0]!r} {width}"))
         else:
             result.append(rows.astype(np.float64))
-    problems += [(path, f"tensor {name!r} is of no class") for name in sorted(tensors.keys() - set(classes))]
+    problems += [
+        (path, f"tensor {name!r} is of no class; remove it, or rename it to a class without one")
+        for name in sorted(tensors.keys() - set(classes))
+    ]
     raise_problems(path, problems)
     return result, sha256
 

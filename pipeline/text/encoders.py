@@ -130,7 +130,14 @@ def _model_folder(text: TextParams) -> Path:
     first = locate(f"{text.file}/config.json", text.download, "text.file")
     if text.download:
         import huggingface_hub
+        from huggingface_hub.errors import HTTPError
 
         repository, _, revision = text.file.removeprefix("hf://").partition("@")
-        huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(HUB_FILES))
+        try:
+            huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(HUB_FILES))
+        except (HTTPError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ParamsError(
+                f"text.file: {text.file}: {reason}; check the address and the network, or give a folder as text.file"
+            ) from None
     return first.parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +23,14 @@ CODE = re.compile(r"(n|c|id|cat|cls|class|label|category)?[ _-]*\d+", re.IGNOREC
 
 @dataclass(frozen=True)
 class ClassSentences:
-    """Sentences of each class in the order of the classes, at least one. remarks: what was left out, a line each."""
+    """Sentences of each class in the order of the classes, at least one.
+
+    remarks: what was left out, a line each. unused: number of sentences above max_sentences.
+    """
 
     sentences: list[list[str]]
     remarks: list[str]
+    unused: int
 
 
 def is_code(name: str) -> bool:
@@ -34,38 +39,63 @@ def is_code(name: str) -> bool:
 
 
 def class_sentences(text: TextParams, classes: Sequence[str]) -> ClassSentences:
-    """Make the sentences of all classes: each template with each word, then the descriptions; equal sentences once.
+    """Make the sentences of all classes; equal sentences once, of more than text.max_sentences the first ones.
 
-    Raises ParamsError for a missing file, DataError that names the class or the file: a class without words or sentences,
-    an empty description, a table with a class twice.
+    Sentences of templates alternate with those of the description, so that a limit shortens both alike. Raises ParamsError
+    for a missing file, DataError that names the class or the file: a class without words or sentences, an empty
+    description, a table with a class twice.
     """
-    words = read_words(text.names, classes) if text.names else [[name.replace("_", " ")] for name in classes]
-    described, remarks = _descriptions(text.descriptions, classes) if text.descriptions else ({}, [])
-    result, problems, longer = [], [], []
+    words, described, remarks = [[name.replace("_", " ")] for name in classes], dict[str, list[str]](), list[str]()
+    source = text.descriptions or "text"
+    if text.names:
+        words, described, remarks = read_table(text.names, classes)
+        source = text.descriptions or text.names.file
+    if text.descriptions:
+        of_files, more = _descriptions(text.descriptions, classes)
+        described = {name: described.get(name, []) + of_files.get(name, []) for name in classes}
+        remarks += more
+    result, problems, unused = [], [], dict[str, list[str]]()
     for name, own in zip(classes, words, strict=True):
-        filled = [template.replace("{}", " ".join(word.split())) for template in text.templates for word in own]
-        sentences = list(dict.fromkeys([*filled, *described.get(name, [])]))
+        both = itertools.zip_longest(filled_templates(text.templates, own), described.get(name, []))
+        sentences = list(dict.fromkeys(sentence for pair in both for sentence in pair if sentence is not None))
         if not sentences:
-            problems.append((Path(f"{text.descriptions}/{name}.txt"), "no such file, and text.templates is empty"))
-        if len(sentences) > text.max_sentences:
-            longer.append(name)
+            problems.append((Path(source), f"class {name!r} has no description, and text.templates is empty"))
+        if rest := sentences[text.max_sentences :]:
+            unused[name] = rest
         result.append(sentences[: text.max_sentences])
-    raise_problems(Path(text.descriptions or "text"), problems)
-    if longer:
+    raise_problems(Path(source), problems)
+    total = sum(map(len, unused.values()))
+    if unused:
+        name, rest = next(iter(unused.items()))
+        of_descriptions = sum(len({*own} & {*described.get(name, [])}) for name, own in unused.items())
         remarks.append(
-            f"the first {text.max_sentences} sentences (text.max_sentences) are used of {counted(len(longer), 'class')} "
-            f"with more, such as {longer[0]!r}"
+            f"{counted(total, 'sentence', 'are')} not used, {of_descriptions:,} of them from descriptions: "
+            f"{counted(len(unused), 'class')} with more than {text.max_sentences} (text.max_sentences), such as {name!r}, "
+            f"whose first unused sentence is {rest[0]!r}"
         )
     if not text.names and text.templates and (codes := [name for name in classes if is_code(name)]):
         remarks.append(
             f"warning: class names that are codes, not words: {len(codes):,}, such as {codes[0]!r}; "
             "set text.names to a table with words"
         )
-    return ClassSentences(result, remarks)
+    return ClassSentences(result, remarks, total)
 
 
-def read_words(names: ClassWordsParams, classes: Sequence[str]) -> list[list[str]]:
-    """Read the words of each class from a CSV file, in the order of `classes`; rows of other classes are ignored.
+def filled_templates(templates: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Each template with each word: first each template once, the words in turn, then each with the next word, and so on."""
+    words = [" ".join(word.split()) for word in words]
+    return [
+        template.replace("{}", words[(turn + number) % len(words)])
+        for turn in range(len(words))
+        for number, template in enumerate(templates)
+    ]
+
+
+def read_table(
+    names: ClassWordsParams, classes: Sequence[str]
+) -> tuple[list[list[str]], dict[str, list[str]], list[str]]:
+    """Read a CSV file; rows of other classes are ignored. Returns the words of each class in the order of `classes`, the
+    sentences of names.description_column by class, and remarks.
 
     Raises ParamsError for a missing file or column, DataError for a class without a row or words, or with two rows.
     """
@@ -75,37 +105,42 @@ def read_words(names: ClassWordsParams, classes: Sequence[str]) -> list[list[str
         rows = list(reader)
     except csv.Error as error:
         raise DataError(f"{path}: line {reader.line_num}: {error}") from None
-    for key, column in (("class_column", names.class_column), ("text_column", names.text_column)):
-        if column not in (reader.fieldnames or []):
+    for key in ("class_column", "text_column", "description_column"):
+        if (column := getattr(names, key)) not in (None, *(reader.fieldnames or [])):
             has = ", ".join(reader.fieldnames or [])
             raise ParamsError(f"text.names.{key} is {column!r}, but the columns of {path} are {has or 'none'}")
         if list(reader.fieldnames or []).count(column) > 1:
             raise DataError(f"{path}: has more than one column {column!r}; rename all but one")
-    table: dict[str, list[str]] = {}
+    words, described = dict[str, list[str]](), dict[str, list[str]]()
     for row in rows:
         name = class_key((row[names.class_column] or "").strip())
-        if name in table:
+        if name in words:
             raise DataError(f"{path}: class {name!r} has two rows; expected one")
-        cell = class_key(row[names.text_column] or "")
+        cell = row[names.text_column] or ""
         parts = cell.split(names.separator) if names.separator else [cell]
-        table[name] = [part.strip() for part in parts if part.strip()]
-    missing = "has no row in this file" if table else "has no row: the file is empty"
-    raise_problems(
-        path,
-        [
-            (path, f"class {name!r} {'has no words' if name in table else missing}")
-            for name in classes
-            if not table.get(name)
-        ],
-    )
-    return [table[name] for name in classes]
+        words[name] = [part.strip() for part in parts if part.strip()]
+        if names.description_column:
+            described[name] = split_sentences(row[names.description_column] or "")
+    missing = "has no row in this file" if words else "has no row: the file is empty"
+    problems = [
+        (path, f"class {name!r} {'has no words' if name in words else missing}")
+        for name in classes
+        if not words.get(name)
+    ]
+    raise_problems(path, problems)
+    remarks = []
+    if empty := [name for name in classes if described and not described[name]]:
+        remarks.append(f"{path}: no {names.description_column} of {counted(len(empty), 'class')}, such as {empty[0]!r}")
+    return [words[name] for name in classes], described, remarks
 
 
 def _descriptions(folder: str, classes: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     """Sentences of folder/<class>.txt of each class that has this file, and remarks."""
-    root = Path(folder)
+    root, files = Path(folder), dict[str, Path]()
     try:
-        files = {class_key(path.stem): path for path in sorted(root.iterdir()) if path.suffix == ".txt"}
+        for path in sorted(path for path in root.iterdir() if path.suffix == ".txt"):
+            if (other := files.setdefault(class_key(path.stem), path)) is not path:
+                raise DataError(f"{folder}: {other.name!a} and {path.name!a} are of one class (Unicode NFC)")
     except OSError as error:
         raise ParamsError(
             f"text.descriptions is {folder!r}: {error.strerror}; expected a folder with <class>.txt"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from models.contrast.crd import CRD
 from models.contrast.gml import TextCentres, UnitVectors
-from models.contrast.kcl import KPositiveContrast
+from models.contrast.kcl import KPositiveContrast, TargetedContrast
 from models.contrast.memories import FifoQueue
 from models.contrast.paco import GPaCo, PaCo
 from models.contrast.proco import ProCo
@@ -72,11 +73,21 @@ def contrast_term(
 
     if isinstance(contrast, method.SupConContrast):
         return SupCon(head(), contrast.temperature, contrast.base_temperature)
+    if isinstance(contrast, method.HybridContrast):
+        return SupCon(head(), contrast.temperature)
     if isinstance(contrast, method.BCLContrast):
         return BalancedContrast(head(), head(), contrast.temperature)
     if isinstance(contrast, method.PaCoContrast):
         term = GPaCo if contrast.kind == "gpaco" else PaCo
         return term(head(), log_prior, FifoQueue(contrast.queue, dim), contrast.temperature, contrast.alpha)
+    if isinstance(contrast, method.TSCContrast):
+        if importlib.util.find_spec("scipy") is None:
+            raise ParamsError(
+                "student.contrast.kind is tsc, which needs scipy; run `pip install scipy`, or set another kind"
+            )
+        queue = FifoQueue(contrast.queue, dim)
+        numbers = contrast.temperature, contrast.positives, contrast.target_weight
+        return TargetedContrast(head(), queue, len(prior.classes), *numbers)
     if isinstance(contrast, method.KCLContrast):
         return KPositiveContrast(head(), FifoQueue(contrast.queue, dim), contrast.temperature, contrast.positives)
     if isinstance(contrast, method.ProCoContrast):

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from models.contrast.gml import TextCentres, UnitVectors
+from models.contrast.supcon import BalancedContrast, SupCon
 from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import Backbone
 from models.networks.cosine_classifier import CosineClassifier, ImageClassifier
 from models.networks.tuning import TunedBackbone, TuneError, Tuning
+from models.objectives.concutmix import ConCutMixObjective
 from models.objectives.contrast import ContrastObjective
+from models.objectives.hybrid import HybridObjective
 from models.objectives.objective import Objective
 from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
@@ -27,6 +30,7 @@ from pipeline.model_io.encoder import build_on_meta, describe, load_encoder
 from pipeline.model_io.inference import accuracy
 from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import EncoderParams, ImageParams, StudentParams
+from pipeline.params.method import ConCutMixContrast
 from pipeline.shared.artifacts import TEXT
 from pipeline.shared.errors import ParamsError
 from pipeline.text.stored import TextFeatures, load_text_features
@@ -41,8 +45,9 @@ def build_objective(
     seed: int,
     teacher: Path,
     encoder: EncoderParams | None = None,
+    start: dict[str, Tensor] | None = None,
 ) -> Objective:
-    """Build the student's objective from the stage's seed.
+    """Build the student's objective from the stage's seed. start: weights of the backbone from a pretraining.
 
     The teacher is loaded from its folder if a loss term needs it. A student that tunes the encoder takes images. Its
     teacher then takes images too, with the frozen encoder. Raises ParamsError when section.tune cannot tune the encoder.
@@ -63,6 +68,8 @@ def build_objective(
         # Built without the encoder; tuned_backbone adds it with its pretrained weights.
         model = build_model(replace(config, tune="none"), "student.backbone")
         load_pretrained(model.backbone, section.pretrained, "student.pretrained")
+        if start is not None:
+            model.backbone.load_state_dict(start)
         if pretrained:
             model.backbone = tuned_backbone(pretrained, model.backbone, section)
         labels = training_labels() if section.beta and section.contrast.kind == "crd" else None
@@ -120,6 +127,16 @@ def student_objective(
     if section.beta and (section.contrast.kind != "gml" or section.contrast_encoder == "text"):
         width = model.feature_dim if teacher is None else teacher.feature_dim
         term = centres or contrast_term(section, prior, model.feature_dim, width, labels)
+        if section.draws_balanced_batch:
+            assert isinstance(term, SupCon)
+            return HybridObjective(model, term, loss, section.gamma, section.beta)
+        if isinstance(section.contrast, ConCutMixContrast):
+            assert isinstance(term, BalancedContrast)
+            return ConCutMixObjective(
+                model, torch.tensor(prior.in_losses), weights, term,
+                log_counts=torch.tensor(prior.counts).clamp(min=1).log(), blend=section.contrast.blend,
+                nearest=section.contrast.nearest, warm=section.contrast.warm,
+            )  # fmt: skip
         return ContrastObjective(
             model, teacher, torch.tensor(prior.in_losses), weights, term,
             encoder_momentum=section.encoder_momentum, teacher_adjustment=teacher_adjustment, loss=loss,

@@ -21,7 +21,7 @@ MAX_FILE_BYTES = 16 * 1024 * 1024
 DECISION = ("decision", "decision_index", "expected_cost")
 NODE = ("node", "node_probability")
 # A release may lack each of them.
-EXPLAIN = ("nearest", "nearest_class", "nearest_cosine", "nearest_image", "activation_map")
+EXPLAIN = ("nearest", "nearest_class", "nearest_cosine", "nearest_image", "activation_map", "activation_crop")
 NEAREST, MOST_NEAREST = 5, 20  # training images of explain=True, and the most
 
 

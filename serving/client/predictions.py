@@ -46,8 +46,9 @@ class Prediction:
     set: class names of the prediction set, most probable first. decision: by costs. unknown: whether the image resembles no
     class. typicality: share of known validation images that look at most as familiar. node: of the taxonomy. nearest: training
     images, most similar first. activation_map: rows of the class-activation map of the best class, over the part of the image
-    that the network sees; their mean is the logit of the class without calibration, prior and bias. They are None if neither
-    the request nor the release wants them.
+    that the network sees; their mean is the logit of the class without calibration, prior and bias. activation_crop: side of
+    that part, a square in the centre, as a share of the image's shorter side. They are None if neither the request nor the
+    release wants them.
     """
 
     classes: tuple[str, ...]
@@ -61,6 +62,7 @@ class Prediction:
     node: TaxonomyNode | None = None
     nearest: tuple[NearestImage, ...] | None = None
     activation_map: tuple[tuple[float, ...], ...] | None = None
+    activation_crop: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def extras_mapping(answer: Prediction) -> dict[str, object]:
         parts["nearest"] = [{"name": each.name, "class": each.label, "cosine": each.cosine} for each in answer.nearest]
     if answer.activation_map is not None:
         parts["activation_map"] = [list(row) for row in answer.activation_map]
+        parts["activation_crop"] = answer.activation_crop
     return parts
 
 

@@ -20,7 +20,7 @@ from serving.client.predictions import Decision, ModelStatus, NearestImage, Pred
 from serving.client.priors import Prior, as_text, parse_prior, vector_of
 from serving.repository.manifest import Limits
 from serving.shared.errors import InputError, ServingError
-from serving.shared.names import CLASSIFIER, STUDENT
+from serving.shared.names import CLASSIFIER, SEGMENTER, STUDENT
 from serving.transport.failures import RequestRejected, not_triton
 from serving.transport.messages import Answer, Call, Infer, ModelConfig, ModelMetadata, ServerMetadata
 
@@ -40,6 +40,7 @@ class RequestSequence:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.model = CLASSIFIER  # that takes images; `limits` sets it to `segmenter` for a server that has it
         self._limits: tuple[int, float | None] | None = None
         self._names: list[str] | None = None
         self._inputs: dict[str, int] | None = None
@@ -51,20 +52,22 @@ class RequestSequence:
     ) -> Exchange[list[Prediction]]:
         """Return one Prediction per encoded image, in order; split into several requests by the server's limits."""
         answers = yield from self._answers(encoded, prior, version, OUTPUTS, extras)
-        with self._decoding(CLASSIFIER):
+        with self._decoding(self.model):
             return [prediction for answer in answers for prediction in _predictions(answer)]
 
     def segment(self, encoded: Sequence[bytes], prior: Prior, version: int | None) -> Exchange[list[Segmentation]]:
         """Return one class map per encoded image, in order. Raises ServingError if the server has no class maps."""
         sizes = [upright_size(data) for data in encoded]
+        if self._limits is None:
+            self.model = SEGMENTER  # also where the server restricts access to configs
         try:
             answers = yield from self._answers(encoded, prior, version, CLASS_MAPS)
         except RequestRejected as error:
-            if "class_map" not in str(error):
+            if "class_map" not in str(error) and SEGMENTER not in str(error):
                 raise
             raise ServingError(f"{self.url}: serves no class maps; serve a release of task segmentation") from error
         maps: list[Segmentation] = []
-        with self._decoding(CLASSIFIER):
+        with self._decoding(self.model):
             for answer in answers:
                 own = sizes[len(maps) : len(maps) + len(answer.outputs["size"])]
                 maps += segmentations(answer.outputs, own, answer.version)
@@ -78,7 +81,7 @@ class RequestSequence:
         outputs: Mapping[str, int],
         extras: Extras | None = None,
     ) -> Exchange[Sequence[Answer]]:
-        """Return the answers of `classifier`, in order; split into several requests by the server's limits."""
+        """Return the answers of the model, in order; split into several requests by the server's limits."""
         parsed = parse_prior(prior)
         answers: Sequence[Answer] = []
         if not encoded:
@@ -88,7 +91,7 @@ class RequestSequence:
             name, row = yield from self._prior_input(default if parsed is None else parsed)
             wanted = yield from self._extra_inputs(extras)
             answers = yield [
-                classifier_call(chunk, name, row, version, wanted, self._outputs, outputs)
+                image_call(chunk, name, row, version, wanted, self._outputs, outputs, self.model)
                 for chunk in chunks(encoded, rows)
             ]
             # A new release may change the classes and the default prior: repeat requests built from the old values.
@@ -128,12 +131,11 @@ class RequestSequence:
     def limits(self) -> Exchange[tuple[int, float | None]]:
         """Return the largest batch and the default strength; (1, None) where the server restricts access to configs."""
         if self._limits is None:
-            try:
-                [config] = yield [ModelConfig(CLASSIFIER)]
-            except RequestRejected:
+            config = yield from self._config()
+            if config is None:
                 self._limits = (1, None)
             else:
-                with self._decoding(CLASSIFIER):
+                with self._decoding(self.model):
                     default = config.get("parameters", {}).get("default_strength", {}).get("string_value")
                     rows = max(1, int(config.get("max_batch_size", 0)))
                     if inputs := config.get("input"):
@@ -142,6 +144,17 @@ class RequestSequence:
                     self._outputs = tuple(filter(None, outputs.split(",")))
                     self._limits = (rows, None if default is None else float(default))
         return self._limits
+
+    def _config(self) -> Exchange[Any]:
+        """Return the config of the model that takes images, and set `model`; None if the server returns neither config."""
+        for model in (self.model, SEGMENTER if self.model == CLASSIFIER else CLASSIFIER):
+            try:
+                [config] = yield [ModelConfig(model)]
+            except RequestRejected:
+                continue
+            self.model = model
+            return config
+        return None
 
     def class_names(self) -> Exchange[list[str]]:
         """Return the server's class names by index, from the labels of `student`."""
@@ -164,8 +177,8 @@ class RequestSequence:
 
     def _segmentation_names(self) -> Exchange[list[str]]:
         """Return the class names of a release of task segmentation, whose logits have no labels."""
-        [answer] = yield [classifier_call([blank_image()], "prior", None, None, outputs={"names": 0})]
-        with self._decoding(CLASSIFIER):
+        [answer] = yield [image_call([blank_image()], "prior", None, None, outputs={"names": 0}, model=SEGMENTER)]
+        with self._decoding(SEGMENTER):
             self._names = [name.decode() for name in answer.outputs["names"][0]]
         return list(self._names)
 
@@ -173,7 +186,8 @@ class RequestSequence:
         """Return the state and versions of the server and its models."""
         [server] = yield [ServerMetadata()]
         models = []
-        for name in (STUDENT, CLASSIFIER):
+        yield from self.limits()  # sets the name of the second model
+        for name in (STUDENT, self.model):
             try:
                 [metadata] = yield [ModelMetadata(name)]
             except RequestRejected:
@@ -196,7 +210,7 @@ class RequestSequence:
         if len(encoded) > rows:
             raise InputError(f"{len(encoded)} images are more than the {rows} that {self.url} accepts in one request")
         name, row = yield from self._prior_input(default if parsed is None else parsed)
-        return classifier_call(encoded, name, row, version)
+        return image_call(encoded, name, row, version, model=self.model)
 
     def _prior_input(
         self, parsed: float | np.ndarray | dict[str, float] | str | None
@@ -213,7 +227,7 @@ class RequestSequence:
             names = (yield from self.class_names()) if isinstance(parsed, dict) else None
             vector = vector_of(parsed, names, (yield from self._class_count()))
         try:
-            inputs = yield from self._classifier_inputs()
+            inputs = yield from self._model_inputs()
         except RequestRejected:
             if not isinstance(parsed, float):
                 raise
@@ -221,7 +235,7 @@ class RequestSequence:
         if "prior" in inputs:
             return "prior", np.array([as_text(parsed if vector is None else vector)], dtype=np.object_)
         if isinstance(parsed, str):
-            raise ServingError(f"{self.url}: classifier has no input `prior`; {SERVE_AGAIN}")
+            raise ServingError(f"{self.url}: {self.model} has no input `prior`; {SERVE_AGAIN}")
         if vector is None:
             return "strength", np.array([parsed], dtype=np.float32)
         return "target_prior", vector.astype(np.float32)
@@ -232,9 +246,9 @@ class RequestSequence:
             return {}
         names = (yield from self.class_names()) if extras.names_needed else None
         rows = extras.inputs(names)
-        existing = yield from self._classifier_inputs()
+        existing = yield from self._model_inputs()
         if missing := [name for name in rows if name not in existing]:
-            raise ServingError(f"{self.url}: classifier has no input `{missing[0]}`; {SERVE_AGAIN}")
+            raise ServingError(f"{self.url}: {self.model} has no input `{missing[0]}`; {SERVE_AGAIN}")
         return rows
 
     @contextmanager
@@ -255,21 +269,21 @@ class RequestSequence:
         return True
 
     def _class_count(self) -> Exchange[int]:
-        count = (yield from self._classifier_inputs()).get("target_prior")
+        count = (yield from self._model_inputs()).get("target_prior")
         if not count:
-            raise ServingError(f"{self.url}: classifier has no input `target_prior`; {SERVE_AGAIN}")
+            raise ServingError(f"{self.url}: {self.model} has no input `target_prior`; {SERVE_AGAIN}")
         return count
 
-    def _classifier_inputs(self) -> Exchange[dict[str, int]]:
-        """Return the inputs of `classifier` by name, with the length of a row."""
+    def _model_inputs(self) -> Exchange[dict[str, int]]:
+        """Return the inputs of the model by name, with the length of a row."""
         if self._inputs is None:
-            [metadata] = yield [ModelMetadata(CLASSIFIER)]
-            with self._decoding(CLASSIFIER):
+            [metadata] = yield [ModelMetadata(self.model)]
+            with self._decoding(self.model):
                 self._inputs = {tensor["name"]: int(tensor["shape"][-1]) for tensor in metadata["inputs"]}
         return self._inputs
 
 
-def classifier_call(
+def image_call(
     encoded: Sequence[bytes],
     name: str,
     row: np.ndarray | None,
@@ -277,8 +291,9 @@ def classifier_call(
     extras: Mapping[str, np.ndarray] = MappingProxyType({}),
     defaults: Sequence[str] = (),
     outputs: Mapping[str, int] = MappingProxyType(OUTPUTS),
+    model: str = CLASSIFIER,
 ) -> Infer:
-    """Build a request to `classifier`: encoded images, and the input `name` with `row` (the prior) for each image.
+    """Build a request to a model: encoded images, and the input `name` with `row` (the prior) for each image.
 
     extras: rows of further inputs; the request names their outputs. defaults: further outputs that the response may have.
     """
@@ -288,7 +303,7 @@ def classifier_call(
     requested = {**outputs, **outputs_of(extras)}
     optional = tuple(name for name in defaults if name not in outputs_of(extras))
     optional += EXPLAIN if "explain" in extras else ()
-    return Infer(CLASSIFIER, inputs, requested, "" if version is None else str(version), optional)
+    return Infer(model, inputs, requested, "" if version is None else str(version), optional)
 
 
 def chunks(encoded: Sequence[bytes], rows: int) -> Iterator[list[bytes]]:
@@ -341,4 +356,6 @@ def _extra_parts(answer: Answer, row: int) -> dict[str, Any]:
         )
     if "activation_map" in answer.outputs:
         parts["activation_map"] = tuple(map(tuple, answer.outputs["activation_map"][row].tolist()))
+    if "activation_crop" in answer.outputs:
+        parts["activation_crop"] = float(answer.outputs["activation_crop"][row][0])
     return parts

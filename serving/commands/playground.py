@@ -11,6 +11,7 @@ import typer
 from serving.client.sync_client import Client
 from serving.commands.options import CaFile, Debug, Headers, Timeout, Url, parse_headers, server_url
 from serving.shared.errors import InputError, install_command
+from serving.shared.names import SEGMENTER
 from serving.shared.ports import check_proxies, choose_ports
 from serving.shared.terminal import print
 
@@ -31,7 +32,7 @@ def playground(
     ca_file: CaFile = None,
     debug: Debug = False,
 ) -> None:
-    """Open a page that compares priors on images of your own.
+    """Open a page that compares priors on images of your own: classes, or class maps over the image.
 
     It uses a running server. Needs Gradio (extra `playground`). The page is for this machine alone and
     sends images nowhere but to the server. Ends with Ctrl-C.
@@ -48,7 +49,8 @@ def playground(
 
     with Client(server_url(url, None), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
         client.class_names()  # an unreachable server fails here with one line
-        page = build(client, find_samples(samples.absolute()))
+        segments = any(model.name == SEGMENTER for model in client.status().models)
+        page = build(client, find_samples(samples.absolute()), segments)
         chosen = choose_ports("127.0.0.1", {"--port": port})["--port"]
         _, local, _ = page.launch(
             server_port=chosen, prevent_thread_lock=True, allowed_paths=[str(samples.absolute())], **launch_options()

@@ -17,12 +17,12 @@ from serving.commands.options import Debug, RepositoryOption, choose_repository
 from serving.repository.release import Release
 from serving.repository.signature import SIGNATURE_NAME
 from serving.repository.signing_keys import PARAMS_FILE, TRUSTED_VARIABLE, trusted_keys
-from serving.server.arguments import LATENCY_OPTIONS, logit_log_environment, trace_options
+from serving.server.arguments import LATENCY_OPTIONS, logit_log_environment, trace_options, unknown_images_environment
 from serving.server.supervisor import SupervisionLimits, Supervisor
 from serving.server.triton_server import GRACE, TritonServer
 from serving.shared.errors import InputError, ServingError
 from serving.shared.logs import new_log_file, remove_log_files
-from serving.shared.names import CLASSIFIER
+from serving.shared.names import CLASSIFIER, image_model
 from serving.shared.terminal import print
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -80,6 +80,15 @@ def serve(
         str,
         typer.Option(help="With --log-logits: size limit of the folder, e.g. 500MiB; the oldest files are deleted."),
     ] = "1GiB",
+    keep_unknown: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder in which images whose answer is `unknown` are kept, to label them; off if not given."
+        ),
+    ] = None,
+    keep_limit: Annotated[
+        str, typer.Option(help="With --keep-unknown: size limit; the oldest of these images are deleted.")
+    ] = "256MiB",
     grpc_tls_cert: Annotated[
         Path | None,
         typer.Option(help="PEM certificate for gRPC, which then accepts TLS only; Triton has no TLS for HTTP."),
@@ -109,6 +118,8 @@ def serve(
     if (grpc_tls_cert is None) != (grpc_tls_key is None):
         option = "--grpc-tls-cert" if grpc_tls_cert else "--grpc-tls-key"
         raise InputError(f"{option} is given alone; expected --grpc-tls-cert and --grpc-tls-key together")
+    environment = logit_log_environment(log_logits, log_share, log_limit) if log_logits else {}
+    environment |= unknown_images_environment(keep_unknown, keep_limit) if keep_unknown else {}
     server = TritonServer(
         choose_repository(repository, note=True),
         host,
@@ -119,8 +130,13 @@ def serve(
         grace=grace,
         grpc_tls=(grpc_tls_cert, grpc_tls_key) if grpc_tls_cert and grpc_tls_key else None,
         options=options,
-        environment=logit_log_environment(log_logits, log_share, log_limit) if log_logits else None,
+        environment=environment,
     )
+    _run(server, limits, log, quiet)
+
+
+def _run(server: TritonServer, limits: SupervisionLimits, log: Path | None, quiet: bool) -> None:
+    """Run the server until a signal; without `log` and `quiet`, its log is a temporary file."""
     stopping = raise_stopped_at_signals()
     temporary_log = None if log or quiet else new_log_file()
     server.log = log or temporary_log
@@ -160,8 +176,10 @@ def _print_addresses(server: TritonServer) -> None:
         warn_unchecked(server.repository, server.releases)
     if server.log:
         print(f"log {server.log}")
-    print(f"\na request from a shell, in the binary form:\n\n{curl_example(server.http_url, server.example)}")
-    print(f"\nthe same as plain JSON:\n\n{json_example(server.http_url, server.example)}\n", flush=True)
+    model = image_model(server.repository)
+    curl = curl_example(server.http_url, server.example, model=model)
+    print(f"\na request from a shell, in the binary form:\n\n{curl}")
+    print(f"\nthe same as plain JSON:\n\n{json_example(server.http_url, server.example, model)}\n", flush=True)
     if server.host not in LOOPBACK:
         print_warning(
             f"--host {server.host}: this Triton release can be killed by one hostile request; "
@@ -171,7 +189,9 @@ def _print_addresses(server: TritonServer) -> None:
 
 def warn_unchecked(repository: Path, releases: Sequence[Release]) -> None:
     """Print a warning if a release is signed: an operator may have started in a folder without the list of keys."""
-    paths = {each.version: repository / CLASSIFIER / str(each.version) / SIGNATURE_NAME for each in releases}
+    paths = {
+        each.version: repository / each.manifest.image_model / str(each.version) / SIGNATURE_NAME for each in releases
+    }
     if signed := [str(version) for version, path in paths.items() if path.is_file()]:
         print_warning(
             f"signatures are not checked, although version {', '.join(signed)} is signed: no serving.trusted_keys in "
@@ -192,28 +212,28 @@ json='{{"inputs": [{{"name": "image", "shape": [1, 1], "datatype": "BYTES",
 {{ printf %s "$json"
   printf "$(printf '\\\\%03o' $((bytes & 255)) $((bytes >> 8 & 255)) $((bytes >> 16 & 255)) $((bytes >> 24 & 255)))"
   cat "$image"; }} | curl --silent --show-error --data-binary @- \\
-  --header "Inference-Header-Content-Length: ${{#json}}" {url}/v2/models/classifier/infer"""
+  --header "Inference-Header-Content-Length: ${{#json}}" {url}/v2/models/{model}/infer"""
 
 
 JSON = """\
 {{ printf '{{"inputs": [{{"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": ["data:image/png;base64,'; \\
   base64 < {image} | tr -d '\\n'; \\
   printf '"]}}, {{"name": "prior", "shape": [1, 1], "datatype": "BYTES", "data": ["balanced"]}}]}}'; }} > request.json
-curl -d @request.json {url}/v2/models/classifier/infer"""
+curl -d @request.json {url}/v2/models/{model}/infer"""
 
 
-def curl_example(url: str, image: Path, strength: float = 0.0) -> str:
+def curl_example(url: str, image: Path, strength: float = 0.0, model: str = CLASSIFIER) -> str:
     """Return POSIX shell commands that classify an image file at a strength over HTTP.
 
     Triton's binary form: a JSON header, then each image after its length as four bytes, little-endian. Only the
     server's limit on images applies; the gateway limits JSON to 1 MiB.
     """
-    return CURL.format(image=shlex.quote(str(image)), strength=strength, url=url)
+    return CURL.format(image=shlex.quote(str(image)), strength=strength, url=url, model=model)
 
 
-def json_example(url: str, image: Path) -> str:
+def json_example(url: str, image: Path, model: str = CLASSIFIER) -> str:
     """Return POSIX shell commands that write request.json with the image as base64 text, and send it.
 
     The classifier detects the image format from the bytes: `image/png` also works for a JPEG or WebP file.
     """
-    return JSON.format(image=shlex.quote(str(image)), url=url)
+    return JSON.format(image=shlex.quote(str(image)), url=url, model=model)

@@ -13,7 +13,11 @@ fail() {
     exit 2
 }
 
-for name in student classifier; do
+image_model=classifier
+if [ -d "$repository/segmenter" ]; then
+    image_model=segmenter
+fi
+for name in student "$image_model"; do
     [ -f "$repository/$name/config.pbtxt" ] || fail "$repository: holds no $name/config.pbtxt; mount artifacts/repository there"
 done
 key="${TAILOR_ADMIN_KEY:-}"
@@ -29,7 +33,7 @@ exec tritonserver \
     --model-repository="$repository" \
     --model-control-mode=explicit \
     --load-model=student \
-    --load-model=classifier \
+    --load-model="$image_model" \
     --disable-auto-complete-config \
     --strict-readiness=false \
     --exit-timeout-secs="${TAILOR_EXIT_TIMEOUT:-10}" \

@@ -1,4 +1,4 @@
-"""Health check of a container: exit status 0 if `classifier` answers a request with one image, else 1.
+"""Health check of a container: exit status 0 if `classifier` or `segmenter` answers a request with one image, else 1.
 
 Arguments: `[--live] [URL [METRICS_URL]]`. Needs only the standard library. Triton's ready endpoints return 200 after an
 inference process has died, so the probes run this program. With --live (liveness probe) a server that is only
@@ -10,18 +10,26 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import struct
 import sys
 import urllib.error
 import urllib.request
 import zlib
+from pathlib import Path
 
 TIMEOUT = 8.0  # seconds
 # Without a proxy of the environment, which would reject loopback; Kubernetes would then restart a healthy pod.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 LIVE_TIMEOUT = 30.0  # seconds; a server that answers no request for that long, three times in a row, hangs
 SHORT_TIMEOUT = 5.0  # seconds, for metrics and health endpoints, which need no model
+
+
+def image_model() -> str:
+    """The model that takes images, as in entrypoint.sh: `segmenter` where the repository has it, otherwise `classifier`."""
+    repository = Path(os.environ.get("TAILOR_REPOSITORY", "/models"))
+    return "segmenter" if (repository / "segmenter").is_dir() else "classifier"
 
 
 def grey_png(side: int = 16) -> bytes:
@@ -36,13 +44,15 @@ def grey_png(side: int = 16) -> bytes:
 
 
 def answered_requests(metrics_url: str) -> float | None:
-    """Number of requests that the classifier has answered, from Triton's metrics; None if not available."""
+    """Number of requests that the model has answered, from Triton's metrics; None if not available."""
     try:
         with DIRECT.open(metrics_url, timeout=SHORT_TIMEOUT) as answer:
             metrics = answer.read().decode()
     except (OSError, http.client.HTTPException):
         return None
-    counts = re.findall(r'^nv_inference_request_success\{.*model="classifier".*\} (\S+)$', metrics, re.MULTILINE)
+    counts = re.findall(
+        rf'^nv_inference_request_success\{{.*model="{image_model()}".*\}} (\S+)$', metrics, re.MULTILINE
+    )
     return sum(map(float, counts)) if counts else None
 
 
@@ -56,7 +66,7 @@ def is_live(url: str) -> bool:
 
 
 def classify_grey_image(url: str, timeout: float) -> None:
-    """Send the classifier a request with one image. Raises OSError if it fails, TimeoutError after `timeout` s."""
+    """Send the model a request with one image. Raises OSError if it fails, TimeoutError after `timeout` s."""
     image = struct.pack("<I", len(grey_png())) + grey_png()
     strength = struct.pack("<f", 0.0)
     inputs = [
@@ -65,7 +75,7 @@ def classify_grey_image(url: str, timeout: float) -> None:
     ]
     head = json.dumps({"inputs": inputs}).encode()
     headers = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
-    request = urllib.request.Request(f"{url}/v2/models/classifier/infer", head + image + strength, headers)
+    request = urllib.request.Request(f"{url}/v2/models/{image_model()}/infer", head + image + strength, headers)
     try:
         with DIRECT.open(request, timeout=timeout) as answer:
             answer.read()
@@ -84,7 +94,7 @@ def main(*arguments: str) -> int:
         classify_grey_image(url, LIVE_TIMEOUT if live else TIMEOUT)
         return 0
     except OSError as error:
-        print(f"classifier at {url} does not respond: {error}", file=sys.stderr)
+        print(f"{image_model()} at {url} does not respond: {error}", file=sys.stderr)
         if not live or not isinstance(error, TimeoutError):
             return 1
     after = answered_requests(metrics_url)

@@ -127,7 +127,9 @@ class Gateway(BaseModel):
         return [
             ErrorResponse(400, 3, "bad request: this gateway cannot parse it as HTTP"),
             ErrorResponse(
-                404, 12, "no such endpoint here; request health, metadata, config or infer of student or classifier"
+                404,
+                12,
+                "no such endpoint; request health, metadata, config or infer of student, classifier or segmenter",
             ),
             ErrorResponse(405, 12, "method not allowed here; POST to infer, GET the rest"),
             ErrorResponse(408, 4, f"request body did not arrive within {self.body_seconds} s; send it faster"),

@@ -16,7 +16,7 @@ from serving.golden.student_call import StudentCall
 from serving.repository.manifest import GOLDEN_NAME
 from serving.repository.release import Release, read_release
 from serving.shared.errors import RepositoryError, ServingError
-from serving.shared.names import CLASSIFIER, STUDENT
+from serving.shared.names import STUDENT, image_model
 from serving.shared.priority import lower_priority
 from serving.shared.process import tailor_environment
 from serving.shared.terminal import print
@@ -64,7 +64,9 @@ def run_golden(root: Path, release: Release) -> None:
     try:
         calls = [StudentCall(release.manifest, golden) for golden in release.golden]
     except ValueError as error:
-        raise RepositoryError(f"{root / CLASSIFIER / str(release.version) / GOLDEN_NAME}: image {error}") from None
+        raise RepositoryError(
+            f"{root / image_model(root) / str(release.version) / GOLDEN_NAME}: image {error}"
+        ) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     try:

@@ -20,7 +20,7 @@ class WrongResponseError(ServingError):
 
 
 def check_golden(client: Client, release: Release, pause: bool = True) -> None:
-    """Send the golden requests of a release to `classifier`. Raises ServingError if one fails or is answered wrongly.
+    """Send a release its golden requests. Raises ServingError if one fails or is answered wrongly.
 
     pause: wait after each request, so that user requests get most of the server's time.
     """
@@ -28,7 +28,9 @@ def check_golden(client: Client, release: Release, pause: bool = True) -> None:
         answer = client.predict([golden.image_bytes()], golden.strength, version=release.version)[0]
         difference = golden.difference(answer.indexes, answer.probabilities)
         if difference:
-            raise WrongResponseError(f"classifier {release.version} answers a golden request wrongly: {difference}")
+            raise WrongResponseError(
+                f"{release.manifest.image_model} {release.version} answers a golden request wrongly: {difference}"
+            )
 
 
 def check_student(url: str, release: Release, timeout: float, pause: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Content of the playground page: predictions of one image under several priors, and a batch of files as CSV."""
+"""Content of the playground page: answers for one image under several priors, and a batch of files as CSV."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from typing import Any
 
 from models.preprocess import decode
 from models.prior import parse_number
+from serving.client.class_maps import Segmentation
 from serving.client.extras import Extras
 from serving.client.predictions import CSV_COLUMNS, Prediction, as_rows, extras_text
 from serving.client.priors import LIVE, Prior
 from serving.client.sync_client import Client
+from serving.playground.class_maps import bars, overlay_html, share_rows
 from serving.playground.extras import reasons_html
 from serving.shared.errors import InputError, ServingError
 
@@ -36,39 +38,43 @@ class PriorResult:
     """The result of one image under one prior. milliseconds: client latency. error: the message of a failed request."""
 
     title: str
-    prediction: Prediction | None
+    prediction: Prediction | Segmentation | None
     milliseconds: float
     error: str = ""
 
 
-def classify_under_prior(
-    client: Client, image: bytes, title: str, prior: Prior, extras: Extras | None = None
+def answer_under_prior(
+    client: Client, image: bytes, title: str, prior: Prior, extras: Extras | None = None, segments: bool = False
 ) -> PriorResult:
-    """Classify one image; a failure is returned as the PriorResult's error."""
-    started = time.perf_counter()
+    """Classify one image, or segment it; a failure is returned as the PriorResult's error."""
+    started, prediction = time.perf_counter(), None
     try:
-        (prediction,) = client.predict([image], prior, extras=extras)
+        if segments:
+            (prediction,) = client.segment([image], prior)
+        else:
+            (prediction,) = client.predict([image], prior, extras=extras)
     except ServingError as error:
         return PriorResult(title, None, 0.0, str(error).removeprefix(f"{client.url} refused: "))
     return PriorResult(title, prediction, 1000 * (time.perf_counter() - started))
 
 
 def side_by_side(
-    client: Client, image: bytes, strength: float, own: str, extras: Extras | None = None
+    client: Client, image: bytes, strength: float, own: str, extras: Extras | None = None, segments: bool = False
 ) -> list[PriorResult]:
-    """Classify one image under balanced, train, live, the slider's strength, and the typed prior `own` if not empty.
+    """Answer one image under balanced, train, live, the slider's strength, and the typed prior `own` if not empty.
 
-    extras: of each request; a column has the server's error where the release does not support one. Raises InputError
-    for an image that cannot be read, and ServingError when no server responds: both concern every column.
+    extras: of each request; a column has the server's error where the release does not support one. segments: the
+    answers are class maps. Raises InputError for an image that cannot be read, and ServingError when no server
+    responds: both concern every column.
     """
-    results = [classify_under_prior(client, image, "balanced", "balanced", extras)]
+    results = [answer_under_prior(client, image, "balanced", "balanced", extras, segments)]
     if results[0].prediction is None:
         client.predict([image], "balanced")  # raises unless the extras are the cause
     for title, prior in (("train", "train"), ("live", LIVE), (f"strength {strength:g}", strength)):
-        results.append(classify_under_prior(client, image, title, prior, extras))
+        results.append(answer_under_prior(client, image, title, prior, extras, segments))
     if own.strip():
         try:
-            results.append(classify_under_prior(client, image, "your own", parse_own_prior(own), extras))
+            results.append(answer_under_prior(client, image, "your own", parse_own_prior(own), extras, segments))
         except InputError as error:
             results.append(PriorResult("your own", None, 0.0, str(error)))
     return results
@@ -124,30 +130,32 @@ def _normalised(typed: dict[str, Any] | list[Any]) -> Prior:
 def as_html(results: Sequence[PriorResult], image: bytes = b"") -> str:
     """Render the columns as HTML: top classes with bars, latency, version. Class names are escaped.
 
-    A column whose best class differs from that of the first column is marked. image: the file, for activation maps.
+    A column is marked whose best class differs from that of the first column, or, of class maps, the share of the
+    pixels that differ. image: the file, for class maps and activation maps.
     """
-    first = next((result.prediction.classes[0] for result in results[:1] if result.prediction), None)
-    columns = "".join(_column(result, results[0].title, first, image) for result in results)
+    columns = "".join(_column(result, results[0], image) for result in results)
     return f'<div class="columns">{columns}</div>'
 
 
-def _column(result: PriorResult, reference: str, first: str | None, image: bytes) -> str:
-    title = f"<h3>{escape(result.title)}</h3>"
-    if result.prediction is None:
+def _column(result: PriorResult, first: PriorResult, image: bytes) -> str:
+    title, answer, mark = f"<h3>{escape(result.title)}</h3>", result.prediction, ""
+    if answer is None:
         return f'<section class="column">{title}<p class="none">{escape(result.error)}</p></section>'
-    best = zip(result.prediction.classes, result.prediction.probabilities, strict=True)
-    rows = "".join(
-        f'<li><span class="name">{escape(name)}</span><span class="share">{100 * p:.1f} %</span>'
-        f'<span class="bar" style="width:{100 * p:.2f}%" aria-hidden="true"></span></li>'
-        for name, p in best
-    )
-    extras = "".join(f'<p class="details">{escape(line)}</p>' for line in extras_text(result.prediction))
-    extras += reasons_html(result.prediction, image)
-    details = f"{result.milliseconds:.1f} ms, version {result.prediction.version}"
-    changed = first is not None and result.prediction.classes[0] != first
-    mark = f'<p class="mark">other class than {escape(reference)}</p>' if changed else ""
+    if isinstance(answer, Segmentation):
+        picture, rows, parts = overlay_html(answer, image), share_rows(answer), ""
+        if isinstance(first.prediction, Segmentation):
+            share = (answer.class_map != first.prediction.class_map).mean()
+            mark = f"{100 * share:.1f} % of the pixels have another class than {first.title}" if share else ""
+    else:
+        picture, rows = "", bars(zip(answer.classes, answer.probabilities, strict=True))
+        parts = "".join(f'<p class="details">{escape(line)}</p>' for line in extras_text(answer))
+        parts += reasons_html(answer, image)
+        if first.prediction is not None and answer.classes[0] != first.prediction.classes[0]:
+            mark = f"other class than {first.title}"
+    details = f"{result.milliseconds:.1f} ms, version {answer.version}"
+    marked = f'<p class="mark">{escape(mark)}</p>' if mark else ""
     return (
-        f'<section class="column{" changed" if changed else ""}">{title}<ol>{rows}</ol>{mark}{extras}'
+        f'<section class="column{" changed" if mark else ""}">{title}{picture}<ol>{rows}</ol>{marked}{parts}'
         f'<p class="details">{details}</p></section>'
     )
 

@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from models.preprocess import decode
+from models.preprocess import decode, resize
 from models.prior import parse_number
 from serving.client.extras import Extras
 from serving.client.predictions import Prediction
@@ -55,19 +55,21 @@ def reasons_html(prediction: Prediction, image: bytes) -> str:
     if prediction.activation_map is None:
         return near
     return near + (
-        f'<img class="map" src="data:image/png;base64,{overlay(image, prediction.activation_map)}" '
+        f'<img class="map" src="data:image/png;base64,{overlay(image, prediction)}" '
         f'alt="activation map of {escape(prediction.classes[0])}">'
-        '<p class="details">activation map, red is high, on the central square; the crop of the network can be smaller</p>'
+        '<p class="details">activation map, red is high, on the part of the image that the network sees</p>'
     )
 
 
-def overlay(image: bytes, rows: tuple[tuple[float, ...], ...]) -> str:
-    """The central square of the image under the map, scaled from its least to its largest value: a PNG in base64."""
-    small = decode(image, resize_to=SIDE).convert("RGB")
-    side = min(small.size)
-    left, top = (small.width - side) // 2, (small.height - side) // 2
-    square = small.crop((left, top, left + side, top + side)).resize((SIDE, SIDE))
-    values = np.asarray(rows, dtype=np.float64)
+def overlay(image: bytes, prediction: Prediction) -> str:
+    """The part of the image that the network sees, under the activation map: a PNG in base64.
+
+    The map is scaled from its least to its largest value. The part is the centre crop of the network's test view.
+    """
+    resize_to = round(SIDE / (prediction.activation_crop or 1.0))
+    pixels = resize(decode(image, resize_to=resize_to).convert("RGB"), SIDE, resize_to)
+    square = Image.fromarray(pixels.transpose(1, 2, 0))
+    values = np.asarray(prediction.activation_map, dtype=np.float64)
     values = (values - values.min()) / (np.ptp(values) or 1.0)
     opacity = Image.fromarray((160 * values).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     square.paste((220, 20, 20), (0, 0, SIDE, SIDE), opacity)

@@ -35,20 +35,25 @@ def find_samples(folder: Path) -> list[Path]:
     return paths[:MAX_SAMPLES]
 
 
-def build(client: Client, samples: Sequence[Path] = ()) -> gradio.Blocks:
-    """Build the page. samples: sample images to click. No request is sent before a user action."""
+def build(client: Client, samples: Sequence[Path] = (), segments: bool = False) -> gradio.Blocks:
+    """Build the page. samples: sample images to click. No request is sent before a user action.
+
+    segments: the server has class maps; the page has a tab with their overlays in place of the tabs of classification.
+    """
     import gradio as gr
 
     with gr.Blocks(title="Tailor playground", analytics_enabled=False) as page:
         gr.HTML(f"<h1>Tailor playground</h1><p>One image under several class priors. Server: {escape(client.url)}</p>")
-        with gr.Tab("One image"):
-            _one_image(gr, client, samples)
-        with gr.Tab("Many images"):
-            _many_images(gr, client)
+        with gr.Tab("Class map" if segments else "One image"):
+            _one_image(gr, client, samples, segments)
+        if not segments:
+            with gr.Tab("Many images"):
+                _many_images(gr, client)
     return page
 
 
-def _one_image(gr: Any, client: Client, samples: Sequence[Path]) -> None:
+def _one_image(gr: Any, client: Client, samples: Sequence[Path], segments: bool) -> None:
+    invitation = f"<p>Drop an image to {'segment' if segments else 'classify'} it.</p>"
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             upload = gr.File(label="Image", file_types=sorted(SUFFIXES), type="filepath", elem_id="image")
@@ -62,17 +67,18 @@ def _one_image(gr: Any, client: Client, samples: Sequence[Path]) -> None:
             own = gr.Textbox(
                 label="Your own prior: a weight for each class", placeholder=OWN, lines=1, max_lines=8, elem_id="own"
             )
-            more = _more_inputs(gr)
+            more = [] if segments else _more_inputs(gr)
         with gr.Column(scale=3, min_width=320):
-            columns = gr.HTML("<p>Drop an image to classify it.</p>", elem_id="answers")
+            columns = gr.HTML(invitation, elem_id="answers")
 
     def answer(path: str | None, strength: float, own: str, *more: Any) -> tuple[str, str]:
         if path is None:
-            return "<p>Drop an image to classify it.</p>", ""
+            return invitation, ""
         name = Path(path).name
         try:
             data = Path(path).read_bytes()
-            results = answers.side_by_side(client, data, strength, own, parse_extras(*more))
+            extras = parse_extras(*more) if more else None
+            results = answers.side_by_side(client, data, strength, own, extras, segments)
         except ServingError as error:
             return f'<p class="wrong" role="alert">{escape(name)}: {escape(str(error))}</p>', ""
         return answers.as_html(results, data), f"{thumbnail(data, name)}<p>{escape(name)}, {len(data):,} bytes</p>"
@@ -95,7 +101,8 @@ def _one_image(gr: Any, client: Client, samples: Sequence[Path]) -> None:
     for text in more[:-1]:
         text.submit(**call, show_progress="hidden")
         text.blur(**call, show_progress="hidden")
-    more[-1].change(**call, show_progress="hidden")
+    for box in more[-1:]:
+        box.change(**call, show_progress="hidden")
 
 
 def _more_inputs(gr: Any) -> list[Any]:

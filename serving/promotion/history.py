@@ -14,7 +14,7 @@ from serving.repository.manifest import Manifest, ManifestError
 from serving.repository.promotion_log import Change, read_changes
 from serving.repository.release import VersionState, list_versions
 from serving.server.running import find_running
-from serving.shared.names import CLASSIFIER
+from serving.shared.names import image_model
 from serving.shared.terminal import cell
 
 # Files in a classifier's version folder that a retraining wrote: the gate's decision, and the reason for the run.
@@ -80,7 +80,7 @@ def read_history(repository: Path) -> RepositoryHistory:
     changes = read_changes(repository)
     versions = []
     for state in list_versions(repository):
-        folder = repository / CLASSIFIER / str(state.version)
+        folder = repository / image_model(repository) / str(state.version)
         decision, story = read_optional_json(folder / DECISION_NAME), read_optional_json(folder / STORY_NAME)
         own_changes = tuple(change for change in changes if change.version == state.version)
         versions.append(VersionHistory(state, decision, story, own_changes))

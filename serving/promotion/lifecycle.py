@@ -32,7 +32,7 @@ from serving.repository.writer import publish as publish_version
 from serving.server.running import RunningServer, find_running, servers_at
 from serving.shared.atomic import sync, write_file
 from serving.shared.errors import ServingError
-from serving.shared.names import CLASSIFIER, STUDENT
+from serving.shared.names import image_model, models_of
 
 PAUSE = 0.5  # seconds between two rounds of golden requests while a version is watched
 RESTART_TIMEOUT = 60.0  # seconds that a server gets to restart while a version is watched
@@ -79,7 +79,7 @@ def publish(export: Path, repository: Path, evidence: Path) -> int:
         clean(repository)
         try:
             version = publish_version(export, repository, evidence=evidence)
-            _replace_evidence(evidence, repository / CLASSIFIER / str(version))
+            _replace_evidence(evidence, repository / image_model(repository) / str(version))
             return version
         except BaseException:
             clean(repository)
@@ -223,8 +223,9 @@ def clean(repository: Path) -> list[str]:
     The caller must hold the repository's lock, or be the only run.
     """
     removed = retention.leftovers(repository)
-    whole = set(version_folders(repository, STUDENT)) & set(version_folders(repository, CLASSIFIER))
-    for model in (STUDENT, CLASSIFIER):
+    models = models_of(repository)
+    whole = set.intersection(*(set(version_folders(repository, model)) for model in models))
+    for model in models:
         needed = {*whole, *served_versions(repository, model)}
         removed += [
             repository / model / str(version) for version in version_folders(repository, model) if version not in needed

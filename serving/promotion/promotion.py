@@ -26,7 +26,7 @@ from serving.repository.version_policy import serve_versions, served_versions, v
 from serving.repository.writer import publish
 from serving.server.running import RunningServer, find_running
 from serving.shared.errors import InputError, ServingError
-from serving.shared.names import CLASSIFIER, STUDENT
+from serving.shared.names import image_model, models_of
 
 VERSIONS_KEPT = 5  # versions on disk
 LOAD_TIMEOUT = 120.0  # seconds
@@ -123,7 +123,7 @@ def rollback(
         if version >= before:
             raise InputError(f"version {version} is not older than the champion {before}; use `tailor promote`")
         running = find_running(repository) if servers is None else servers
-        if version in served_versions(repository, CLASSIFIER):
+        if version in served_versions(repository, image_model(repository)):
             older, rehearsed = read_release(repository, version, hashes=bool(trusted_keys())), False
         else:
             older, rehearsed = _verify(repository, version, before, timeout, rehearsal)
@@ -185,8 +185,8 @@ def _unlist_untrusted(root: Path) -> None:
     A killed promotion may have left another one in the policy of `student`, and the next load would load it.
     """
     if trusted_keys():
-        final = tuple(version for version in served_versions(root, CLASSIFIER) if _may_stay(root, version))
-        for model in (CLASSIFIER, STUDENT):  # in this order each version of `classifier` has its student
+        final = tuple(version for version in served_versions(root, image_model(root)) if _may_stay(root, version))
+        for model in reversed(models_of(root)):  # in this order each version of it has its student
             serve_versions(root, model, final)
 
 

@@ -15,7 +15,7 @@ from serving.repository.version_policy import config_paths, serve_versions
 from serving.server.installation import InstallationError, find_installation
 from serving.server.leftovers import new_prefix, runtime_folder
 from serving.server.triton_server import TritonServer
-from serving.shared.names import CLASSIFIER, LABELS_NAME, STUDENT
+from serving.shared.names import LABELS_NAME, STUDENT, models_of
 
 NICENESS = 5  # a champion may serve on the same cores; at 10 and above Triton aborted (docs/experiments.md)
 
@@ -34,7 +34,7 @@ def rehearse(root: Path, release: Release, timeout: float) -> bool:
         return False
     folder = runtime_folder(new_prefix())
     try:
-        for model in (STUDENT, CLASSIFIER):
+        for model in models_of(root):
             for path in config_paths(root, model):
                 copy = folder / path.relative_to(root)
                 copy.parent.mkdir(parents=True, exist_ok=True)

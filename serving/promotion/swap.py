@@ -1,7 +1,7 @@
 """Swap the champion: change version policies and load models in an order in which no request fails.
 
-At every moment `student` has each version that `classifier` has, and a server that starts from the policies on disk
-serves a verified version. So a swap that is killed midway needs no repair.
+At every moment `student` has each version that the other model has, and a server that starts from the policies on
+disk serves a verified version. So a swap that is killed midway needs no repair.
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ from serving.repository.version_policy import serve_versions, served_versions
 from serving.server.model_control import LoadTimeout, ModelControl
 from serving.server.running import RunningServer
 from serving.shared.errors import ServingError
-from serving.shared.names import CLASSIFIER, STUDENT
+from serving.shared.names import STUDENT, image_model, models_of
 
 
 @dataclass(frozen=True)
 class _Policies:
-    """The served versions and the champion before a swap, for restoring them."""
+    """The served versions and the champion before a swap, for restoring them.
 
+    model: the name of the model that takes images. images: its versions.
+    """
+
+    model: str
     student: tuple[int, ...]
-    classifier: tuple[int, ...]
+    images: tuple[int, ...]
     champion: Release
 
 
@@ -39,8 +43,8 @@ def swap(
     restored.
     """
     before = _Policies(
-        served_versions(repository, STUDENT),
-        served_versions(repository, CLASSIFIER),
+        image_model(repository),
+        *(served_versions(repository, model) for model in models_of(repository)),
         read_champion(repository),
     )
     with ExitStack() as stack:
@@ -64,8 +68,8 @@ def load_served_versions(repository: Path, servers: Sequence[RunningServer], tim
     release = read_champion(repository)
     for server in servers:
         with ModelControl(server, timeout) as control:
-            control.load(STUDENT)
-            control.load(CLASSIFIER)
+            for model in models_of(repository):
+                control.load(model)
             _check_champion(control, release)
 
 
@@ -73,16 +77,16 @@ def _apply(
     repository: Path, release: Release, before: _Policies, final: tuple[int, ...], controls: Sequence[ModelControl]
 ) -> None:
     # First unload versions that are neither the champion nor in `final`, so that at most two releases are loaded.
-    remaining = tuple(sorted({*before.classifier} & {*final, before.champion.version}))
-    if remaining != before.classifier:
-        serve_versions(repository, CLASSIFIER, remaining)
-        _load(controls, CLASSIFIER)
+    remaining = tuple(sorted({*before.images} & {*final, before.champion.version}))
+    if remaining != before.images:
+        serve_versions(repository, before.model, remaining)
+        _load(controls, before.model)
     serve_versions(repository, STUDENT, tuple(sorted({*remaining, *final})))
     _load(controls, STUDENT)
     for control in controls:
         check_student(control.server.url, release, control.timeout)
-    serve_versions(repository, CLASSIFIER, final, release.manifest)
-    _load(controls, CLASSIFIER)
+    serve_versions(repository, before.model, final, release.manifest)
+    _load(controls, before.model)
     for control in controls:
         _check_champion(control, release)
     serve_versions(repository, STUDENT, final)
@@ -99,7 +103,7 @@ def _check_champion(control: ModelControl, release: Release) -> None:
 
 
 def _end_hanging_loads(version: int, before: _Policies, controls: Sequence[ModelControl]) -> None:
-    for model, served in ((STUDENT, before.student), (CLASSIFIER, before.classifier)):
+    for model, served in ((STUDENT, before.student), (before.model, before.images)):
         for control in controls:
             if version not in served:
                 with suppress(ServingError):  # the server does not answer: restore the others anyway
@@ -108,12 +112,12 @@ def _end_hanging_loads(version: int, before: _Policies, controls: Sequence[Model
 
 def _restore(repository: Path, before: _Policies, controls: Sequence[ModelControl]) -> None:
     """Restore policies and loaded versions; a server that fails keeps its champion, which was never unloaded."""
-    serve_versions(repository, STUDENT, tuple(sorted({*before.student, *before.classifier})))
-    serve_versions(repository, CLASSIFIER, before.classifier, before.champion.manifest)
+    serve_versions(repository, STUDENT, tuple(sorted({*before.student, *before.images})))
+    serve_versions(repository, before.model, before.images, before.champion.manifest)
     for control in controls:
         with suppress(ServingError):
-            control.load(STUDENT)
-            control.load(CLASSIFIER)
+            for model in (STUDENT, before.model):
+                control.load(model)
 
 
 def _load(controls: Sequence[ModelControl], model: str) -> None:

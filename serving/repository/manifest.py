@@ -18,6 +18,7 @@ from models.prior import Floats, adjust_logits, calibrate_logits, softmax
 from models.taxonomy import Taxonomy
 from serving.shared.atomic import sha256_of as sha256_of
 from serving.shared.errors import ServingError
+from serving.shared.names import CLASSIFIER, SEGMENTER
 from serving.shared.terminal import counted
 
 MANIFEST_NAME = "manifest.json"
@@ -207,8 +208,15 @@ class Manifest(BaseModel):
     limits: Limits = Limits()
     segmentation: SegmentationFormat | None = None
 
+    @property
+    def image_model(self) -> str:
+        """The model of this release that takes encoded images."""
+        return SEGMENTER if self.segmentation else CLASSIFIER
+
     def balanced_metric(self, name: str) -> float | None:
-        """A test metric for the balanced prior, such as `all` or `nll`; None if the release has none."""
+        """A test metric for the balanced prior, such as `nll`, or None; of task segmentation mIoUs for accuracies."""
+        if self.segmentation:
+            name = {"balanced_accuracy": "miou"}.get(name, f"miou_{name}")
         balanced = self.metrics.get("balanced")
         value = balanced.get(name) if isinstance(balanced, dict) else None
         return value if isinstance(value, float) else None

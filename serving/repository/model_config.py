@@ -35,6 +35,7 @@ EXTRA_OUTPUTS = {
     "node": DataType.TYPE_STRING, "node_probability": DataType.TYPE_FP32,
     "nearest": DataType.TYPE_STRING, "nearest_class": DataType.TYPE_STRING, "nearest_cosine": DataType.TYPE_FP32,
     "nearest_image": DataType.TYPE_STRING, "activation_map": DataType.TYPE_FP32,
+    "activation_crop": DataType.TYPE_FP32,
 }  # fmt: skip
 # Outputs whose size differs between requests; all others have one value a row.
 EXTRA_DIMS = {
@@ -124,7 +125,7 @@ def student_local_config(manifest: Manifest, placement: Placement) -> ModelConfi
 
 
 def classifier_local_config(manifest: Manifest, placement: Placement) -> ModelConfig:
-    """Config of `classifier` for the local server; with own_network it runs the graph itself, on the CPU."""
+    """Config of `classifier` or `segmenter` for the local server; with own_network it runs the graph itself, on the CPU."""
     config = classifier_config(manifest)
     if placement.own_network:
         config.instance_group[0].count = max(CLASSIFIER_INSTANCES, placement.instances or 1)
@@ -135,12 +136,12 @@ def classifier_local_config(manifest: Manifest, placement: Placement) -> ModelCo
 
 
 def classifier_config(manifest: Manifest) -> ModelConfig:
-    """Config of `classifier`: encoded images in, the best classes out; always the python backend.
+    """Config of `classifier` or `segmenter`: encoded images in, classes out; always the python backend.
 
     The parameter `default_strength` is the value of an absent `strength`. A client can read it and always send a
     strength: Triton does not put requests with and without an optional input into one batch.
     """
-    config = _common(CLASSIFIER, manifest)
+    config = _common(manifest.image_model, manifest)
     config.backend = "python"
     config.default_model_filename = "model.py"
     config.input.add(name="image", data_type=DataType.TYPE_STRING, dims=[1])
@@ -184,9 +185,9 @@ def add_extras(config: ModelConfig) -> None:
 
     A response has an output only if it is wanted, so requests of older clients get the outputs that they know.
     """
-    existing = {tensor.name for tensor in (*config.input, *config.output)}
-    if "class_map" in existing:  # a release of task segmentation has no extras
+    if config.name != CLASSIFIER:
         return
+    existing = {tensor.name for tensor in (*config.input, *config.output)}
     for name, data_type in EXTRA_INPUTS.items():
         if name not in existing:
             config.input.add(name=name, data_type=data_type, dims=[1], optional=True)

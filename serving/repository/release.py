@@ -31,7 +31,7 @@ from serving.repository.version_policy import (
 )
 from serving.repository.writer import RUNTIME_FILES
 from serving.shared.errors import RepositoryError
-from serving.shared.names import CLASSIFIER, STUDENT
+from serving.shared.names import CLASSIFIER, SEGMENTER, STUDENT, image_model, models_of
 
 # Releases made by older versions of Tailor do not have these files and do not need them.
 LATER_FILES = {
@@ -40,7 +40,7 @@ LATER_FILES = {
 }
 NEEDED = {
     STUDENT: ("model.onnx", *RUNTIME_FILES[STUDENT], MANIFEST_NAME),
-    CLASSIFIER: (*RUNTIME_FILES[CLASSIFIER], MANIFEST_NAME, GOLDEN_NAME),
+    **{model: (*RUNTIME_FILES[model], MANIFEST_NAME, GOLDEN_NAME) for model in (CLASSIFIER, SEGMENTER)},
 }
 
 
@@ -65,11 +65,12 @@ def find_releases(root: Path, hashes: bool = True) -> list[Release]:
             f"{root}: holds no {STUDENT}/{CONFIG_NAME}, nothing has been promoted yet; run `dvc repro`, then "
             "`tailor promote artifacts/export`, or give --repository"
         )
-    served = served_versions(root, CLASSIFIER)
+    model = image_model(root)
+    served = served_versions(root, model)
     students = served_versions(root, STUDENT)
     if not served or not set(served) <= set(students):
         raise RepositoryError(
-            f"{root}: classifier serves versions {list(served)}, student {list(students)}; "
+            f"{root}: {model} serves versions {list(served)}, student {list(students)}; "
             "expected at least one, and each to have its student; write the repository again"
         )
     if hashes and trusted_keys():
@@ -85,7 +86,7 @@ def read_champion(root: Path) -> Release:
 
 def published_versions(root: Path) -> list[int]:
     """The versions of which both models have all files, ascending, served or not."""
-    common = set(version_folders(root, STUDENT)) & set(version_folders(root, CLASSIFIER))
+    common = set(version_folders(root, STUDENT)) & set(version_folders(root, image_model(root)))
     return sorted(version for version in common if not _missing(root, version))
 
 
@@ -96,11 +97,11 @@ def read_release(root: Path, version: int, hashes: bool = True) -> Release:
     """
     for path in _missing(root, version):
         raise RepositoryError(f"{path}: is missing; write the repository again")
-    student, classifier = root / STUDENT / str(version), root / CLASSIFIER / str(version)
+    student, classifier = (root / model / str(version) for model in models_of(root))
     manifest = read_manifest(classifier)
     if read_manifest(student) != manifest or manifest.version != version:
         raise RepositoryError(
-            f"{student / 'manifest.json'}: is not the manifest of classifier {version}; write it again"
+            f"{student / 'manifest.json'}: is not the manifest of {classifier.parent.name} {version}; write it again"
         )
     files = {STUDENT_NAME: student / "model.onnx", GOLDEN_NAME: classifier / GOLDEN_NAME}
     if manifest.explain:
@@ -119,7 +120,7 @@ def instances(root: Path, model: str) -> int:
 
 
 def _missing(root: Path, version: int) -> list[Path]:
-    paths = [root / model / str(version) / name for model, names in NEEDED.items() for name in names]
+    paths = [root / model / str(version) / name for model in models_of(root) for name in NEEDED[model]]
     return [path for path in paths if path.name not in LATER_FILES and not path.is_file()]
 
 
@@ -138,13 +139,14 @@ class VersionState:
 
 def list_versions(repository: Path) -> list[VersionState]:
     """The published versions with states, oldest first. Raises RepositoryError or ManifestError naming the file."""
-    champion, served = read_champion(repository).version, served_versions(repository, CLASSIFIER)
+    champion, model = read_champion(repository).version, image_model(repository)
+    served = served_versions(repository, model)
     return [
         VersionState(
             version,
             "champion" if version == champion else "served" if version in served else "kept",
             read_release(repository, version, hashes=False),
-            (repository / CLASSIFIER / str(version)).stat().st_mtime,
+            (repository / model / str(version)).stat().st_mtime,
         )
         for version in published_versions(repository)
     ]

@@ -14,7 +14,7 @@ from pathlib import Path
 from serving.repository.promotion_log import ever_champion
 from serving.repository.version_policy import present_versions, served_versions
 from serving.shared.errors import ServingError
-from serving.shared.names import CLASSIFIER, STUDENT
+from serving.shared.names import image_model, models_of
 
 # Hidden folders of versions that were being written or replaced (serving.shared.atomic) or removed (`_remove`).
 LEFTOVER = re.compile(r"\.\d+\.(partial|old|removed)")
@@ -26,7 +26,7 @@ def prune(repository: Path, keep: int) -> tuple[int, ...]:
     Versions older than the champion that were never champion, for example after a killed promotion, are deleted first.
     A version newer than the champion that was never champion may still be promoted: it is neither counted nor deleted.
     """
-    served, tried = served_versions(repository, CLASSIFIER), ever_champion(repository)
+    served, tried = served_versions(repository, image_model(repository)), ever_champion(repository)
     present = [v for v in present_versions(repository) if v < served[-1] or v in {*served, *tried}]
     others = [version for version in present if version not in served]
     if tried:  # empty where no promotion was recorded
@@ -39,7 +39,7 @@ def prune(repository: Path, keep: int) -> tuple[int, ...]:
 
 def withdraw(repository: Path, version: int) -> None:
     """Remove a published version unless a config lists it. Raises RepositoryError when a config cannot be read."""
-    if version not in {*served_versions(repository, CLASSIFIER), *served_versions(repository, STUDENT)}:
+    if all(version not in served_versions(repository, model) for model in models_of(repository)):
         _remove(repository, version)
 
 
@@ -60,7 +60,7 @@ def leftovers(repository: Path) -> list[Path]:
     """The hidden folders of half-written or half-removed versions that killed runs left."""
     return [
         path
-        for model in (STUDENT, CLASSIFIER)
+        for model in models_of(repository)
         for path in sorted((repository / model).glob(".*"))
         if LEFTOVER.fullmatch(path.name) and path.is_dir()
     ]
@@ -74,7 +74,7 @@ def remove_leftovers(repository: Path) -> None:
 
 def _remove(repository: Path, version: int) -> None:
     """Delete a version; each of its folders is first renamed to a hidden name, so that no partial folder is visible."""
-    for model in (CLASSIFIER, STUDENT):
+    for model in reversed(models_of(repository)):
         folder = repository / model / str(version)
         hidden = folder.with_name(f".{version}.removed")
         if folder.is_dir():

@@ -36,7 +36,7 @@ from serving.repository.signing_keys import PublicKey
 from serving.repository.version_policy import CONFIG_NAME, config_paths, read_config
 from serving.repository.writer import labels_text
 from serving.shared.atomic import write_file
-from serving.shared.names import CLASSIFIER, LABELS_NAME, STUDENT
+from serving.shared.names import LABELS_NAME, STUDENT, image_model, models_of
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -56,7 +56,7 @@ def verify_version(root: Path, version: int, trusted: Sequence[PublicKey]) -> Pu
     Raises SignatureError, ManifestError or RepositoryError naming the file: it is not signed by a trusted key, a file
     differs from the signed manifest, or a file is not in it.
     """
-    classifier = root / CLASSIFIER / str(version)
+    classifier = root / image_model(root) / str(version)
     key = verify_manifest(classifier, trusted, published=True)
     check_contents(root, version, read_manifest(classifier))
     return key
@@ -65,9 +65,11 @@ def verify_version(root: Path, version: int, trusted: Sequence[PublicKey]) -> Pu
 def check_contents(root: Path, version: int, manifest: Manifest) -> None:
     """Compare a version's files, and the models' configs and labels, with its manifest. Raises as verify_version does."""
     path = root / STUDENT / str(version) / MANIFEST_NAME
-    if path.read_bytes() != (root / CLASSIFIER / str(version) / MANIFEST_NAME).read_bytes():
-        raise SignatureError(f"{path}: differs from the manifest of {CLASSIFIER} {version}; copy the release again")
-    for model in (STUDENT, CLASSIFIER):
+    if path.read_bytes() != (root / image_model(root) / str(version) / MANIFEST_NAME).read_bytes():
+        raise SignatureError(
+            f"{path}: differs from the manifest of {image_model(root)} {version}; copy the release again"
+        )
+    for model in models_of(root):
         _check_folder(root / model / str(version), model, manifest)
         for entry in sorted((root / model).iterdir()):
             known = entry.name in (CONFIG_NAME, "configs", LABELS_NAME) or VERSION_FOLDER.fullmatch(entry.name)
@@ -87,7 +89,7 @@ def sign_export(folder: Path, key: Ed25519PrivateKey) -> None:
 
 def sign_version(root: Path, version: int, key: Ed25519PrivateKey) -> None:
     """Sign a published version after checking its contents. The caller holds the lock. Raises as check_contents does."""
-    folder = root / CLASSIFIER / str(version)
+    folder = root / image_model(root) / str(version)
     check_contents(root, version, read_manifest(folder))
     write_file(folder / SIGNATURE_NAME, sign_manifest(folder, key).text())
 
@@ -108,9 +110,9 @@ def _check_folder(folder: Path, model: str, manifest: Manifest) -> None:
         for name, value in manifest.runtime.items()
         if name.startswith(f"{model}/")
     }
-    data = {STUDENT: ("model.onnx", STUDENT_NAME), CLASSIFIER: (GOLDEN_NAME, GOLDEN_NAME)}[model]
+    data = ("model.onnx", STUDENT_NAME) if model == STUDENT else (GOLDEN_NAME, GOLDEN_NAME)
     expected[data[0]] = manifest.files[data[1]]
-    if model == CLASSIFIER and manifest.explain:
+    if model != STUDENT and manifest.explain:
         expected[EXPLAIN_NAME] = manifest.files[EXPLAIN_NAME]
     for name, value in expected.items():
         check_file(folder / name, value)
@@ -129,7 +131,7 @@ def _check_configs(root: Path, manifest: Manifest) -> None:
     container = [student_config(manifest, Placement("gpu", tensorrt=precision)) for precision in (None, "fp32", "fp16")]
     local = [student_local_config(manifest, Placement())]
     classifier = [classifier_config(manifest), classifier_local_config(manifest, Placement())]
-    for model, allowed in ((STUDENT, [container, local]), (CLASSIFIER, [classifier, classifier])):
+    for model, allowed in ((STUDENT, [container, local]), (image_model(root), [classifier, classifier])):
         for path, configs in zip(config_paths(root, model), allowed, strict=False):
             actual = _fixed(read_config(path))
             if not any(actual == _fixed(config) for config in configs):
@@ -153,6 +155,5 @@ def _fixed(config: ModelConfig) -> ModelConfig:
         fixed.ClearField(field)
     for name in FREE_PARAMETERS:
         fixed.parameters.pop(name, None)
-    if fixed.name == CLASSIFIER:  # an older Tailor wrote the config
-        add_extras(fixed)
+    add_extras(fixed)  # an older Tailor wrote the config
     return fixed

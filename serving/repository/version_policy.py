@@ -1,8 +1,8 @@
 """Read and write the version policy in a model's config files: which versions a server loads.
 
 Triton serves a request without a version from the highest loaded version. So the policy lists single versions
-(`specific`). The highest version that `classifier` lists is the champion. A version that was only published is not
-listed, so a restart does not load it.
+(`specific`). The highest version that `classifier`, or `segmenter`, lists is the champion. A version that was only
+published is not listed, so a restart does not load it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from serving.repository.manifest import Manifest
 from serving.repository.model_config import add_extras, default_outputs, set_defaults, to_text
 from serving.shared.atomic import write_file
 from serving.shared.errors import RepositoryError
-from serving.shared.names import CLASSIFIER, LOCAL_CONFIG, STUDENT
+from serving.shared.names import LOCAL_CONFIG, STUDENT, image_model, models_of
 
 CONFIG_NAME = "config.pbtxt"
 STEP_NS = 1_000_000  # 1 ms: stays different on file systems that round times
@@ -54,7 +54,7 @@ def listed_versions(root: Path) -> set[int]:
     A server reads one config file of each model and loads what that one lists, so a check of signatures covers all of
     these. Raises RepositoryError naming the file.
     """
-    return set().union(*(versions for model in (STUDENT, CLASSIFIER) for versions in _version_lists(root, model)))
+    return set().union(*(versions for model in models_of(root) for versions in _version_lists(root, model)))
 
 
 def _version_lists(root: Path, model: str) -> list[set[int]]:
@@ -83,8 +83,7 @@ def serve_versions(root: Path, model: str, versions: tuple[int, ...], defaults: 
         before = config.SerializeToString(deterministic=True)
         config.version_policy.specific.SetInParent()
         config.version_policy.specific.versions[:] = versions
-        if model == CLASSIFIER:
-            add_extras(config)
+        add_extras(config)
         if defaults is not None:
             set_defaults(config, defaults.strength, default_outputs(defaults))
         if config.SerializeToString(deterministic=True) != before:
@@ -115,10 +114,10 @@ def version_folders(root: Path, model: str) -> list[int]:
 
 def present_versions(root: Path) -> list[int]:
     """The versions of which at least one of the two models has a folder, ascending."""
-    return sorted({*version_folders(root, STUDENT), *version_folders(root, CLASSIFIER)})
+    return sorted({version for model in models_of(root) for version in version_folders(root, model)})
 
 
 def version_before(root: Path) -> int | None:
     """The previous champion if it is still loaded; None after the first promotion and after a rollback."""
-    served = served_versions(root, CLASSIFIER)
+    served = served_versions(root, image_model(root))
     return served[-2] if len(served) > 1 else None

@@ -37,7 +37,7 @@ from serving.repository.signing_keys import trusted_keys
 from serving.repository.version_policy import CONFIG_NAME, present_versions, read_config
 from serving.shared.atomic import sha256_of, whole_folder, write_file
 from serving.shared.errors import RepositoryError
-from serving.shared.names import CLASSIFIER, LABELS_NAME, LOCAL_CONFIG, STUDENT
+from serving.shared.names import CLASSIFIER, LABELS_NAME, LOCAL_CONFIG, SEGMENTER, STUDENT, image_model, models_of
 
 # By model, the files that run inside Triton: name in a version folder -> source file that is copied.
 TRITON = Path(__file__).parents[1] / "triton"
@@ -57,19 +57,17 @@ RUNTIME_FILES = {
         },
     },
 }
+RUNTIME_FILES[SEGMENTER] = {**RUNTIME_FILES[CLASSIFIER], "segmenter.py": TRITON / "segmenter.py"}
 
 
-def runtime_files(segmentation: bool = False) -> dict[str, dict[str, Path]]:
-    """RUNTIME_FILES of a release; with the file that only a release of task segmentation has."""
-    if not segmentation:
-        return RUNTIME_FILES
-    return {**RUNTIME_FILES, CLASSIFIER: {**RUNTIME_FILES[CLASSIFIER], "segmenter.py": TRITON / "segmenter.py"}}
+def runtime_sha256(model: str = CLASSIFIER) -> dict[str, str]:
+    """The sha256 of each file that runs inside Triton, by model/name, for the key `runtime` of a manifest.
 
-
-def runtime_sha256(segmentation: bool = False) -> dict[str, str]:
-    """The sha256 of each file that runs inside Triton, by model/name, for the key `runtime` of a manifest."""
-    by_model = runtime_files(segmentation)
-    return {f"{model}/{name}": sha256_of(path) for model, files in by_model.items() for name, path in files.items()}
+    model: the model of the release that takes encoded images.
+    """
+    return {
+        f"{each}/{name}": sha256_of(path) for each in (STUDENT, model) for name, path in RUNTIME_FILES[each].items()
+    }
 
 
 def write_repository(
@@ -90,7 +88,7 @@ def write_repository(
     root = Path(os.path.abspath(root))  # noqa: PTH100 (does not resolve a link given as root)
     _check_replaceable(root)
     with whole_folder(root) as partial:
-        student, classifier = partial / STUDENT, partial / CLASSIFIER
+        student, classifier = partial / STUDENT, partial / manifest.image_model
         version = str(manifest.version)
         for folder in (student / "configs", student / version, classifier / "configs", classifier / version):
             folder.mkdir(parents=True)
@@ -120,13 +118,13 @@ def publish(export_dir: Path, root: Path, evidence: Path | None = None) -> int:
     present = present_versions(root)
     for version in present:
         if _same_release(root, version, manifest):
-            _copy_signature(export_dir, root / CLASSIFIER / str(version))
+            _copy_signature(export_dir, root / manifest.image_model / str(version))
             return version
     numbered = manifest.model_copy(update={"version": max(present, default=0) + 1})
     version = str(numbered.version)
     with whole_folder(root / STUDENT / version) as folder:
         _write_student(folder, export_dir, numbered)
-    with whole_folder(root / CLASSIFIER / version) as folder:
+    with whole_folder(root / manifest.image_model / version) as folder:
         _write_classifier(folder, export_dir, numbered, evidence)
     return numbered.version
 
@@ -174,7 +172,7 @@ def _write_runtime(folder: Path, model: str, export_dir: Path, manifest: Manifes
 
     The manifest keeps the text of the export's, except for the version number, so that its signature stays valid.
     """
-    for name, source in runtime_files(manifest.segmentation is not None)[model].items():
+    for name, source in RUNTIME_FILES[model].items():
         shutil.copyfile(source, folder / name)
     path = export_dir / MANIFEST_NAME
     (folder / MANIFEST_NAME).write_bytes(renumbered(path.read_bytes(), manifest.version))
@@ -195,7 +193,7 @@ def _write_student(folder: Path, export_dir: Path, manifest: Manifest) -> None:
 def _write_classifier(folder: Path, export_dir: Path, manifest: Manifest, evidence: Path | None) -> None:
     for path in sorted(evidence.iterdir()) if evidence else []:
         shutil.copyfile(path, folder / path.name)  # first, so that no evidence file replaces a file of the model
-    _write_runtime(folder, CLASSIFIER, export_dir, manifest)
+    _write_runtime(folder, manifest.image_model, export_dir, manifest)
     _copy_signature(export_dir, folder)
     shutil.copyfile(export_dir / GOLDEN_NAME, folder / GOLDEN_NAME)
     check_file(folder / GOLDEN_NAME, manifest.files[GOLDEN_NAME])
@@ -214,19 +212,23 @@ def _same_release(root: Path, version: int, manifest: Manifest) -> bool:
     expected = manifest.model_copy(update={"version": version})
     try:
         # Compare parsed manifests, because older versions of Tailor wrote fewer keys.
-        return all(read_manifest(root / model / str(version)) == expected for model in (STUDENT, CLASSIFIER))
+        return all(read_manifest(root / model / str(version)) == expected for model in models_of(root))
     except ManifestError:
         return False
 
 
 def _check_same_signature(manifest: Manifest, export_dir: Path, root: Path) -> None:
     hint = "write a repository of its own with `tailor repository --output` and serve that"
+    if manifest.image_model != image_model(root):
+        raise RepositoryError(
+            f"{export_dir}: is a release of `{manifest.image_model}`, but {root} holds `{image_model(root)}`; {hint}"
+        )
     labels = root / STUDENT / LABELS_NAME
     if not labels.is_file():
         raise RepositoryError(f"{labels}: is missing; write the repository again")
     if labels.read_text(encoding="utf-8") != labels_text(manifest):
         raise RepositoryError(f"{export_dir}: has other classes than {labels}; {hint}")
-    expected = {STUDENT: student_config(manifest, Placement()), CLASSIFIER: classifier_config(manifest)}
+    expected = {STUDENT: student_config(manifest, Placement()), manifest.image_model: classifier_config(manifest)}
     for model, config in expected.items():
         path = root / model / CONFIG_NAME
         existing = read_config(path)

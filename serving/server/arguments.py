@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from serving.server.installation import Installation
 from serving.server.local_tree import TREE
 from serving.shared.errors import InputError
-from serving.shared.names import ADMIN_HEADER, ADMIN_KEY_VARIABLE, CLASSIFIER, LOCAL_CONFIG, STUDENT
+from serving.shared.names import ADMIN_HEADER, ADMIN_KEY_VARIABLE, LOCAL_CONFIG, models_of
 from serving.triton import logit_log
 
 # Endpoints that need the admin key. A caller that may load a model can run code in the server; the other endpoints read
@@ -47,8 +47,7 @@ def triton_arguments(
         f"--backend-config=python,stub-timeout-seconds={STUB_START_TIMEOUT}",
         f"--model-config-name={LOCAL_CONFIG}",
         "--model-control-mode=explicit",
-        f"--load-model={STUDENT}",
-        f"--load-model={CLASSIFIER}",
+        *(f"--load-model={model}" for model in models_of(runtime / TREE)),
         # The configs are complete; completing them would start one more inference process per model.
         "--disable-auto-complete-config",
         # Without this a failed load of a new version makes the server not ready, although the old version serves.
@@ -142,22 +141,41 @@ def logit_log_environment(folder: Path, share: float = 0.01, limit: str | int = 
     """
     if not 0 < share <= 1:
         raise InputError(f"share of logged images is {share:g}; expected a number above 0, at most 1")
-    size = limit if isinstance(limit, int) else parse_size(limit)
-    if size < logit_log.SMALLEST_LIMIT:
-        raise InputError(f"limit of the logged logits is {limit}; expected at least 1MiB")
+    size = _limit(limit, "the logged logits")
     if importlib.util.find_spec("pyarrow") is None:
         raise InputError("logging logits needs pyarrow, which is missing; pip install pyarrow")
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o750)
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}; give a folder for the logged logits") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: is not writable; give a folder for the logged logits")
+    _make_folder(folder, "the logged logits")
     return {
         logit_log.FOLDER_VARIABLE: str(folder.absolute()),
         logit_log.SHARE_VARIABLE: repr(share),
         logit_log.LIMIT_VARIABLE: str(size),
     }
+
+
+def unknown_images_environment(folder: Path, limit: str | int = "256MiB") -> dict[str, str]:
+    """Environment variables that make `classifier` keep images whose answer is `unknown`; creates the folder.
+
+    limit: bytes of all kept images, as in `logit_log_environment`. Raises InputError naming the argument or the folder.
+    """
+    size = _limit(limit, "the unknown images")
+    _make_folder(folder, "the unknown images")
+    return {logit_log.UNKNOWN_VARIABLE: str(folder.absolute()), logit_log.UNKNOWN_LIMIT_VARIABLE: str(size)}
+
+
+def _limit(limit: str | int, what: str) -> int:
+    size = limit if isinstance(limit, int) else parse_size(limit)
+    if size < logit_log.SMALLEST_LIMIT:
+        raise InputError(f"limit of {what} is {limit}; expected at least 1MiB")
+    return size
+
+
+def _make_folder(folder: Path, what: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o750)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}; give a folder for {what}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: is not writable; give a folder for {what}")
 
 
 def parse_size(text: str) -> int:

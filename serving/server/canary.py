@@ -16,7 +16,7 @@ from serving.golden.requests import check_golden, check_student
 from serving.server.leftovers import inference_processes
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
-from serving.shared.names import CLASSIFIER, STUDENT
+from serving.shared.names import STUDENT, models_of
 from serving.transport.failures import DeadlineExceeded, RequestRejected
 
 # An inference process that uses less than this share of a core is idle. Its threads wake once a second, which takes up
@@ -36,7 +36,7 @@ class ProcessHangs(ServingError):
 
     def __init__(self, message: str, *models: str) -> None:
         super().__init__(message)
-        self.models = list(models or (STUDENT, CLASSIFIER))
+        self.models = list(models)
 
 
 class ServerOverloaded(ServingError):
@@ -76,7 +76,10 @@ class GoldenRequestCheck:
     def _requests(self, client: Client) -> list[tuple[str, int, Callable[[], None]]]:
         releases, url = self.server.releases, self.server.http_url
         return [
-            *((CLASSIFIER, release.version, partial(check_golden, client, release)) for release in releases),
+            *(
+                (release.manifest.image_model, release.version, partial(check_golden, client, release))
+                for release in releases
+            ),
             *((STUDENT, release.version, partial(check_student, url, release, self.timeout)) for release in releases),
         ]
 
@@ -98,7 +101,8 @@ class GoldenRequestCheck:
             now, seconds = self._cpu_seconds(model, version), time.monotonic() - began
             used = [now[pid] - before for pid, before in cpu_before.items() if pid in now]
             if any(cpu < max(IDLE_SHARE * seconds, TICKS) for cpu in used):
-                raise ProcessHangs(f"{error}, although an inference process was idle") from error
+                models = models_of(self.server.repository)
+                raise ProcessHangs(f"{error}, although an inference process was idle", *models) from error
             others = self._answered(model, version) - answered
             if used and others > 0:
                 raise ServerOverloaded(

@@ -14,7 +14,7 @@ from pathlib import Path
 from serving.repository.version_policy import CONFIG_NAME
 from serving.server.leftovers import runtime_folders
 from serving.shared.errors import ServingError
-from serving.shared.names import CLASSIFIER, LOCAL_CONFIG, STUDENT
+from serving.shared.names import LOCAL_CONFIG, models_of
 from serving.triton import live_prior
 
 TREE = "repository"
@@ -29,7 +29,7 @@ def link_tree(repository: Path, runtime: Path) -> Path:
     if tree.is_symlink():  # made by an older release of Tailor
         return tree
     try:
-        for model in (STUDENT, CLASSIFIER):
+        for model in models_of(repository):
             (tree / model).mkdir(parents=True, exist_ok=True)
             present = _names(tree / model)
             _link(repository.absolute() / model, tree / model, present, _visible_names(repository / model))
@@ -37,7 +37,7 @@ def link_tree(repository: Path, runtime: Path) -> Path:
         # link in the tree Triton lists no model.
         present = _names(tree)
         prior = {live_prior.NAME} if (repository / live_prior.NAME).is_file() else set()
-        _link(repository.absolute(), tree, present, {STUDENT, CLASSIFIER, *prior})
+        _link(repository.absolute(), tree, present, {*models_of(repository), *prior})
     except OSError as error:
         raise ServingError(f"{error.filename}: {error.strerror}; check the repository {repository}") from error
     return tree

@@ -25,7 +25,7 @@ from serving.server.local_tree import refresh_trees
 from serving.server.model_control import ModelControl
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
-from serving.shared.names import CLASSIFIER, STUDENT
+from serving.shared.names import image_model, models_of
 from serving.shared.terminal import counted
 
 
@@ -122,11 +122,11 @@ class Supervisor:
         root = self.server.repository
         self._expected = {
             (model, version): instances(root, model)
-            for model in (STUDENT, CLASSIFIER)
+            for model in models_of(root)
             for version in served_versions(root, model)
         }
         versions = tuple(release.version for release in self.server.releases)
-        if versions != served_versions(root, CLASSIFIER):
+        if versions != served_versions(root, image_model(root)):
             self.server.releases = find_releases(root, hashes=False)
 
     def _count_missing(self) -> dict[tuple[str, int], int]:
@@ -151,7 +151,7 @@ class Supervisor:
                 self.report(f"{error}; the golden requests are sent once more")
             else:
                 self._failures = 0
-                models = error.models if isinstance(error, ProcessHangs) else [STUDENT, CLASSIFIER]
+                models = error.models if isinstance(error, ProcessHangs) else list(models_of(self.server.repository))
                 self._repair(str(error), models, stopping)
         self._last_golden_requests = time.monotonic()
 

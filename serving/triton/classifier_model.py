@@ -1,4 +1,4 @@
-"""`classifier` for Triton's python backend: encoded images in, the best classes for the requested target prior out.
+"""`classifier` and `segmenter` for Triton's python backend: encoded images in, classes for the requested target prior out.
 
 Runs in an inference process (Triton's stub) with numpy and Pillow and with the files beside it: prior.py,
 preprocess.py, decisions.py and taxonomy.py (copies of the modules of training), request_parser.py, extras.py, explain.py,
@@ -62,9 +62,11 @@ class TritonPythonModel:
         self.metrics = sibling("metrics").Metrics(self.version, manifest["classes"], groups, ranks)
         count_lost = partial(self.metrics.count, "tailor_access_log_lost_total")
         self.access_log = sibling("access_log").open_access_log(args, count_lost)
-        self.logit_log = None
+        self.logit_log = self.unknown_images = None
         if not canvas:
-            self.logit_log = sibling("logit_log").open_logit_log(args, manifest, self.parser.read_images, self.metrics)
+            logs = sibling("logit_log")
+            self.logit_log = logs.open_logit_log(args, manifest, self.parser.read_images, self.metrics)
+            self.unknown_images = logs.open_unknown_images(args, self.metrics)
         start = sibling("start")
         start.decode_each_format(preprocess, self.parser.size, self.parser.resize_to)
         start.apply_priority()
@@ -108,6 +110,8 @@ class TritonPythonModel:
         """Close the logs and pass the last counts to Triton."""
         if self.logit_log:
             self.logit_log.close()
+        if self.unknown_images:
+            self.unknown_images.close()
         self.metrics.close()
         if self.access_log:
             self.access_log.close()
@@ -120,7 +124,8 @@ class TritonPythonModel:
             self.logit_log.offer(images, logits)
         calibrated = self.prior.calibrate_logits(logits, self.temperature)
         adjusted = self.adjusted_logits(calibrated, parsed)
-        best = np.argsort(-adjusted, axis=-1, kind="stable")[:, : self.top_k]
+        order = np.argsort(-adjusted, axis=-1, kind="stable")
+        best = order[:, : self.top_k]
         every = self.prior.softmax(adjusted)
         probability = np.take_along_axis(every, best, axis=-1)
         outputs = {
@@ -129,20 +134,23 @@ class TritonPythonModel:
             "probability": probability.astype(np.float32),
         }
         responses, priors, start = [], Counter(), 0
-        for request in parsed:
+        further = self.extras.outputs(parsed, calibrated, every, order)
+        for request, extra in zip(parsed, further, strict=True):
             end = start + len(request.images)
-            arrays = {name: values[start:end] for name, values in outputs.items()}
-            if request.extras is not None:
-                arrays |= self.extras.outputs(request, calibrated[start:end], every[start:end])
-                if "unknown" in arrays:
-                    self.metrics.count_unknown(arrays["unknown"])
-                if request.extras.explain is not None:
-                    arrays |= self.explained(request, best[start:end, 0])
+            arrays = {name: values[start:end] for name, values in outputs.items()} | extra
+            if request.extras is not None and request.extras.explain is not None:
+                arrays |= self.explained(request, best[start:end, 0])
             tensors = [pb_utils.Tensor(name, values) for name, values in arrays.items()]
             responses.append(pb_utils.InferenceResponse(tensors))
             priors.update(request.priors)
             start = end
         self.metrics.count_images(priors, best[:, 0], probability[:, 0])
+        if unknown := [extra["unknown"] for extra in further if "unknown" in extra]:
+            self.metrics.count_unknown(np.concatenate(unknown))
+            if self.unknown_images:
+                for request, extra in zip(parsed, further, strict=True):
+                    if "unknown" in extra and extra["unknown"].any():
+                        self.unknown_images.offer(self.parser.image_files(request, extra["unknown"][:, 0]))
         return responses
 
     def explained(self, request, best):

@@ -46,13 +46,18 @@ def open_explanations(folder, manifest, names):
         raise pb_utils.TritonModelException(
             f"{path}: is the feature index of graph {graph[:12]}..., this version has {served[:12]}...; export again"
         )
-    return Explanations(arrays, names)
+    return Explanations(arrays, names, manifest["image"]["size"] / manifest["image"]["resize_to"])
 
 
 class Explanations:
-    """Nearest images and maps of one release. arrays: of explain.npz, by name. names: of the classes, bytes by index."""
+    """Nearest images and maps of one release.
 
-    def __init__(self, arrays, names):
+    arrays: of explain.npz, by name. names: of the classes, bytes by index. crop: side of the network's centre crop, as a share
+    of the shorter side of an image.
+    """
+
+    def __init__(self, arrays, names, crop):
+        self.crop = np.float32(crop)
         self.rows, self.matrix, self.names = arrays["rows"], arrays.get("matrix"), names
         self.row_names = texts_of(arrays, "names")
         self.row_classes = names[arrays["row_class"]]
@@ -69,6 +74,7 @@ class Explanations:
             arrays |= self.nearest(np.asarray(wanted), network[0])
         if self.matrix is not None:
             arrays["activation_map"] = self.maps(network[1], best)
+            arrays["activation_crop"] = np.full((len(best), 1), self.crop)
         return arrays
 
     def nearest(self, wanted, features):

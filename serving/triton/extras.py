@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 COSTS_BYTES = 16 * 1024 * 1024  # of the text of one cost matrix
-CACHED = 256  # thresholds that are kept, one for each coverage and prior
+CACHED = 256  # thresholds that are kept, one for each coverage and prior, and texts of costs
+CACHED_TEXT = 64 * 1024  # bytes of the longest text of costs that is kept
 
 
 class Wanted(NamedTuple):
@@ -47,7 +48,7 @@ class Extras:
         self.coverage, self.ask = (sets or {}).get("coverage"), defaults.get("ask")
         costs = defaults.get("costs")
         self.costs = None if costs is None else decisions.check_costs(costs, len(names))
-        self.cache = {}
+        self.cache, self.costs_cache = {}, {}
         tree = manifest.get("taxonomy")
         self.taxonomy = taxonomy.Taxonomy(tree["names"], tree["parents"], len(names)) if tree else None
         self.level = (tree or {}).get("level")
@@ -62,8 +63,7 @@ class Extras:
         elif self.coverage is not None:
             coverage = [self.coverage] * rows
         if costs is not None:
-            parsed = {text: self.read_costs(text) for text in dict.fromkeys(costs[:, 0])}
-            costs = [parsed[text] for text in costs[:, 0]]
+            costs = [self.cached_costs(text) for text in costs[:, 0]]
         elif self.costs is not None:
             costs = [self.costs] * rows
         if ask is not None:
@@ -102,6 +102,16 @@ class Extras:
                 f"{number:g} needs {self.decisions.images_needed(number)}",
             )
         return number
+
+    def cached_costs(self, text):
+        """Costs as `read_costs`; a caller usually sends the same text with each request."""
+        if len(text) > CACHED_TEXT:
+            return self.read_costs(text)
+        if text not in self.costs_cache:
+            if len(self.costs_cache) >= CACHED:
+                self.costs_cache.clear()
+            self.costs_cache[text] = self.read_costs(text)
+        return self.costs_cache[text]
 
     def read_costs(self, text):
         """Costs [C] or [C,C] from a row of the input `costs`, a JSON list. Raises BadRequest."""
@@ -160,66 +170,93 @@ class Extras:
         """A BadRequest to raise."""
         return self.parser.BadRequest(reason, message)
 
-    def outputs(self, parsed, logits, probability):
-        """The output arrays by name, a row for each image of one parsed request.
+    def outputs(self, requests, logits, probability, order):
+        """The output arrays by name of each request of a batch, in order; each part is computed once for all its rows.
 
-        logits: calibrated and balanced, [n,C]. probability: under the prior of the request, [n,C].
+        requests: parsed. logits: calibrated and balanced, [n,C], the rows of all requests. probability: under the prior of
+        each row, [n,C]. order: of the classes by probability, [n,C].
         """
-        wanted, arrays = parsed.extras, {}
-        if wanted.coverage is not None:
-            log_prior = self.prior.adjust_logits(np.zeros(logits.shape), parsed.log_prior, parsed.strength)
-            arrays |= self.sets(wanted.coverage, logits, self.prior.softmax(log_prior), probability)
-        if wanted.costs is not None or wanted.ask is not None:
-            arrays |= self.decision(wanted, probability)
-        if wanted.false_alarms is not None:
-            arrays |= self.unknown(wanted.false_alarms, logits)
-        if wanted.level is not None:
-            arrays |= self.nodes(wanted.level, probability)
-        return arrays
+        outputs = [{} for _ in requests]
+        if all(request.extras is None for request in requests):
+            return outputs
+        ends = np.cumsum([len(request.images) for request in requests])
+        for wants, compute in (
+            (lambda extras: extras.coverage is not None, self.sets),
+            (lambda extras: extras.costs is not None or extras.ask is not None, self.decision),
+            (lambda extras: extras.false_alarms is not None, self.unknown),
+            (lambda extras: extras.level is not None, self.nodes),
+        ):
+            members = [i for i, request in enumerate(requests) if request.extras is not None and wants(request.extras)]
+            if not members:
+                continue
+            counts = [len(requests[i].images) for i in members]
+            rows = slice(None)
+            if len(members) < len(requests):
+                rows = np.concatenate([np.arange(ends[i] - n, ends[i]) for i, n in zip(members, counts, strict=True)])
+            arrays = compute([requests[i] for i in members], logits[rows], probability[rows], order[rows])
+            start = 0
+            for i, count in zip(members, counts, strict=True):
+                outputs[i] |= {name: values[start : start + count] for name, values in arrays.items()}
+                start += count
+        for arrays in outputs:
+            if "set" in arrays:  # no wider than the largest set of the request
+                arrays["set"] = np.ascontiguousarray(arrays["set"][:, : arrays["set_size"].max()])
+        return outputs
 
-    def nodes(self, level, probability):
+    def nodes(self, requests, _logits, probability, _order):
         """`node`: name of the deepest node that reaches the level, empty for none; and its `node_probability`."""
-        answers = self.taxonomy.answers(probability, np.array(level))
+        answers = self.taxonomy.answers(probability, np.array(values_of(requests, "level")))
         names = [self.taxonomy.names[answer.node].encode() if answer.node >= 0 else b"" for answer in answers]
         sums = np.array([answer.probability for answer in answers], dtype=np.float32)
         return {"node": np.array(names, dtype=np.object_)[:, None], "node_probability": sums[:, None]}
 
-    def sets(self, coverage, logits, priors, probability):
-        """`set`: class names, most probable first, filled up with empty texts; `set_size`: their number. priors: [n,C]."""
-        thresholds = np.stack([self.threshold(c, prior) for c, prior in zip(coverage, priors, strict=True)])
-        members = self.decisions.prediction_set(self.prior.softmax(logits), probability, thresholds)
-        sizes = [len(row) for row in members]
-        names = np.full((len(members), max(sizes)), b"", dtype=np.object_)
-        for row, indexes in enumerate(members):
-            names[row, : len(indexes)] = self.names[indexes]
-        return {"set": names, "set_size": np.array(sizes, dtype=np.int32)[:, None]}
+    def sets(self, requests, logits, probability, order):
+        """`set`: class names, most probable first, filled up with empty texts; `set_size`: their number."""
+        rows = [row for request in requests for row in self.thresholds_of(request)]
+        # Requests usually have the same coverage and prior, and then the same array.
+        thresholds = rows[0] if all(row is rows[0] for row in rows) else np.stack(rows)
+        inside, _ = self.decisions.members_of(self.prior.softmax(logits), probability, thresholds, order)
+        members = np.take_along_axis(inside, order, axis=1)
+        sizes = members.sum(axis=1, dtype=np.int32)
+        names = np.full((len(sizes), sizes.max()), b"", dtype=np.object_)
+        names[np.arange(sizes.max()) < sizes[:, None]] = self.names[order[members]]
+        return {"set": names, "set_size": sizes[:, None]}
 
-    def threshold(self, coverage, prior):
-        """The thresholds [C] for a coverage and a prior [C]."""
-        key = coverage, prior.tobytes()
-        if key not in self.cache:
-            if len(self.cache) >= CACHED:
-                self.cache.clear()
-            self.cache[key] = self.thresholds.thresholds(coverage, prior)
-        return self.cache[key]
+    def thresholds_of(self, request):
+        """The thresholds [C] of each row of a request; they are computed once for a coverage and a prior."""
+        own_prior = request.log_prior.ndim > 1
+        for row, (coverage, [strength]) in enumerate(zip(request.extras.coverage, request.strength, strict=True)):
+            log_prior = request.log_prior[row] if own_prior else request.log_prior
+            key = coverage, float(strength), log_prior.tobytes() if own_prior else None
+            if key not in self.cache:
+                if len(self.cache) >= CACHED:
+                    self.cache.clear()
+                prior = self.prior.softmax(self.prior.adjust_logits(np.zeros(len(log_prior)), log_prior, strength))
+                self.cache[key] = self.thresholds.thresholds(coverage, prior)
+            yield self.cache[key]
 
-    def decision(self, wanted, probability):
+    def decision(self, requests, _logits, probability, _order):
         """`decision`: the class name of least expected cost, empty for a person; its index, -1; and the expected cost."""
-        rows = len(probability)
-        chosen = [
-            self.decisions.cheapest(p[None], costs, ask)
-            for p, costs, ask in zip(
-                probability, wanted.costs or [None] * rows, wanted.ask or [None] * rows, strict=True
-            )
-        ]
-        index = np.array([best[0] for best, _ in chosen], dtype=np.int32)
+        costs, ask = values_of(requests, "costs"), values_of(requests, "ask")
+        ask = np.array([np.inf if price is None else price for price in ask])
+        index, cost = np.zeros(len(ask), dtype=np.int32), np.zeros(len(ask), dtype=np.float32)
+        for matrix in {id(each): each for each in costs}.values():  # usually one: of the release, or of equal texts
+            rows = np.array([each is matrix for each in costs])
+            index[rows], cost[rows] = self.decisions.cheapest(probability[rows], matrix, ask[rows])
         names = np.where(index < 0, b"", self.names[index]).astype(np.object_)
-        cost = np.array([cost[0] for _, cost in chosen], dtype=np.float32)
         return {"decision": names[:, None], "decision_index": index[:, None], "expected_cost": cost[:, None]}
 
-    def unknown(self, false_alarms, logits):
+    def unknown(self, requests, logits, _probability, _order):
         """`typicality`: share of known validation images that look at most as familiar; `unknown`: at most false_alarms."""
         density = self.decisions.familiarity(logits, self.log_prior)
         share = self.typicality(density, logits.argmax(axis=1))
-        unknown = share <= np.array(false_alarms) + 1e-12
+        unknown = share <= np.array(values_of(requests, "false_alarms")) + 1e-12
         return {"unknown": unknown[:, None], "typicality": share.astype(np.float32)[:, None]}
+
+
+def values_of(requests, name):
+    """The values of one extra for each row of the requests; None for the rows of a request without it."""
+    values = []
+    for request in requests:
+        values += getattr(request.extras, name) or [None] * len(request.images)
+    return values

@@ -1,9 +1,14 @@
-"""The logit log of `classifier`: balanced logits of a sample of the images in Parquet files, read by `tailor drift`.
+"""What `classifier` stores of its requests for later training: logits of a sample of the images, and unknown images.
+
+The logit log: balanced logits in Parquet files, read by `tailor drift`.
 
 Off unless TAILOR_LOGIT_LOG names a folder. A row is a time and the logits of one image before any prior; it has no data
 of the image, the caller or the response. Files are written atomically, so a killed server leaves readable ones. The
 oldest files are deleted if the folder would exceed its limit. One thread writes; no request waits for it. Needs pyarrow
 and numpy.
+
+Unknown images: encoded images whose answer has `unknown`, unchanged, to be labelled. Off unless TAILOR_UNKNOWN_IMAGES names a
+folder. The newest are kept, at most KEPT of them and within a limit of bytes.
 """
 
 import base64
@@ -33,6 +38,13 @@ NAME = re.compile(r"logits-(\d{8,})-[0-9a-f]{8}\.parquet")
 FORMAT = "1"
 LOGGED, LOST = "tailor_logit_log_total", "tailor_logit_log_lost_total"  # counters
 
+UNKNOWN_VARIABLE = "TAILOR_UNKNOWN_IMAGES"
+UNKNOWN_LIMIT_VARIABLE = "TAILOR_UNKNOWN_IMAGES_LIMIT"  # bytes of the kept images
+KEPT = 1000  # images
+UNKNOWN_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png|webp)")  # from the sha256 of the file
+SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
+UNKNOWN_KEPT, UNKNOWN_LOST = "tailor_unknown_kept_total", "tailor_unknown_lost_total"  # counters
+
 
 def open_logit_log(args, manifest, read_images, metrics):
     """Open the log of a model instance; None if TAILOR_LOGIT_LOG is not set.
@@ -48,8 +60,7 @@ def open_logit_log(args, manifest, read_images, metrics):
         raise ValueError(f"{SHARE_VARIABLE} is {share:g}; expected a share above 0, at most 1")
     if limit < SMALLEST_LIMIT:
         raise ValueError(f"{LIMIT_VARIABLE} is {limit}; expected at least {SMALLEST_LIMIT} bytes")
-    golden = json.loads(Path(args["model_repository"], args["model_version"], "golden.json").read_bytes())
-    probes = read_images([base64.b64decode(entry["image"]) for entry in golden])
+    probes = read_images(golden_images(args))
     metadata = {
         "tailor_logits": FORMAT,
         "version": args["model_version"],
@@ -171,6 +182,102 @@ class LogitLog:
             delete_oldest(files, name, len(content), self.limit)
             write_atomically(self.folder / name, content)
         self.name = name
+
+
+class UnknownImages:
+    """Keeps images of the requests in a folder, with a writer thread; no request waits for it.
+
+    probes: encoded images of health checks, which are not kept. A file has the name of its content, so an image that is sent
+    again is kept once. Files of other names in the folder are neither counted nor deleted.
+    """
+
+    def __init__(self, folder, limit, probes, metrics, write_every=1.0, most=KEPT):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o750)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, "is not writable")
+        self.folder, self.limit, self.metrics, self.most = folder, limit, metrics, most
+        self.write_every, self.probes = write_every, {unknown_name(image) for image in probes}
+        self.lock, self.waiting, self.waiting_bytes = threading.Lock(), {}, 0
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="unknown images", daemon=True)
+        self.thread.start()
+
+    def offer(self, encoded):
+        """Queue image files, bytes that were decoded without an error."""
+        for data in encoded:
+            name = unknown_name(data)
+            with self.lock:
+                if name in self.probes or name in self.waiting:
+                    continue
+                if len(data) > self.limit or self.waiting_bytes + len(data) > QUEUE_BYTES:
+                    self.metrics.count(UNKNOWN_LOST, reason="size" if len(data) > self.limit else "queue")
+                    continue
+                self.waiting[name] = data
+                self.waiting_bytes += len(data)
+
+    def write(self):
+        """Write the queued images; delete the oldest ones above the limits."""
+        with self.lock:
+            waiting, self.waiting, self.waiting_bytes = self.waiting, {}, 0
+        try:
+            with folder_lock(self.folder):
+                files = {path.name: path.stat() for path in unknown_files(self.folder)}
+                for name in [name for name in waiting if name in files]:
+                    del waiting[name]
+                for name in list(waiting)[-self.most :]:
+                    sizes = [each.st_size for each in files.values()]
+                    while files and (len(files) >= self.most or sum(sizes) + len(waiting[name]) > self.limit):
+                        oldest = min(files, key=lambda each: (files[each].st_mtime_ns, each))
+                        (self.folder / oldest).unlink()
+                        sizes.remove(files.pop(oldest).st_size)
+                    write_atomically(self.folder / name, waiting[name])
+                    files[name] = (self.folder / name).stat()
+                    del waiting[name]
+                    self.metrics.count(UNKNOWN_KEPT)
+        except OSError:
+            self.metrics.count(UNKNOWN_LOST, len(waiting), reason="disk")
+
+    def close(self):
+        """Write the queued images and end the thread; waits at most 5 s if the disk hangs."""
+        self.closed.set()
+        self.thread.join(5)
+
+    def _run(self):
+        while not self.closed.wait(self.write_every):
+            if self.waiting:
+                self.write()
+        if self.waiting:
+            self.write()
+
+
+def open_unknown_images(args, metrics):
+    """Open the folder of an instance; None if TAILOR_UNKNOWN_IMAGES is not set. Raises ValueError, which fails the load."""
+    folder = os.environ.get(UNKNOWN_VARIABLE)
+    if not folder:
+        return None
+    limit = read_setting(UNKNOWN_LIMIT_VARIABLE, str(256 << 20), int)
+    if limit < SMALLEST_LIMIT:
+        raise ValueError(f"{UNKNOWN_LIMIT_VARIABLE} is {limit}; expected at least {SMALLEST_LIMIT} bytes")
+    try:
+        return UnknownImages(Path(folder), limit, golden_images(args), metrics)
+    except OSError as error:
+        raise ValueError(f"{UNKNOWN_VARIABLE}: {folder}: {error.strerror}") from None
+
+
+def unknown_name(data):
+    """The file name of an image: of its content, so it has nothing that a caller chooses."""
+    return hashlib.sha256(data).hexdigest()[:32] + SUFFIXES.get(bytes(data[:2]), ".jpg")
+
+
+def unknown_files(folder):
+    """The kept images of a folder, in any order."""
+    return [path for path in Path(folder).iterdir() if UNKNOWN_NAME.fullmatch(path.name) and path.is_file()]
+
+
+def golden_images(args):
+    """The encoded images of the golden requests. args: the arguments of `initialize`."""
+    golden = json.loads(Path(args["model_repository"], args["model_version"], "golden.json").read_bytes())
+    return [base64.b64decode(entry["image"]) for entry in golden]
 
 
 def log_files(folder):

@@ -28,6 +28,8 @@ FAMILIES = {
     "tailor_confidence_sum": "Sum of the probabilities of the most probable classes",
     "tailor_confidence_count": "Images answered, the count of the confidence histogram",
     "tailor_unknown_total": "Images answered with `unknown`, by result: unknown (resembles no class) or known",
+    "tailor_unknown_kept_total": "Unknown images that were kept as files",
+    "tailor_unknown_lost_total": "Unknown images that were to be kept and were not: queue (too many at once), size or disk",
     "tailor_access_log_lost_total": "Lines that the access log could not write",
     "tailor_logit_log_total": "Images whose logits were logged",
     "tailor_logit_log_lost_total": "Images whose logits were to be logged and were not: queue (too many at once) or disk",
@@ -57,10 +59,11 @@ class Metrics:
             self.count("tailor_images_total", 0, prior=prior)
         for result in ("unknown", "known"):
             self.count("tailor_unknown_total", 0, result=result)
-        for name in ("tailor_failed_total", "tailor_access_log_lost_total"):
+        for name in ("tailor_failed_total", "tailor_access_log_lost_total", "tailor_unknown_kept_total"):
             self.count(name, 0)
         for reason in ("queue", "disk"):
             self.count("tailor_logit_log_lost_total", 0, reason=reason)
+            self.count("tailor_unknown_lost_total", 0, reason=reason)
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._flush_often, name="metrics", daemon=True)
         self.thread.start()

@@ -44,6 +44,7 @@ class ParsedRequest(NamedTuple):
     strength: np.ndarray  # [n,1]
     priors: Counter  # number of rows by kind of prior
     extras: tuple | None = None  # extras.Wanted
+    encoded: np.ndarray | None = None  # the images as sent, bytes, [n]
     sizes: np.ndarray | None = None  # of task segmentation: height and width that each image takes in the canvas, [n,2]
 
 
@@ -79,8 +80,14 @@ class RequestParser:
         extras = self.extras.parse(request, len(encoded))
         if self.canvas:
             images, sizes = zip(*self.decode_rows(encoded[:, 0], self.letterbox), strict=True)
-            return ParsedRequest(np.stack(images), log_prior, strength, priors, extras, np.array(sizes))
-        return ParsedRequest(self.read_images(encoded[:, 0]), log_prior, strength, priors, extras)
+            return ParsedRequest(np.stack(images), log_prior, strength, priors, extras, sizes=np.array(sizes))
+        return ParsedRequest(self.read_images(encoded[:, 0]), log_prior, strength, priors, extras, encoded[:, 0])
+
+    def image_files(self, request, rows):
+        """The image files of the chosen rows of a parsed request, bytes. rows: bool [n]; images of one colour are left out."""
+        flat = request.images.reshape(len(request.images), -1)
+        chosen = request.encoded[rows & (flat.min(axis=1) != flat.max(axis=1))]
+        return [image_file(data, self.preprocess) for data in chosen]
 
     def read_adjustment(self, request, rows):
         """Log prior [C] or [n,C], its strength [n,1], and the number of rows by kind of prior. Raises BadRequest."""

@@ -1,4 +1,4 @@
-"""Class maps of task segmentation inside `classifier`: the graph's output for the prior of each row, and class shares.
+"""Class maps of the model `segmenter`: the graph's output for the prior of each row, and class shares.
 
 Runs in the inference process, with numpy. The classes of a response are the largest ones of the class map, and
 `probability` is their share of the image's pixels.

@@ -43,6 +43,8 @@ def arguments(tmp_path, monkeypatch):
     write_pack(tmp_path / "plankton-test.parquet", [2, 2, 2], 1)
     full = encoder_projects.project_params
     monkeypatch.setattr(encoder_accuracy, "project_params", lambda *arguments: merged(full(*arguments), SMALL))
+    for key, value in SECTION.items():
+        monkeypatch.setitem(encoder_projects.TUNED_STUDENT, key, value)
     return ["plankton", "--data", str(tmp_path), "--size", "32", "--work", str(tmp_path / "work")]
 
 
@@ -91,6 +93,18 @@ def test_text_features_add_rows_that_depend_on_them(arguments, tmp_path, capsys)
         return [row for row in chosen if f"seed 0, {row}\n" in printed]
 
     assert len(measured(0)) == 4 and measured(0) == [] and len(measured(1)) == 3
+
+
+@pytest.mark.end_to_end
+def test_rows_that_tune_the_encoder_train_on_images_and_are_optional(arguments, tmp_path, capsys):
+    tuned = ["L_cls, last blocks", "GML, last blocks"]
+    with pytest.raises(SystemExit):
+        encoder_accuracy.main([*arguments, "--rows", *tuned])
+    encoder_accuracy.main([*arguments, "--tuned", "--seeds", "0", "--rows", "L_cls", *tuned])
+    printed = capsys.readouterr().out
+    assert all(f"| {row} |" in printed for row in tuned)
+    configs = [json.loads(path.read_text()) for path in tmp_path.glob("work/*/runs/student-*/config.json")]
+    assert [config["tune"] for config in configs] == ["last_blocks"] * 2
 
 
 def test_an_unknown_row_is_a_usage_error(arguments, capsys):

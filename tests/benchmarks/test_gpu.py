@@ -61,7 +61,7 @@ def is_running(pid):
 @pytest.mark.slow
 @pytest.mark.end_to_end
 def test_every_step_runs_at_a_small_size_and_a_second_call_runs_none(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu", *tiny(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.gpu", *tiny(tmp_path, "--minutes", "120")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     log = (tmp_path / "out/log.txt").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log

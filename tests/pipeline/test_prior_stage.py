@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 
+from models.class_sampler import ClassSampler
 from pipeline import prior
 from pipeline.data.class_prior import load_prior
 from pipeline.shared.errors import DataError, ParamsError, StageError
@@ -51,6 +53,25 @@ def test_smoothing_lets_a_class_without_samples_through(split, tmp_path):
     folder = split([0, 0, 2], ["a", "b", "c"])
     made = prior.run(params({"prior.smoothing": 1.0}), folder, tmp_path / "prior.json")
     assert made.p == pytest.approx([3 / 6, 1 / 6, 2 / 6]) and np.isfinite(made.log_prior).all()
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_the_prior_of_a_sampling_is_that_of_the_drawn_classes(split, tmp_path, power):
+    labels = [0] * 90 + [1] * 30 + [2] * 7
+    made = prior.run(params(), split(labels, ["a", "b", "c"]), tmp_path / "prior.json")
+    shares = ClassSampler(torch.tensor(labels), 3, power).shares.numpy()
+    assert np.exp(made.sampled(power).in_losses) == pytest.approx(shares, rel=1e-12)
+    assert made.sampled(power).log_prior == made.log_prior and made.sampled(1.0) is made
+
+
+def test_a_class_without_samples_keeps_its_smoothed_share_when_classes_are_sampled(split, tmp_path):
+    made = prior.run(
+        params({"prior.smoothing": 0.5}), split([0] * 8 + [2] * 2, ["a", "b", "c"]), tmp_path / "prior.json"
+    )
+    roots = np.sqrt([8.5, 0.5, 2.5])
+    assert np.exp(made.sampled(0.5).in_losses) == pytest.approx(roots / roots.sum(), rel=1e-12)
+    # The prior of a power near 1 is near that of power 1: an empty class does not jump.
+    assert made.sampled(1 - 1e-9).in_losses == pytest.approx(made.in_losses, abs=1e-6)
 
 
 def test_a_prior_that_was_never_made_names_the_stage(tmp_path):

@@ -132,14 +132,16 @@ def test_the_student_has_a_seed_derived_from_the_teachers():
 
 TERMS = {
     "supcon": "self", "bcl": "self", "proco": "self", "gpaco": "self", "paco": "momentum", "kcl": "momentum",
+    "tsc": "momentum", "hybrid_sc": "self", "concutmix": "self",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", TERMS)
 def test_a_contrast_term_of_another_paper_needs_no_teacher(made, kind):
-    contrast = {"kind": kind, **({"queue": 16} if kind in ("paco", "gpaco", "kcl") else {})}
+    contrast = {"kind": kind, **({"queue": 16} if kind in ("paco", "gpaco", "kcl", "tsc") else {})}
     alone = {"gamma": 0.0} if kind in ("paco", "gpaco") else {}
-    pipeline.student.run(made(contrast=contrast, contrast_encoder=TERMS[kind], alpha=0.0, **alone))
+    balanced = {"adjustment": 0.0} if kind == "hybrid_sc" else {}
+    pipeline.student.run(made(contrast=contrast, contrast_encoder=TERMS[kind], alpha=0.0, **alone, **balanced))
     record = last_record()
     assert record["contrast"] > 0 and ("classification" in record) is not bool(alone) and not TEACHER.exists()
     load_model(STUDENT, "student")
@@ -169,3 +171,30 @@ def test_an_encoder_trained_alone_gets_its_classifier_in_a_second_stage(made):
     pipeline.classifier.run(recipe)
     assert "classification" not in last_record()
     assert load_model(CLASSIFIER, "classifier")[1].second_stage["kind"] == "crt"
+
+
+def test_the_pretraining_by_rotations_gives_the_first_weights_and_is_not_repeated_on_resume(made, monkeypatch, capsys):
+    recipe = made(beta=0.0, alpha=0.0, pretraining="rotation", epochs=2)
+    left = STUDENT.with_name(".student.rotation.unfinished")
+    started = []
+    build = pipeline.student.build_objective
+
+    def stop(*arguments):
+        started.append({name: weight.clone() for name, weight in arguments[-1].items()})
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline.student, "build_objective", stop)
+        pipeline.student.run(recipe)
+    assert capsys.readouterr().out.count("epoch 2/2") == 1 and left.is_dir()
+
+    def again(*arguments):
+        assert all(torch.equal(weight, started[0][name]) for name, weight in arguments[-1].items())
+        objective = build(*arguments)
+        assert all(torch.equal(objective.model.backbone.state_dict()[name], w) for name, w in started[0].items())
+        return objective
+
+    monkeypatch.setattr(pipeline.student, "build_objective", again)
+    pipeline.student.run(recipe)
+    printed = capsys.readouterr().out
+    assert printed.count("epoch 2/2") == 1 and "pretraining by rotations" in printed and not left.exists()

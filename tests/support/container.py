@@ -77,19 +77,20 @@ def running_container(repository: Path, folder: Path, key: str) -> Iterator[Cont
             [DEPLOY / "entrypoint.sh", *options], env=environment, stdout=log, stderr=subprocess.STDOUT
         )
     try:
-        await_health(f"http://{http}", process, folder / "triton.log")
+        await_health(f"http://{http}", process, folder / "triton.log", folder / "models")
         yield Container(f"http://{http}", f"grpc://{grpc}", f"http://{metrics}/metrics")
     finally:
         process.terminate()
         process.wait(timeout=30)
 
 
-def await_health(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def await_health(url: str, process: subprocess.Popen[bytes], log: Path, repository: Path) -> None:
     """Run the image's HEALTHCHECK until it succeeds; fail with the server's log after READY seconds."""
     deadline = time.monotonic() + READY
     while True:
         command = [sys.executable, DEPLOY / "healthcheck.py", url]
-        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+        environment = os.environ | {"TAILOR_REPOSITORY": str(repository)}
+        if subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0:
             return
         if process.poll() is not None:
             raise EndedWhileStarting(log.read_text())

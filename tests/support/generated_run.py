@@ -8,6 +8,7 @@ import numpy as np
 
 from models.prior import shot_group
 from pipeline.answers.fit import fit_answers
+from pipeline.answers.reasons import Mistake, Neighbour
 from pipeline.data.class_prior import Prior
 from pipeline.evaluate import choose_samples
 from pipeline.evaluation.metrics import adjusted_probabilities, per_class_accuracy
@@ -91,10 +92,11 @@ def made_report(classes: int, per_class: int, validation: bool = True, champion:
     sizes = SplitSizes(sum(prior.counts), len(labels), len(labels))
     provenance = Provenance("2026-11-28 04:00 UTC", "0123abc+changes", made_histories(validation))
     facts, about = data_facts(recipe.data, recipe.image, prior, sizes), facts_of_the_model(prior)
+    mistake = Mistake(0, prior.classes[0], prior.classes[1], 0.9, [Neighbour(1, prior.classes[0], 0.75)])
     return render_report(
         Evaluation(
             found, metrics, rows, samples, prior, png, facts, about, recipe.model_dump(mode="json"),
-            provenance, answers=answers,
+            provenance, answers=answers, mistakes=[mistake], train_image=png,
         )
     )  # fmt: skip
 

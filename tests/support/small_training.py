@@ -9,15 +9,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from models.contrast.kcl import KPositiveContrast
+from models.contrast.kcl import KPositiveContrast, TargetedContrast
 from models.contrast.memories import FifoQueue
 from models.contrast.proco import ProCo
+from models.contrast.supcon import SupCon
 from models.experts.backbone import expert_backbone
-from models.losses.class_loss import FocalLoss, LDAMLoss, Weighting
+from models.losses.class_loss import ClassLoss, FocalLoss, LDAMLoss, Weighting
 from models.networks.cosine_classifier import CausalClassifier, ImageClassifier, LinearClassifier
 from models.networks.projection_head import ProjectionHead
 from models.objectives.contrast import ContrastObjective
 from models.objectives.experts import BbnObjective, ExpertsObjective, Ride
+from models.objectives.hybrid import HybridObjective
 from models.objectives.objective import Objective
 from models.objectives.student import StudentObjective
 from models.objectives.student_weights import StudentWeights
@@ -61,7 +63,7 @@ def made_objective(stage: str, seed: int = 0) -> Objective:
 
     `momentum`: a student with a momentum encoder. `deferred`: a teacher with class weights in the second half of the epochs
     and a causal classifier. `experts`: a student of two experts, with class weights in the second half. `bbn`: a student that
-    draws a second batch. `proco`, `kcl`: a student with that contrast term.
+    draws a second batch, as does `hybrid`. `proco`, `kcl`, `tsc`: a student with that contrast term.
     """
     log_prior = torch.tensor([0.6, 0.3, 0.1]).log()
     with torch.random.fork_rng(devices=[]):
@@ -81,6 +83,11 @@ def made_objective(stage: str, seed: int = 0) -> Objective:
         if stage == "kcl":
             head, weights = ProjectionHead(64, 64, 8), StudentWeights(1.0, 1.0, 0.0, 4.0, 1.0)
             return ContrastObjective(model, None, log_prior, weights, KPositiveContrast(head, FifoQueue(16, 8)))
+        if stage == "tsc":
+            head, weights = ProjectionHead(64, 64, 8), StudentWeights(1.0, 1.0, 0.0, 4.0, 1.0)
+            return ContrastObjective(model, None, log_prior, weights, TargetedContrast(head, FifoQueue(16, 8), 3))
+        if stage == "hybrid":
+            return HybridObjective(model, SupCon(ProjectionHead(64, 64, 8), 0.1), ClassLoss(log_prior, 0.0), 1.0, 1.0)
         if stage == "deferred":
             loss = FocalLoss(log_prior, 0.0, 1.0, Weighting((6, 3, 1), 0.9, 0.5))
             return TeacherObjective(ImageClassifier("resnet20", 3, 1.0, head=CausalClassifier), log_prior, loss=loss)

@@ -174,7 +174,7 @@ local function parse(source)
     local version = single(message, "model_version") or ""
     local request = { model = single(message, "model_name"), version = version, id = single(message, "id") or "", binary = true }
     if not tensors.MODELS[request.model] or not version:match("^%d*$") or #version > 9 then
-        error({ rejected = "model_name or model_version is unknown; expected student or classifier", status = NOT_FOUND }, 0)
+        error({ rejected = "model_name or model_version is unknown; expected student, classifier or segmenter", status = NOT_FOUND }, 0)
     elseif message.parameters[1] then
         local key = quoted(single(message.parameters[1], "key"))
         reject("parameter " .. key .. " is not accepted here; set the deadline of the call instead")

@@ -28,7 +28,12 @@ tensors.MODELS = {
             set = {}, set_size = {}, decision = {}, decision_index = {}, expected_cost = {},
             unknown = {}, typicality = {}, node = {}, node_probability = {},
             nearest = {}, nearest_class = {}, nearest_cosine = {}, nearest_image = {}, activation_map = {},
-            class_map = {}, confidence = {}, size = {}, names = {},
+        },
+    },
+    segmenter = {
+        inputs = { image = "BYTES", prior = "BYTES", strength = "FP32", target_prior = "FP32" },
+        outputs = {
+            class = {}, index = {}, probability = {}, class_map = {}, confidence = {}, size = {}, names = {},
         },
     },
 }

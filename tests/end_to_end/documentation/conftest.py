@@ -100,8 +100,8 @@ ELSEWHERE = {
     ("docs/labels.md", "tailor data"): "tests/pipeline/labels",
     ("docs/labels.md", "python -m benchmarks.label_errors"): "a data pack; tests/benchmarks/test_label_errors.py",
     ("docs/segmentation.md", "tailor data check"): "tests/pipeline/segmentation/test_label_map_sources.py",
-    ("docs/segmentation.md", "tailor serve"): "the release: tests/pipeline/segmentation/test_segmentation_stages.py",
-    ("docs/segmentation.md", "tailor segment"): "needs that server",
+    ("docs/segmentation.md", "tailor serve"): "tests/serving/triton/test_served_class_maps.py",
+    ("docs/segmentation.md", "tailor segment"): "tests/serving/triton/test_served_class_maps.py",
     ("docs/second-stages.md", "dvc exp run"): "tests/end_to_end/test_dvc_stages.py changes the kind by `dvc repro`",
     ("docs/second-stages.md", "tailor experiments"): "tests/pipeline/commands/test_experiments_command.py",
     ("docs/serving-performance.md", "python -m benchmarks.serving"): "measures for minutes on a quiet machine",
@@ -116,7 +116,7 @@ PROGRAMS_ELSEWHERE = {
     "docs/losses.md": "needs no project: tests/test_docs.py runs it",
     "docs/contrast-terms.md": "needs no project: tests/test_docs.py runs it",
     "docs/answers.md": "the same inputs: tests/serving/triton/test_served_extras.py",
-    "docs/segmentation.md": "the same outputs: tests/pipeline/segmentation/test_segmentation_stages.py",
+    "docs/segmentation.md": "the same calls: tests/serving/triton/test_served_class_maps.py",
 }
 # Changes of a test to a command, besides ports: only its size, not its kind.
 LESS = {"--log-share 0.01": "--log-share 1"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from pipeline.commands.app import main
 from pipeline.evaluation.comparison import compare, mcnemar, paired_interval
 from pipeline.evaluation.gate import decide
 from pipeline.evaluation.metrics import expected_calibration_error, prediction_metrics, resampled_ece
-from pipeline.evaluation.predictions import Contender, GateError, Predictions
+from pipeline.evaluation.predictions import Contender, GateError, Predictions, Sets
 from pipeline.params import GateParams
 from tests.support.gate_answers import FAST, LABELS, C, answering, answers_of, contender, prior_of
 
@@ -203,3 +204,31 @@ def test_the_command_prints_its_decision_and_sets_the_exit_code(tmp_path, capsys
     assert "gate: refuse: cannot be computed" in capsys.readouterr().out
     assert main(["gate", *challenger, "--champion", "x"]) == 2
     assert "--champion and --champion-prior go together" in capsys.readouterr().err
+
+
+def with_sets(predictions, covered, coverage=0.9):
+    return replace(predictions, sets=Sets(coverage, covered))
+
+
+def test_coverage_counts_only_below_what_is_wanted_and_the_group_that_misses_it_is_named():
+    rule = GateParams.model_validate({"resamples": 200, "coverage": {"rule": "beyond_noise"}})
+    plain, random = answers_of(answering(0.8, 0)), np.random.default_rng(0)
+    exact, wide = (random.random(len(LABELS)) < share for share in (0.9, 0.98))
+    few = exact.copy()
+    few[LABELS >= C - 2] = random.random((LABELS >= C - 2).sum()) < 0.5
+    narrower = compare(with_sets(plain, exact), with_sets(plain, wide), rule, 15)
+    assert all(narrower[name].passed for name in narrower if name.startswith("coverage"))
+    missing = compare(with_sets(plain, few), with_sets(plain, exact), rule, 15)
+    assert [name for name, measure in missing.items() if measure.passed is False] == ["coverage", "coverage few"]
+    share = few[LABELS >= C - 2].mean()
+    assert missing["coverage few"].challenger == pytest.approx(0.9 - share)
+    assert missing["coverage few"].champion == pytest.approx(max(0, 0.9 - exact[LABELS >= C - 2].mean()))
+
+
+def test_a_rule_for_coverage_needs_the_sets_of_both():
+    rule = GateParams.model_validate({"resamples": 100, "coverage": {"rule": "estimate"}})
+    plain = answers_of(answering(0.8, 0))
+    sets = with_sets(plain, np.ones(len(LABELS), dtype=bool))
+    with pytest.raises(GateError, match=r"gate\.coverage is set, but the champion has no prediction sets"):
+        compare(sets, plain, rule, 15)
+    assert not any(name.startswith("coverage") for name in compare(plain, sets, FAST, 15))

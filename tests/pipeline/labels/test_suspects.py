@@ -18,7 +18,7 @@ from models.networks.cosine_classifier import ImageClassifier
 from models.networks.memory import choose_rows, leave_one_out
 from models.prior import shot_group
 from pipeline.labels.pages import write_suspects
-from pipeline.labels.suspects import find_suspects
+from pipeline.labels.suspects import find_suspects, label_probabilities, label_scores, origin_folds
 from pipeline.model_io.checkpoint import ModelConfig, save_model
 from tests.support.clusters import clusters, labelled
 from tests.support.data_commands import command
@@ -69,6 +69,35 @@ def test_planted_errors_are_first_in_every_shot_group():
         assert suspect.probability < suspect.suggested_probability and suspect.label != suspect.suggested
     ranks = [suspect.rank for suspect in suspects if suspect.label == 0]
     assert ranks == list(range(1, len(ranks) + 1))
+
+
+def test_labels_of_the_most_similar_class_are_found_too():
+    """Pairs of classes whose centres are near: the likelihood alone ranks few of these errors among the first."""
+    centres, labels, generator = clusters([120, 110, 60, 50, 24, 20], noise=0.15)
+    features = centres + 0.0
+    for first in (0, 2, 4):
+        shift = features[labels == first].mean(0) - features[labels == first + 1].mean(0)
+        features[labels == first + 1] += 0.5 * shift
+    planted = labels.clone()
+    wrong = torch.randperm(len(labels), generator=generator)[:16]
+    planted[wrong] = labels[wrong] ^ 1
+    images = labelled(features, planted)
+    order = label_scores(label_probabilities(images)[0], planted).argsort()
+    assert len(set(order[:16].tolist()) & set(wrong.tolist())) >= 14  # 12 by the likelihood alone
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 40))
+def test_images_of_one_origin_are_in_one_fold_and_each_class_is_in_every_fold(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    labels, origin = torch.arange(count) % 2, torch.randint(0, max(1, count // 2), (count,), generator=generator)
+    fold = origin_folds(replace(labelled(torch.zeros(count, 2), labels), origin=origin), 5)
+    assert all(len(fold[origin == each].unique()) == 1 for each in origin.unique())
+    alone = origin_folds(labelled(torch.zeros(count, 2), labels), 5)
+    sizes = torch.bincount(alone, minlength=5)
+    assert sizes.max() - sizes.min() <= 1
+    for label in (0, 1):
+        own = torch.bincount(alone[labels == label], minlength=5)
+        assert own.max() - own.min() <= 1
 
 
 def test_the_only_image_of_a_class_is_a_suspect_if_it_looks_like_another_class_alone():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import yaml
 
@@ -50,6 +52,7 @@ def test_a_loss_that_does_not_fit_is_refused_with_what_to_change(changes, messag
 
 
 OWN = {"student.contrast_encoder": "self"}
+EXPERTS = {"student.experts": {"kind": "ride"}, "student.alpha": 0.0, "student.beta": 0.0}
 MOMENTUM = {"student.contrast_encoder": "momentum"}
 
 
@@ -74,6 +77,27 @@ MOMENTUM = {"student.contrast_encoder": "momentum"}
             "student: contrast.queue is 10, below batch_size 32; set it to 32 or more",
         ),
         (
+            {**OWN, "student.contrast": {"kind": "hybrid_sc"}, "student.alpha": 0.0},
+            "student: adjustment is 1.0, but contrast.kind is hybrid_sc, which draws a second, class-balanced batch; set "
+            "adjustment: 0.0",
+        ),
+        (
+            {**OWN, "student.contrast": {"kind": "hybrid_sc"}, "student.adjustment": 0.0, "student.alpha": 1.0},
+            "student: alpha is 1.0, but contrast.kind is hybrid_sc",
+        ),
+        (
+            {**OWN, "student.contrast": {"kind": "concutmix"}, "student.alpha": 0.0, "student.augment.mix": "cutmix"},
+            "student: augment.mix is cutmix, but contrast.kind is concutmix, which draws a second, class-balanced batch",
+        ),
+        (
+            {**OWN, "student.contrast": {"kind": "concutmix"}, "student.alpha": 0.0, "student.loss": {"kind": "smoothing"}},
+            "student: loss.kind is smoothing, but contrast.kind is concutmix, which has its own cross-entropy; set loss: {kind",
+        ),
+        (
+            {**MOMENTUM, "student.contrast": {"kind": "tsc", "queue": 10}},
+            "student: contrast.queue is 10, below batch_size",
+        ),
+        (
             {**OWN, "student.contrast": {"kind": "proco"}, "student.projection_dim": 2},
             "student: projection_dim is 2; contrast.kind proco needs at least 3",
         ),
@@ -92,6 +116,26 @@ def test_a_contrast_term_that_does_not_fit_is_refused_with_what_to_change(change
     with pytest.raises(ParamsError) as error:
         params(changes)
     assert str(error.value).partition(": ")[2].startswith(message)
+
+
+def test_a_pretraining_that_does_not_fit_is_refused_with_what_to_change():
+    with pytest.raises(ParamsError, match="pretraining is rotation, but experts is set too; set experts: null"):
+        params({**EXPERTS, "student.pretraining": "rotation"})
+    weights = {"file": "a.safetensors", "sha256": "0" * 64}
+    with pytest.raises(ParamsError, match="but pretrained is set too; set pretrained: null, or pretraining: none"):
+        params({"student.pretraining": "rotation", "student.pretrained": weights})
+
+
+def test_tsc_without_scipy_is_refused_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    student = params({**MOMENTUM, "student.contrast": {"kind": "tsc"}}).student
+    with pytest.raises(ParamsError, match=r"contrast\.kind is tsc, which needs scipy; run `pip install scipy`"):
+        contrast_term(student, PRIOR, 64, 64)
+
+
+def test_the_logits_of_hybrid_sc_count_as_balanced():
+    student = params(yaml.safe_load(apply_recipe([METHODS / "hybrid_sc.yaml"], ROOT / "params.yaml")[0])).student
+    assert student.assumed_adjustment is None
 
 
 def test_a_term_of_weight_0_is_not_checked():
@@ -130,6 +174,47 @@ def test_each_method_is_valid_alone_and_on_a_recipe_of_the_paper(path):
         if made.student.beta and made.student.contrast.kind != "gml":
             term = contrast_term(made.student, PRIOR, 64, 64)
             assert term.encoder == made.student.contrast_encoder and not term.divisible
+
+
+LARGE = {"imagenet-lt": "imagenet-lt-90", "inaturalist2018": "inaturalist2018-100"}
+TRAINING_KEYS = ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "backbone")
+
+
+@pytest.mark.parametrize("path", sorted(METHODS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_an_overlay_of_a_large_data_set_changes_values_of_the_method_alone_and_says_where_they_are_from(path):
+    recipe = ROOT / f"recipes/{LARGE[path.parent.name]}.yaml"
+    own, base = (
+        params(yaml.safe_load(apply_recipe([recipe, overlay], ROOT / "params.yaml")[0]))
+        for overlay in (path, METHODS / path.name)
+    )
+    assert own != base
+    for key in TRAINING_KEYS:
+        assert getattr(own.student, key) == getattr(base.student, key), key
+    assert own.teacher == base.teacher
+    text = path.read_text()
+    changed = [line for line in text.splitlines() if ": " in line and not line.startswith(("#", "extends"))]
+    assert all(" # " in line for line in changed if not line.strip().startswith("kind: crt")), (
+        "a value without its source"
+    )
+    assert changed or "Not verified" in text or path.stem in ("gpaco", "proco")
+
+
+def test_values_of_large_data_sets_are_those_of_the_authors_code():
+    def made(*names):
+        paths = [ROOT / f"recipes/{name}.yaml" for name in names]
+        return params(yaml.safe_load(apply_recipe(paths, ROOT / "params.yaml")[0]))
+
+    bcl = made("imagenet-lt-90", "methods/imagenet-lt/bcl").student
+    assert (bcl.gamma, bcl.beta, bcl.contrast.temperature, bcl.projection_hidden, bcl.projection_dim) == (
+        1.0, 0.35, 0.07, 2048, 1024,
+    )  # fmt: skip
+    paco = made("inaturalist2018-100", "methods/inaturalist2018/paco").student
+    assert (paco.contrast.temperature, paco.contrast.alpha, paco.contrast.queue) == (0.2, 0.05, 8192)
+    ride = made("inaturalist2018-100", "methods/inaturalist2018/ride").student.experts
+    assert (ride.diversity, ride.reweight, ride.count) == (0.2, 0.015, 3)
+    mislas = made("imagenet-lt-90", "methods/imagenet-lt/mislas_mixup")
+    assert mislas.classifier.smoothing == [0.3, 0.0]
+    assert (mislas.student.augment.mix, mislas.student.augment.mix_alpha) == ("mixup", 0.2)
 
 
 def test_the_margins_of_ldam_are_in_units_of_the_logits_and_its_logits_count_as_balanced():

@@ -39,7 +39,7 @@ TOO_LOW = {
     "data.validation_share": -0.01, "image.size": 7, "image.resize_to": 7, "prior.smoothing": -0.1, "prior.beta": 0.0,
     "engine.checkpoint_seconds": -1, "teacher.adjustment": -0.1, "student.adjustment": -0.1,
     "teacher.ema_decay": -0.1, "student.ema_decay": -0.1,
-    **{f"gate.{name}.margin": -0.1 for name in ("all", "many", "medium", "few", "ece", "nll")},
+    **{f"gate.{name}.margin": -0.1 for name in ("all", "many", "medium", "few", "ece", "nll", "coverage")},
     "serving.coverage": 0.0, "serving.ask": -0.1, "serving.false_alarms": 0.0,
     "gate.confidence": 0.5, "gate.resamples": 99, "gate.seed": -1, "gate.floor": -0.1,
     "stream.prefetch": 0, "stream.shuffle_mib": 0, "ingest.settle_seconds": -1, "ingest.min_good_share": -0.01,

@@ -126,8 +126,10 @@ def test_a_params_file_without_the_keys_of_encoders_gets_a_proposal_from_scratch
         write_text(old, suggest_params(summary, "photos", gpu=False, choice=LITE0))
 
 
-@pytest.mark.parametrize(("total", "batch"), [(3, 3), (73, 8), (511, 32), (1023, 64), (1024, 128), (60_000, 128)])
-def test_below_1024_images_an_encoder_gets_a_smaller_batch_and_a_learning_rate_in_proportion(monkeypatch, total, batch):
+@pytest.mark.parametrize(
+    ("total", "batch"), [(3, 3), (73, 8), (511, 32), (1023, 64), (1024, 128), (16_383, 128), (16_384, 512)]
+)
+def test_few_and_many_images_get_another_batch_on_features_and_a_learning_rate_in_proportion(monkeypatch, total, batch):
     summary = folder_summary([60, 40], shorter=400)
     monkeypatch.setattr(FolderSummary, "split_sizes", lambda _: ([total - 1, 1], [9, 9]))
     chosen = suggest_params(summary, "photos", gpu=False, choice=LITE0)

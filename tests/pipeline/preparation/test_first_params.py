@@ -200,6 +200,27 @@ def test_text_features_are_suggested_for_words_and_not_for_codes(
     assert (chosen.text.names.file, chosen.text.descriptions) == ("data/text/classes.csv", "data/text")
 
 
+def test_without_text_an_existing_section_is_removed_and_the_output_lists_what_was_removed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.safetensors", b"rows")
+    Path("params.yaml").write_text(TEMPLATE, encoding="utf-8")
+    command = ["init", str(folder), "--no-encoder", "--force"]
+    assert main([*command, "--text", "rows.safetensors"]) == 0
+    applied, _ = apply_recipe([ROOT / "recipes/variants/text-centres-raw.yaml"], tmp_path / "params.yaml")
+    Path("params.yaml").write_text(applied, encoding="utf-8")
+    assert load_params(Path("params.yaml")).student.uses_text
+    capsys.readouterr()
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert "text = None  # removed, as no text features are suggested" in output
+    assert "student.contrast_encoder = teacher  # instead of text features" in output
+    changed = load_params(Path("params.yaml"))
+    assert (changed.text, changed.student.contrast_encoder, changed.student.contrast.kind) == (None, "teacher", "gml")
+    assert main(command) == 0 and "text = None" not in capsys.readouterr().out  # it has no section text any more
+
+
 def test_a_frozen_encoder_gets_an_adapter_for_text_features(tmp_path: Path) -> None:
     (tmp_path / "rows.safetensors").write_bytes(b"rows")
     values, warning = text_values(["n01440764"], tmp_path / "rows.safetensors", adapter=True)

@@ -6,16 +6,17 @@ import zlib
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
 from pydantic import ValidationError
 
 from models.preprocess import ImageError
 from pipeline import prior, split
+from pipeline.augment import apply_crops, draw_crops
 from pipeline.ingestion.ingest import ingest
 from pipeline.ingestion.transaction import IngestReport
-from pipeline.params import LabelMapParams
+from pipeline.params import LabelMapParams, SegmentationAugmentParams
 from pipeline.preparation.check import check
-from pipeline.preparation.folder_summary import inspect_folder
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources import decode_label_map, open_base_source
 from tests.support.data_commands import command, report
@@ -204,12 +205,6 @@ def test_a_retraining_ingests_nothing_and_images_without_label_maps_are_refused(
         ingest(params)
 
 
-def test_init_names_the_way_for_a_folder_of_label_maps(tmp_path):
-    root = label_map_folder(tmp_path / "scenes", 2)
-    with pytest.raises(ParamsError, match=r"holds label maps.*set task: segmentation"):
-        inspect_folder(root)
-
-
 @pytest.mark.parametrize("part", ["images", "annotations"])
 def test_a_link_to_a_folder_is_named(tmp_path, part):
     root = label_map_folder(tmp_path / "scenes", 4)
@@ -226,3 +221,52 @@ def test_class_names_of_label_maps_are_compared_and_stored_in_unicodes_composed_
     root = label_map_folder(tmp_path / "scenes", 4)
     made = segmentation_params(root, data__label_map={"class_names": ["road", decomposed, "sign"]})
     assert open_base_source(made.data).classes == ["road", composed, "sign"]
+
+
+def remove_a_label_map(root):
+    (root / "annotations/004.png").unlink()
+
+
+def other_label_map(data):
+    return lambda root: write(root / "annotations/004.png", data)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "status", "printed"),
+    [
+        (other_label_map(encode(labels(4, (12, 14)))), {}, 1, "has 14x12 pixels, but its image has 32x24"),
+        (other_label_map(palette(labels(4))), {}, 0, "missing: 0; unreadable: 0"),
+        (other_label_map(encode(Image.fromarray(labels(4).astype(np.uint16)))), {}, 1, "has 16 bits per pixel; expected 8"),
+        (other_label_map(encode(np.full(SIZE, 3, dtype=np.uint8))), {}, 1, "has label 3; expected 0 to 2, or 255"),
+        (other_label_map(encode(np.full(SIZE, 255, dtype=np.uint8))), {}, 1, "has no pixel with a class"),
+        (remove_a_label_map, {}, 1, "images/004.jpg: has no label map; expected"),
+        (None, {"data__label_map": {"class_names": [*CLASSES, "tram"]}}, 1, "class 'tram' occurs in no training label map"),
+        (None, {"segmentation__augment__crop": [96, 96]}, 0, "12 images are smaller than segmentation.augment.crop [96, 96]"),
+    ],
+    ids=["another size", "palette", "16 bit", "label beyond C", "all ignored", "no label map", "never occurs", "large crop"],
+)  # fmt: skip
+def test_bad_input_is_one_line_of_the_check_and_of_split(tmp_path, capsys, change, settings, status, printed):
+    """C > 255 is refused with the params, above; a crop larger than the image is padded, and a palette's indexes count."""
+    root = label_map_folder(tmp_path / "source")
+    made = segmentation_params(root, **settings)
+    if change:
+        change(root)
+    assert command(tmp_path, made) == status
+    lines = capsys.readouterr().out
+    assert printed in " ".join(lines.split())
+    if status and change:
+        with pytest.raises(DataError) as refused:
+            split.run(made, tmp_path / "split")
+        assert printed in str(refused.value) and not (tmp_path / "split").exists()
+    else:
+        assert split.run(made, tmp_path / "split").skipped == 0
+
+
+def test_a_crop_larger_than_the_image_is_padded_with_pixels_without_a_class():
+    made = torch.from_numpy(labels(2))
+    augment = SegmentationAugmentParams(crop=[48, 40], ratio=[1, 1], max_share=1, flip=False, photometric=False)
+    draws = draw_crops(1, augment, torch.Generator().manual_seed(0))
+    views, target = apply_crops(torch.zeros(1, 3, *SIZE, dtype=torch.uint8), made[None], draws, augment)
+    assert views.shape == (1, 1, 3, 48, 40) and target.shape == (1, 48, 40)
+    assert torch.equal(target[0, : SIZE[0], : SIZE[1]], made)
+    assert (target[0, SIZE[0] :] == 255).all() and (target[0, :, SIZE[1] :] == 255).all()

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import pipeline.evaluate
 import pipeline.export
@@ -16,19 +16,22 @@ import pipeline.prior
 import pipeline.split
 import pipeline.student
 import pipeline.teacher
+from models.networks.backbones import build_backbone
 from models.preprocess import letterbox
 from models.segmentation.metrics import Areas
 from models.segmentation.network import SegmentationModel
 from pipeline.augment import apply_crops, draw_crops
 from pipeline.data.class_prior import load_prior
 from pipeline.model_io.checkpoint import load_model
+from pipeline.params.training import PretrainedParams
 from pipeline.segmentation import objectives
 from pipeline.segmentation.dataset import LabelMapSplit, load_labelled_images
 from pipeline.segmentation.inference import areas_by_adjustment, cell_logits, class_maps, image_logits
 from pipeline.segmentation.stream import LabelledStream, labelled_training_images
-from pipeline.shared.artifacts import EVALUATION, REPOSITORY, STUDENT, TEACHER
+from pipeline.shared.artifacts import EVALUATION, REPOSITORY, STUDENT, TEACHER, sha256_of
 from pipeline.shared.errors import ParamsError
 from pipeline.training import engine
+from pipeline.training.run import model_config
 from serving.golden.dry_run import run_golden
 from serving.repository.release import read_release
 from tests.support.label_maps import CLASSES, SIZE, label_map_folder, labels, segmentation_params
@@ -113,11 +116,11 @@ def check_served_class_maps(made) -> None:
     target = [0.2, 0.7, 0.1]
     rows = {b"balanced": np.zeros(3), b"-0.5": -0.5 * np.array(prior.log_prior)}
     rows[json.dumps(target).encode()] = np.log(target)
-    classifier = load(REPOSITORY, "classifier", "configs/local.pbtxt", backend())
+    segmenter = load(REPOSITORY, "segmenter", "configs/local.pbtxt", backend())
     for text, added in rows.items():
         request = MapRequest([Tensor("image", np.array([[data.encoded(0)]], dtype=np.object_))])
         request.tensors.append(Tensor("prior", np.array([[text]], dtype=np.object_)))
-        [answer] = classifier.execute([request])
+        [answer] = segmenter.execute([request])
         _, inside, truth = data.read(0)
         logits = next(cell_logits(model, data, [0], made.image, CPU))[0]
         expected = class_maps(logits, torch.from_numpy(added)[None].float(), data.canvas, inside, truth.shape)[0]
@@ -126,8 +129,8 @@ def check_served_class_maps(made) -> None:
         assert answer["probability"][0] == pytest.approx(np.sort(counts)[::-1] / counts.sum())
         assert answer["names"][0].tolist() == [name.encode() for name in CLASSES]
     torn = MapRequest([Tensor("image", np.array([[data.encoded(0)[:50]]], dtype=np.object_))])
-    assert "image is damaged" in classifier.execute([torn])[0].error.message()
-    classifier.finalize()
+    assert "image is damaged" in segmenter.execute([torn])[0].error.message()
+    segmenter.finalize()
 
 
 class MapRequest(Response):
@@ -196,6 +199,20 @@ def test_a_student_with_its_own_features_as_keys_needs_no_teacher(made):
     own = made.model_copy(update={"student": made.student.model_copy(update={"contrast_encoder": "self", "epochs": 1})})
     pipeline.student.run(own)
     assert not TEACHER.exists() and (STUDENT / "model.safetensors").is_file()
+
+
+def test_training_starts_from_the_weights_of_a_local_file(made, tmp_path):
+    source = build_backbone("resnet20").network.state_dict()
+    save_file(source, tmp_path / "resnet20.safetensors")
+    weights = PretrainedParams(
+        file=str(tmp_path / "resnet20.safetensors"), sha256=sha256_of(tmp_path / "resnet20.safetensors")
+    )
+    section = made.teacher.model_copy(update={"pretrained": weights})
+    config = model_config(section, made.image, 3, segmentation=made.segmentation)
+    started = objectives.teacher_objective(made.model_copy(update={"teacher": section}), config, load_prior(), 0)
+    network = started.model.backbone.network
+    assert torch.equal(network.conv1.weight, source["conv1.weight"])
+    assert torch.equal(network.state_dict()["blocks.8.conv2.weight"], source["blocks.8.conv2.weight"])
 
 
 def test_a_backbone_without_dilation_is_refused_before_training(made):

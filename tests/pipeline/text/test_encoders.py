@@ -1,7 +1,7 @@
 """Encoders of open_clip and transformers with stand-ins for both packages, which the tests do not install.
 
-The stand-ins have only the functions that Tailor calls: one token for each letter, and its vector as the feature. The true
-packages were run with tiny random models while this was written (docs/text-centres.md).
+The stand-ins have only the functions that Tailor calls: one token for each letter, and its vector as the feature.
+test_tiny_clip.py uses the true packages, where they are installed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -140,3 +141,31 @@ def test_damaged_weights_of_a_transformers_model_are_refused(tmp_path: Path, mon
     (tmp_path / "model.safetensors").write_bytes(b"damaged weights")
     with pytest.raises(ParamsError, match="which transformers cannot load: Error while deserializing header"):
         open_encoder(section(tmp_path, "transformers"))
+
+
+def test_a_transformers_model_of_a_hub_is_downloaded_without_code_and_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requested: list[Any] = []
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, file, **__: str(tmp_path / file))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *owner, **options: requested.append((owner, options))
+    )
+    source = "hf://owner/name@v1"
+    features, _ = open_encoder(section(tmp_path, "transformers", file=source, download=True)).encode(["cat"], 1)
+    local, _ = open_encoder(section(tmp_path, "transformers")).encode(["cat"], 1)
+    np.testing.assert_array_equal(features, local)
+    patterns = ["*.json", "*.txt", "model.safetensors"]
+    assert requested == [(("owner/name",), {"revision": "v1", "allow_patterns": patterns})]
+    open_encoder(section(tmp_path, "transformers", file=source))  # from the cache, without a download
+    assert len(requested) == 1
+
+    def unreachable(*_: str, **__: Any) -> None:
+        raise OSError("no route to the host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(
+        ParamsError, match=r"^text\.file: hf://owner/name@v1: no route to the host; check the address and"
+    ):
+        open_encoder(section(tmp_path, "transformers", file=source, download=True))

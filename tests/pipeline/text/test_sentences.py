@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.params import ClassWordsParams, TextParams
@@ -42,12 +45,38 @@ def test_words_of_a_table_and_descriptions_follow_the_class(tmp_path: Path) -> N
     (tmp_path / "n9.txt").write_text("of no class")
     section = text(names=names, templates=["a {}"], descriptions=str(tmp_path))
     made = class_sentences(section, ["n1", "n2"])
-    assert made.sentences == [["a caf\u00e9"], ["a toad", "a frog", "It jumps.", "It is green!", "青い。", "小さい。"]]
+    assert made.sentences == [["a caf\u00e9"], ["a toad", "It jumps.", "a frog", "It is green!", "青い。", "小さい。"]]
     assert made.remarks == [
         f"{tmp_path}: no file for 1 class, such as 'n1'", f"{tmp_path}: 1 file of no class, such as 'n9.txt'"
     ]  # fmt: skip
     cut = class_sentences(section.model_copy(update={"max_sentences": 3}), ["n1", "n2"])
-    assert cut.sentences[1] == ["a toad", "a frog", "It jumps."] and "the first 3 sentences" in cut.remarks[-1]
+    assert cut.sentences[1] == ["a toad", "It jumps.", "a frog"]
+    assert cut.unused == 3 and cut.remarks[-1] == (
+        "3 sentences are not used, 3 of them from descriptions: 1 class with more than 3 (text.max_sentences), "
+        "such as 'n2', whose first unused sentence is 'It is green!'"
+    )
+
+
+@given(templates=st.integers(1, 7), words=st.integers(1, 5), described=st.integers(0, 40), limit=st.integers(1, 40))
+def test_a_limit_drops_from_templates_words_and_descriptions_alike(
+    templates: int, words: int, described: int, limit: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("texts")
+    (root / "c.csv").write_text("name,text\nc," + "/".join(f"w{number}" for number in range(words)))
+    (root / "c.txt").write_text("\n".join(f"Sentence {number}" for number in range(described)) or "w0")
+    names = ClassWordsParams(file=str(root / "c.csv"), separator="/")
+    section = text(names=names, templates=[f"t{number} {{}}" for number in range(templates)], max_sentences=limit)
+    made = class_sentences(section.model_copy(update={"descriptions": str(root)}), ["c"])
+    [chosen], all_sentences = made.sentences, templates * words + max(described, 1)
+    assert len(chosen) == len(set(chosen)) == min(limit, all_sentences)
+    assert made.unused == all_sentences - len(chosen) and bool(made.remarks) == bool(made.unused)
+    filled = [sentence.split() for sentence in chosen if sentence[0] == "t"]
+    # Of both sources as many, unless one has no more sentences.
+    others, halves = len(chosen) - len(filled), len(chosen) // 2
+    assert len(filled) >= min(halves, templates * words) and others >= min(halves, max(described, 1))
+    for part, kinds in ((0, templates), (1, words)):  # of the templates, and of the words, each as often, up to one
+        uses = Counter(pair[part] for pair in filled)
+        assert max(uses.values()) - min(uses.values()) <= 1 and len(uses) == min(kinds, len(filled))
 
 
 @pytest.mark.parametrize(
@@ -76,8 +105,32 @@ def test_descriptions_that_do_not_fit_are_refused_with_their_names(tmp_path: Pat
     with pytest.raises(DataError, match=r"cat\.txt: is not UTF-8"):
         class_sentences(text(descriptions=str(tmp_path)), ["cat"])
     (tmp_path / "cat.txt").write_text("It purrs.")
-    with pytest.raises(DataError, match=r"dog\.txt: no such file, and text.templates is empty"):
+    with pytest.raises(DataError, match=r"class 'dog' has no description, and text.templates is empty"):
         class_sentences(text(descriptions=str(tmp_path), templates=[]), ["cat", "dog"])
+
+
+def test_descriptions_of_a_column_precede_those_of_a_file(tmp_path: Path) -> None:
+    table = 'name,text,about\ndog,dog,"It barks. It runs."\ncat,cat,\n'
+    names = words(tmp_path, table, description_column="about")
+    made = class_sentences(text(names=names, templates=[]), ["dog"])
+    assert (made.sentences, made.remarks) == ([["It barks.", "It runs."]], [])
+    (tmp_path / "dog.txt").write_text("It sleeps.")
+    both = class_sentences(text(names=names, descriptions=str(tmp_path), templates=["a {}"]), ["cat", "dog"])
+    assert both.sentences == [["a cat"], ["a dog", "It barks.", "It runs.", "It sleeps."]]
+    assert both.remarks[0] == f"{tmp_path}/classes.csv: no about of 1 class, such as 'cat'"
+    with pytest.raises(DataError, match=r"classes\.csv: class 'cat' has no description, and text\.templates is empty"):
+        class_sentences(text(names=names, templates=[]), ["cat", "dog"])
+    with pytest.raises(
+        ParamsError, match=r"text\.names\.description_column is 'facts', but the columns of .* name, text, "
+    ):
+        class_sentences(text(names=words(tmp_path, table, description_column="facts")), ["dog"])
+
+
+def test_two_files_of_one_class_in_unicode_are_refused(tmp_path: Path) -> None:
+    for name in ("caf\u00e9", "cafe\u0301"):
+        (tmp_path / f"{name}.txt").write_text("Coffee.")
+    with pytest.raises(DataError, match=r"'cafe\\u0301\.txt' and 'caf\\xe9\.txt' are of one class"):
+        class_sentences(text(descriptions=str(tmp_path)), ["caf\u00e9"])
 
 
 def test_a_class_name_cannot_name_a_file_outside_of_the_folder(tmp_path: Path) -> None:

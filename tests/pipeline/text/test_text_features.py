@@ -148,11 +148,11 @@ def test_features_of_the_users_own_are_normalised_and_assigned_by_name(tmp_path:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"cat": np.ones((1, 3))}, "class 'dog' has no tensor"),
+        ({"cat": np.ones((1, 3))}, r"class 'dog' has no tensor; add one \[n,3\] of this name"),
         ({"cat": np.ones((1, 3)), "dog": np.ones((2, 4))}, "class 'dog' has width 4, but class 'cat' 3"),
         ({"cat": np.ones((1, 3)), "dog": np.ones((1, 1, 3))}, r"class 'dog' is float64 \[1, 1, 3\]"),
         ({"cat": np.ones((1, 3)), "dog": np.ones((1, 3), int)}, "class 'dog' is int64"),
-        ({"cat": np.ones(3), "dog": np.ones(3), "cow": np.ones(3)}, "tensor 'cow' is of no class"),
+        ({"cat": np.ones(3), "dog": np.ones(3), "cow": np.ones(3)}, "tensor 'cow' is of no class; remove it"),
         ({"cat": np.ones(3), "dog": np.zeros(3)}, "a feature of class 'dog' is zero or not finite"),
         ({"cat": np.ones(3), "dog": np.full(3, np.nan)}, "a feature of class 'dog' is zero or not finite"),
         ({"cat": np.ones(3), "dog": np.ones(3)}, "'cat' and 'dog' have equal features in .*own.safetensors; give each"),
@@ -161,3 +161,13 @@ def test_features_of_the_users_own_are_normalised_and_assigned_by_name(tmp_path:
 def test_features_that_do_not_fit_are_refused(tensors: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         text_features(own(tmp_path, tensors), ["cat", "dog"])
+
+
+def test_two_tensors_whose_names_are_the_same_in_unicode_are_refused_with_both_names(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    with pytest.raises(
+        DataError, match=r"own.safetensors: tensors 'cafe\\u0301' and 'caf\\xe9' are of the same class 'café'"
+    ):
+        text_features(own(tmp_path, {composed: np.ones(3), decomposed: np.ones(3)}), [composed])
+    text, _ = text_features(own(tmp_path, {decomposed: np.ones(3)}), [composed])
+    assert text.class_names == (composed,)

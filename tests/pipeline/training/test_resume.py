@@ -47,6 +47,8 @@ RECIPES = {
     "deferred": {},
     "proco": {},
     "kcl": {},
+    "tsc": {},  # which matches classes and targets between epochs
+    "hybrid": {},  # which draws a second batch
     "experts": {},  # whose loss changes halfway
     "bbn": {},  # which draws a second batch
     "averaged": {"ema_decay": 0.9, "augment": AugmentParams(crop_padding=1, flip=True, cutout=2, mix="cutmix")},
@@ -59,7 +61,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", list(RECIPES))
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 60.0], ids=["every step", "every epoch"])
 def test_a_run_cut_off_many_times_ends_as_one_that_was_not(name, checkpoint_seconds, tmp_path):
-    made_here = ("teacher", "momentum", "deferred", "proco", "kcl", "experts", "bbn")
+    made_here = ("teacher", "momentum", "deferred", "proco", "kcl", "tsc", "hybrid", "experts", "bbn")
     stage = name if name in made_here else "student"
 
     def made(run_folder=None):

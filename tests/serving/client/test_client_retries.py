@@ -120,6 +120,7 @@ def test_a_rejected_request_is_not_retried_over_http(predict: Predict, fault: An
             predict(faulty.url)
         assert [request.split()[1] for request in faulty.requests] == [
             b"/v2/models/classifier/config",
+            b"/v2/models/segmenter/config",
             b"/v2/models/classifier",
             b"/v2/models/classifier/infer",
         ]

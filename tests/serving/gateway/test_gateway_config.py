@@ -82,10 +82,12 @@ def test_the_accepted_tensors_are_those_of_the_model_configs(repository: Path) -
     )
     explained = manifest.model_copy(update={"explain": Explain(images=0, bytes=1, map=(2, 2))})
     kinds = {kind: name.removeprefix("TYPE_").replace("STRING", "BYTES") for name, kind in DataType.items()}
-    for model in ("student", "classifier"):
-        configs = [text_format.Parse((repository / model / "config.pbtxt").read_text(), ModelConfig())]
-        for each in (maps, explained):
-            configs.append(student_config(each, Placement()) if model == "student" else classifier_config(each))
+    written = [repository / model / "config.pbtxt" for model in ("student", "classifier")]
+    student, classifier = (text_format.Parse(path.read_text(), ModelConfig()) for path in written)
+    students = [student, *(student_config(each, Placement()) for each in (maps, explained))]
+    classifiers, segmenter = [classifier, classifier_config(explained)], classifier_config(maps)
+    assert [config.name for config in (*classifiers, segmenter)] == ["classifier", "classifier", "segmenter"]
+    for model, configs in (("student", students), ("classifier", classifiers), ("segmenter", [segmenter])):
         entry = re.search(rf"{model} = {{\s*inputs = {{(.*?)}},\s*outputs = {{(.*?)}},\s*}},\n", table, re.DOTALL)
         inputs = dict(re.findall(r'(\w+) = "(\w+)"', entry[1]))
         assert inputs == {tensor.name: kinds[tensor.data_type] for config in configs for tensor in config.input}

@@ -19,16 +19,20 @@ import pytest
 from conftest import CLASSES, Release, picture
 from PIL import Image
 
+from models.label_map_image import palette
+from models.preprocess import preprocess
 from models.prior import log_class_prior, softmax
+from serving.client.class_maps import Segmentation
 from serving.client.extras import Extras
 from serving.client.predictions import NearestImage, Prediction
 from serving.drift.estimate import write_live_prior
 from serving.playground.answers import PriorResult, as_html, parse_own_prior, side_by_side, thumbnail, unique_names
-from serving.playground.extras import parse_extras
+from serving.playground.extras import overlay, parse_extras
 from serving.playground.page import find_samples
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError, ServingError
 from tests.support.chromium import needs_chromium, started
+from tests.support.segmentation_release import segmentation_server, street
 
 with_browser = [pytest.mark.end_to_end, pytest.mark.xdist_group("playground"), needs_chromium]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -122,6 +126,22 @@ def test_files_of_one_name_get_unique_names() -> None:
     assert unique_names([Path(file) for file in files]) == ["1.jpg (1)", "1.jpg (3)", "2.jpg", "1.jpg (2)"]
 
 
+def test_the_map_lies_on_the_crop_that_the_network_sees() -> None:
+    """Red grows from left to right and green from top to bottom, so each pixel has its place in the image."""
+    height, width, size, resize_to = 300, 420, 224, 256
+    place = np.zeros((height, width, 3))
+    place[..., 0], place[..., 1] = np.arange(width) / 2, np.arange(height)[:, None] / 2
+    data = io.BytesIO()
+    Image.fromarray(place.round().astype(np.uint8)).save(data, "PNG")
+    flat = Prediction(("ant",), (0,), (1.0,), 1, activation_map=((1.0, 1.0),) * 2, activation_crop=size / resize_to)
+    drawn = Image.open(io.BytesIO(base64.b64decode(overlay(data.getvalue(), flat)))).resize((size, size))
+    seen = preprocess(data.getvalue(), size, resize_to).transpose(1, 2, 0)
+    assert np.abs(np.asarray(drawn, dtype=int) - seen)[4:-4, 4:-4].max() <= 2
+    corners = Prediction(("ant",), (0,), (1.0,), 1, activation_map=((0.0, 0.0), (0.0, 1.0)), activation_crop=1.0)
+    square = np.asarray(Image.open(io.BytesIO(base64.b64decode(overlay(data.getvalue(), corners)))))
+    assert square[-10, -10, 2] > 0 and square[10, 10].tolist() == place[12, 72].round().tolist()
+
+
 def test_the_names_of_nearest_images_are_escaped_and_the_map_is_drawn_where_it_is_high() -> None:
     near = (NearestImage('"><script>', "<b>", 0.5, b"jpeg"),)
     plain = Prediction(("ant",), (0,), (1.0,), 1)
@@ -162,6 +182,21 @@ def test_a_part_that_the_release_lacks_is_an_error_in_each_column() -> None:
     assert [result.title for result in refused] == ["balanced", "train", "live", "strength 0.5"]
 
 
+def test_a_class_map_is_drawn_over_its_image_and_its_difference_is_marked() -> None:
+    maps = [np.zeros((8, 12), np.uint8), np.zeros((8, 12), np.uint8)]
+    maps[1][:4, 6:] = 1
+    names = ("road", "<car>")
+    drawn = [Segmentation(each, np.ones((8, 12), np.float32), names, 1) for each in maps]
+    results = [PriorResult(title, each, 1.0) for title, each in zip(("balanced", "train"), drawn, strict=True)]
+    html = as_html(results, street())
+    assert "<car>" not in html and html.count("25.0 % of the pixels have another class than balanced") == 1
+    overlays = re.findall(r"png;base64,([^\"]+)", html)
+    right = Image.open(io.BytesIO(base64.b64decode(overlays[1])))
+    assert right.size == (12, 8) and right.tobytes() == drawn[1].overlay(Image.open(io.BytesIO(street()))).tobytes()
+    for share, colour in (("75.0", palette()[:3]), ("25.0", palette()[3:6])):
+        assert f"width:{share}0%;background:rgb{tuple(colour)}" in html
+
+
 @pytest.mark.slow
 def test_an_unreachable_server_is_an_error_of_one_line() -> None:
     done = run("--url", "http://127.0.0.1:9", "--timeout", "1")
@@ -178,9 +213,16 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def open_page(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The playground on the session's server, open in Chromium; `page.external_requests`: requests to other hosts."""
-    uploads, samples = tmp_path_factory.mktemp("uploads"), tmp_path_factory.mktemp("samples")
+    samples = tmp_path_factory.mktemp("samples")
     for seed in (7, 8):
         (samples / f"sample-{seed}.png").write_bytes(picture(seed))
+    with opened_page(server, samples, tmp_path_factory.mktemp("uploads")) as page:
+        yield page
+
+
+@contextlib.contextmanager
+def opened_page(server: TritonServer, samples: Path, uploads: Path) -> Iterator[Any]:
+    """Open the playground on a server. samples: folder of sample images. uploads: an empty folder."""
     command = [sys.executable, "-m", "serving.commands", "playground", "--url", server.http_url, "--port", "0"]
     command += ["--samples", str(samples)]
     environment = os.environ | {"GRADIO_TEMP_DIR": str(uploads)}
@@ -410,6 +452,27 @@ class TestInABrowser:
             for node in violation["nodes"]
         ]
         assert violations == []
+
+    def test_a_server_of_class_maps_gets_a_tab_with_overlays(self, tmp_path: Path) -> None:
+        (tmp_path / "street.png").write_bytes(street(24, 16))
+        (tmp_path / "torn.png").write_bytes(street(24, 16)[:60])
+        with segmentation_server(tmp_path / "server") as server, opened_page(server, tmp_path, tmp_path) as page:
+            assert page.get_by_role("tab").all_inner_texts() == ["Class map"]
+            page.set_input_files("#image input[type=file]", tmp_path / "street.png")
+            page.wait_for_selector("#answers .column img.map", timeout=60_000)
+            shown = columns(page)
+            assert list(shown) == ["balanced", "train", "live", "strength 0.5"]
+            assert {"road", "car & bus", "sign"} < set(shown["balanced"].splitlines())
+            drawn = page.locator("#answers img.map").first
+            assert drawn.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [24, 16]
+            page.fill("#own textarea", "sign: 1")
+            page.locator("#own textarea").blur()
+            page.wait_for_selector("#answers h3:text('your own')")
+            assert columns(page)["your own"].splitlines()[1:3] == ["sign", "100.0 %"]
+            assert "of the pixels have another class than balanced" in columns(page)["your own"]
+            upload(page, tmp_path / "torn.png")
+            page.wait_for_selector("#answers [role=alert]", timeout=60_000)
+            assert page.external_requests == []
 
     def test_the_page_sends_no_request_to_other_hosts(self, page: Any) -> None:
         assert page.external_requests == []

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 
-from serving.client.requests import OUTPUTS, RequestSequence, classifier_call
+from serving.client.requests import OUTPUTS, RequestSequence, image_call
 from serving.shared.errors import ServingError
 from serving.transport.messages import (
     HEADER_LENGTH,
@@ -39,7 +39,7 @@ INFERENCE = st.fixed_dictionaries(
 
 
 def call() -> Infer:
-    return classifier_call([picture(1)], "strength", np.zeros(1, np.float32), None)
+    return image_call([picture(1)], "strength", np.zeros(1, np.float32), None)
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_a_request_sequence_ends_for_any_metadata_of_a_server(responses: list[An
 
 
 def test_a_request_is_encoded_once_with_model_and_version() -> None:
-    request = classifier_call([picture(1), picture(2)], "strength", np.ones(1, np.float32), 7)
+    request = image_call([picture(1), picture(2)], "strength", np.ones(1, np.float32), 7)
     assert request.http is request.http
     assert request.http.path == "/v2/models/classifier/versions/7/infer"
     sent = service_pb2.ModelInferRequest.FromString(request.message)

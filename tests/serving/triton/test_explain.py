@@ -18,7 +18,7 @@ from pipeline.onnx_export.explanations import packed, with_class, write_arrays
 from serving.client import Extras
 from serving.client.extras import EXPLAIN
 from serving.client.predictions import NearestImage
-from serving.client.requests import _extra_parts, classifier_call
+from serving.client.requests import _extra_parts, image_call
 from serving.repository.manifest import EXPLAIN_NAME, MANIFEST_NAME, STUDENT_NAME, Manifest, sha256_of
 from serving.repository.writer import publish, write_repository
 from serving.shared.errors import InputError, RepositoryError
@@ -95,6 +95,7 @@ def test_nearest_images_and_map_are_those_of_numpy(classifier: Any, made: tuple[
         assert [file for file in response["nearest_image"][row] if file] == [b"jpeg %d" % index for index in order]
         # The map of the best class has its balanced logit as mean, and the form of the graph's map.
         np.testing.assert_allclose(response["activation_map"][row], logits[row].max() * CELLS, rtol=1e-4)
+    assert response["activation_crop"].tolist() == [[1.0]] * 10
     assert response["nearest"].shape == (10, 20) and response["activation_map"].shape == (10, *CELLS.shape)
     assert [rows for *_, rows in calls] == [8, 2, 8, 2]  # one more run of the network
 
@@ -177,14 +178,16 @@ def test_the_client_sends_a_number_and_reads_images_and_map() -> None:
     for wrong in (-1, 21, "yes", 2.5):
         with pytest.raises(InputError, match="expected True or a number of images from 1 to 20"):
             Extras(explain=wrong)  # type: ignore[arg-type]
-    call = classifier_call([b""], "prior", None, None, Extras(explain=2).inputs(None))
+    call = image_call([b""], "prior", None, None, Extras(explain=2).inputs(None))
     assert set(EXPLAIN) == set(call.optional) and call.inputs["explain"].dtype == np.uint8
     outputs = {
         "nearest": np.array([[b"a.jpg", b""]], dtype=object), "nearest_class": np.array([[b"ant", b""]], dtype=object),
         "nearest_cosine": np.array([[0.5, 0.0]], dtype=np.float32), "activation_map": np.array([[[0.5, 1.5]]]),
+        "activation_crop": np.array([[0.875]], dtype=np.float32),
     }  # fmt: skip
     assert _extra_parts(Answer(outputs, 1), 0) == {
         "nearest": (NearestImage("a.jpg", "ant", 0.5),), "activation_map": ((0.5, 1.5),),
+        "activation_crop": 0.875,
     }  # fmt: skip
 
 

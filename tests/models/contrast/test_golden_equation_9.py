@@ -1,0 +1,44 @@
+"""Table 6: the GML loss with equal counts and queues is SupCon with the sum inside the logarithm (Eq. 9), in golden values."""
+
+import math
+
+import pytest
+import torch
+
+from models.contrast.crd import noise_contrastive_losses
+from models.contrast.gml_reference import gml_loss
+from models.contrast.supcon import supervised_losses
+from tests.support.contrast_cases import TARGET, U
+
+KEYS = torch.tensor([[1, 0], [0.6, 0.8], [0, 1], [-0.6, 0.8], [-0.8, 0.6], [0, -1]], dtype=torch.float64)
+KEY_CLASS = torch.tensor([0, 0, 1, 1, 2, 2])
+UNIFORM = torch.full((3,), 1 / 3, dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize(
+    ("tau", "rows", "mean", "bound"),
+    [
+        (0.1, [0.02253786097812, 0.00004543141374], 0.011291646195934, None),
+        (0.5, [0.365348528246808, 0.182438392400252], 0.27389346032353, 0.7536694149348376),
+    ],
+)
+def test_the_gml_loss_of_equal_classes_has_the_golden_values_of_equation_9_and_keeps_its_bound(tau, rows, mean, bound):
+    similarity = U @ KEYS.T
+    own = [gml_loss(similarity[i : i + 1], KEY_CLASS, TARGET[i : i + 1], UNIFORM, tau).item() for i in range(2)]
+    assert own == pytest.approx(rows, rel=0, abs=1e-12)
+    assert gml_loss(similarity, KEY_CLASS, TARGET, UNIFORM, tau).item() == pytest.approx(mean, rel=0, abs=1e-12)
+    outside = supervised_losses(similarity / tau, TARGET[:, None] == KEY_CLASS).mean().item() - math.log(2)
+    assert mean <= outside
+    assert bound is None or outside == pytest.approx(bound, rel=0, abs=1e-12)
+
+
+def test_the_scores_and_the_loss_of_one_direction_of_crd_are_golden():
+    x = torch.tensor(
+        [
+            [0.495378953922134, 0.102554981879509, 0.010722780068279, 0.277842781386647],
+            [0.457255249491514, 0.067548229696841, 0.015908610037530, 0.172788413517546],
+        ],
+        dtype=torch.float64,
+    )
+    losses = noise_contrastive_losses(x.log(), torch.zeros((), dtype=torch.float64), 5)
+    assert losses.mean().item() == pytest.approx(1.2868476291036197, rel=0, abs=1e-10)

@@ -1,0 +1,83 @@
+"""Extra parts of an answer in client and command line: wrong values are named before a request is sent."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.client.extras import Extras, outputs_of, read_costs
+from serving.commands.app import main
+from serving.shared.errors import InputError
+
+WRONG = [
+    ({"coverage": 0}, "coverage is 0; expected a number above 0 and below 1"),
+    ({"coverage": 1.0}, "coverage is 1; expected"),
+    ({"coverage": math.nan}, "coverage is nan; expected"),
+    ({"coverage": "high"}, "coverage is 'high'; expected a number"),
+    ({"coverage": True}, "coverage is True; expected a number"),
+    ({"false_alarms": 1}, "false_alarms is 1; expected"),
+    ({"ask": -0.5}, "ask is -0.5; expected a finite price"),
+    ({"ask": math.inf}, "ask is inf; expected a finite price"),
+    ({"level": 0}, "level is 0; expected"),
+    ({"level": 1.5}, "level is 1.5; expected"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), WRONG)
+def test_a_wrong_number_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        Extras(**values)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [
+        ({"yeti": 2}, "costs name class 'yeti', which the server does not have"),
+        ({"ant": -1}, "costs: has -1; expected finite numbers >= 0"),
+        ({"ant": "dear"}, "costs: class 'ant' has 'dear'; expected a number"),
+        ([[1, 2], [3]], "costs: "),
+        ([[1, 2, 3], [1, 2, 3]], r"costs: has shape [2, 3]; expected 2 numbers, one per class, or 2 rows of 2"),
+        ([1, math.nan], "costs: has nan"),
+        (3, "costs: has shape []"),
+    ],
+)
+def test_wrong_costs_are_refused(costs: Any, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        Extras(costs=costs).inputs(["ant", "bee"])
+    assert str(error.value).startswith(message)
+
+
+def test_parts_that_are_not_wanted_need_neither_input_nor_output() -> None:
+    assert Extras().inputs(None) == {} and outputs_of({}) == {}
+    rows = Extras(coverage=0.9, costs={"bee": 5}).inputs(["ant", "bee"])
+    assert set(rows) == {"coverage", "costs"} and rows["costs"].tolist() == [b"[1.0, 5.0]"]
+    assert set(outputs_of(rows)) == {"set", "set_size", "decision", "decision_index", "expected_cost"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--coverage", "1"], "coverage is 1; expected"),
+        (["--coverage", "high"], "--coverage"),
+        (["--costs", "costs.json"], "costs.json: is no JSON list or object"),
+        (["--costs", "none.json"], "none.json: No such file"),
+    ],
+)
+def test_the_command_names_a_wrong_option_and_ends_with_2(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("costs.json").write_text("3")
+    Path("a.png").write_bytes(b"")
+    assert main(["predict", "a.png", *options]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(InputError, match="is no JSON list or object"):
+        read_costs(Path("costs.json"))

@@ -1,0 +1,109 @@
+"""Images whose answer is `unknown` are kept as files: only where an operator wants it, within limits, without probes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Release, encode, picture
+from test_extras import KEYS, asked, written
+
+from serving.commands.app import main
+from serving.server.arguments import unknown_images_environment
+from serving.shared.errors import InputError
+from serving.triton import logit_log
+from tests.support.stand_in import counted, request
+
+
+class Counts(dict):
+    """Stands for Metrics."""
+
+    def count(self, family: str, number: int = 1, **labels: str) -> None:
+        key = (family, *labels.values())
+        self[key] = self.get(key, 0) + number
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Release, Path]:
+    return written(tmp_path_factory.mktemp("unknown"), **KEYS)
+
+
+@pytest.fixture
+def repository(made: tuple[Release, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    for name, value in unknown_images_environment(tmp_path / "kept", "1MiB").items():
+        monkeypatch.setenv(name, value)
+    yield made[1]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_only_unknown_images_are_kept_unchanged_once_and_without_probes(classifier: Any, tmp_path: Path) -> None:
+    images = [picture(seed) for seed in range(30)]
+    grey = encode(np.full((8, 8, 3), 128, dtype=np.uint8))
+    url = b"data:image/png;base64," + base64.b64encode(images[7])
+    sent = [*images, grey, url]
+    [answer] = [classifier.execute([asked(images, false_alarms=[[0.3]] * len(images))])[0]]
+    unknown = answer["unknown"][:, 0]
+    assert unknown.any() and not unknown.all()
+    classifier.execute([asked([image], false_alarms=[[0.3]]) for image in sent])
+    classifier.execute([request(images)])  # without `unknown` in the answer
+    classifier.finalize()
+    probes = {picture(1), picture(2)}  # the golden images of conftest
+    expected = {image for image, alarm in zip(images, unknown, strict=True) if alarm} - probes
+    kept = {path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    assert kept == expected and grey not in kept
+    assert names(tmp_path / "kept") == sorted(f"{hashlib.sha256(image).hexdigest()[:32]}.png" for image in expected)
+    assert stat.S_IMODE((tmp_path / "kept").stat().st_mode) & 0o007 == 0
+    assert counted(classifier.metrics, "tailor_unknown_kept_total") == {(): len(expected)}
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    assert logit_log.open_unknown_images({}, Counts()) is None
+
+
+def test_the_newest_images_are_kept_within_number_and_bytes_and_other_files_stay(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("of the operator")
+    counts = Counts()
+    store = logit_log.UnknownImages(tmp_path, 1000, [], counts, write_every=60, most=3)
+    for number in range(5):
+        store.offer([bytes([0xFF, 0xD8, number]) * 10])
+        store.write()
+        for path in logit_log.unknown_files(tmp_path):  # distinct times, also on a coarse clock
+            os.utime(path, ns=(path.stat().st_mtime_ns - 10**9,) * 2)
+    assert {path.read_bytes()[2] for path in logit_log.unknown_files(tmp_path)} == {2, 3, 4}
+    store.offer([b"\x89PNG" * 245, b"x" * 1001])
+    store.write()
+    assert [path.suffix for path in logit_log.unknown_files(tmp_path)] == [".png"]
+    assert (tmp_path / "note.txt").exists()
+    assert counts == {("tailor_unknown_kept_total",): 6, ("tailor_unknown_lost_total", "size"): 1}
+    store.close()
+
+
+def test_a_full_queue_and_a_lost_folder_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logit_log, "QUEUE_BYTES", 50)
+    counts, folder = Counts(), tmp_path / "kept"
+    store = logit_log.UnknownImages(folder, 1 << 20, [], counts, write_every=60)
+    store.offer([b"a" * 40, b"b" * 40])
+    folder.rmdir()
+    store.write()
+    assert counts == {("tailor_unknown_lost_total", "queue"): 1, ("tailor_unknown_lost_total", "disk"): 1}
+    store.close()
+
+
+def test_an_unusable_folder_or_limit_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file: File exists; give a folder for the unknown images"):
+        unknown_images_environment(tmp_path / "file")
+    with pytest.raises(InputError, match="limit of the unknown images is 10; expected at least 1MiB"):
+        unknown_images_environment(tmp_path / "kept", 10)
+    assert main(["serve", "--keep-unknown", str(tmp_path / "kept"), "--keep-limit", "much"]) == 2
+    assert "size is 'much'" in capsys.readouterr().err
