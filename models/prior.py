@@ -37,8 +37,9 @@ def class_names_problem(names: Sequence[str]) -> str | None:
     for name in names:
         if not name.strip() or name.splitlines() != [name]:
             return f"class name {name!r} is empty or has a line break; rename the class"
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    keys = [class_key(name) for name in names]
+    if len(set(keys)) < len(keys):
+        twice = next(name for name in keys if keys.count(name) > 1)
         return f"class name {twice!r} occurs twice; rename one of the two classes"
     return None
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 import statistics
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -100,11 +103,24 @@ def _train_all(params: Params, work: Path) -> Iterator[tuple[int, Metrics]]:
         for seed in params.seeds:
             yield seed, train_seed(params, seed, work)
         return
-    # Spawned, because CUDA cannot be used in a forked process.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(workers) as pool:
         running = {pool.submit(train_seed, params, seed, work): seed for seed in params.seeds}
         for completed in as_completed(running):
             yield running[completed], completed.result()
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that end when this process ends by any cause: DVC and a kill end the stage alone, and they would train on."""
+    # Spawned, because CUDA cannot be used in a forked process.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def side_by_side(params: Params) -> int:

@@ -158,9 +158,11 @@ def suspects(
     from pipeline.labels.pages import write_suspects
     from pipeline.labels.suspects import by_group, find_suspects
     from pipeline.params import load_params
+    from pipeline.preparation.project import keep_out_of_git
     from pipeline.sources import open_reader
 
     recipe = load_params(params)
+    keep_out_of_git(output)  # its page has pictures
     network = FeatureNetwork(recipe)
     images = labelled_images(network)
     listed, fit = find_suspects(images)
@@ -193,11 +195,14 @@ def label_next(
     from pipeline.labels.next_images import choose_images, wanted_classes
     from pipeline.labels.pages import write_next
     from pipeline.params import load_params
+    from pipeline.preparation.project import keep_out_of_git
     from serving.client.images import image_files
 
     if not folder.is_dir():
         raise ParamsError(f"{folder}: is not a folder; expected one with images")
     recipe = load_params(params)
+    for images_folder in (folder, output):
+        keep_out_of_git(images_folder)
     network = FeatureNetwork(recipe)
     images = labelled_images(network, ["train"])
     classes = wanted_classes(wanted, images)

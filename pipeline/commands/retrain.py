@@ -58,8 +58,11 @@ def retrain(
     the command was killed, run it again to complete the run. Exit status 0 if the run finished: promoted, refused, undecided
     because the test images are too few, or unchanged. 1 if it failed or another run was in progress.
     """
+    from pipeline.preparation.project import keep_out_of_git
     from pipeline.scheduling.trigger import run_once
 
+    if drop:
+        keep_out_of_git(drop)
     outcome = run_once(because, drop, tracebacks=debug)
     if as_json:
         print_json({"ending": outcome.ending, "message": outcome.message, "version": outcome.version,
@@ -151,10 +154,12 @@ def add_class(
     """
     from pipeline.onnx_export import added_class
     from pipeline.params import load_params
+    from pipeline.preparation.project import keep_out_of_git
     from serving.client.images import image_files
 
     if not folder.is_dir():
         raise ParamsError(f"{folder}: is not a folder; expected one with images of the class")
+    keep_out_of_git(folder)
     rules = added_class.Rules(held_out, margin, floor)
     result = added_class.add_class(load_params(params), name, image_files(folder), export, output, rules)
     if as_json:

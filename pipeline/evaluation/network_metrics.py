@@ -14,9 +14,8 @@ from pipeline.data.class_prior import Prior
 from pipeline.data.dataset import AnyImages
 from pipeline.evaluation.metrics import adjusted_probabilities, prediction_metrics
 from pipeline.model_io.checkpoint import ModelConfig, check_image, check_inputs, load_config, load_model
-from pipeline.model_io.inference import EVALUATION_BATCH, NotFiniteError, balanced_logits
+from pipeline.model_io.inference import EVALUATION_BATCH, balanced_logits, divergence_named
 from pipeline.params import EvaluateParams, ImageParams
-from pipeline.shared.errors import StageError
 
 TARGET_PRIORS = {"balanced": 0.0, "train": 1.0}
 Part = Literal["cosine", "memory"]
@@ -73,12 +72,8 @@ def network_logits(
     check_inputs(config, getattr(test, "encoder", None), folder)
     model = model.to(device, memory_format=torch.channels_last)
     images = test.batches(torch.arange(len(test)), EVALUATION_BATCH)
-    try:
+    with divergence_named(folder, stage):
         return balanced_logits(model, images, image, device, prior.balanced_shift(config.adjustment)).numpy()
-    except NotFiniteError as error:
-        raise StageError(
-            f"{folder}: {error}: training diverged; lower {stage}.learning_rate and run `dvc repro -f {stage}`"
-        ) from None
 
 
 def probabilities_by_target_prior(logits: np.ndarray, prior: Prior) -> dict[str, np.ndarray]:

@@ -14,13 +14,13 @@ import torch
 from models.segmentation.metrics import Areas
 from pipeline.data.class_prior import Prior
 from pipeline.model_io.checkpoint import check_canvas, check_image, load_model
-from pipeline.model_io.inference import NotFiniteError
+from pipeline.model_io.inference import divergence_named
 from pipeline.params import Params
 from pipeline.segmentation.dataset import LabelMapSplit, read_pair
 from pipeline.segmentation.inference import areas_by_adjustment, cell_logits, class_maps
 from pipeline.segmentation.overlays import colour_text, data_uri, overlay
 from pipeline.shared.artifacts import as_csv, write_file, write_json
-from pipeline.shared.errors import DataError, StageError
+from pipeline.shared.errors import DataError
 
 # Served strengths of Fig. 2: 0 is the balanced prior, 1 the training prior. A network trained with L_cls of any strength
 # acts at strength s like the paper's alpha = 1 - s.
@@ -84,12 +84,8 @@ def evaluate_networks(
     ]
     for name, folder in folders.items():
         model, added = load_network(params, folder, name, prior, strengths)
-        try:
+        with divergence_named(folder, name):
             totals, images = areas_by_adjustment(model.to(device), test, params.image, device, added)
-        except NotFiniteError as error:
-            raise StageError(
-                f"{folder}: {error}: training diverged; lower {name}.learning_rate and run `dvc repro -f {name}`"
-            ) from None
         by_strength = dict(zip(strengths, totals, strict=True))
         result.metrics[name] = {
             target: by_strength[strength].metrics(prior.groups) for target, strength in TARGET_PRIORS.items()

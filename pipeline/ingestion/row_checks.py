@@ -47,7 +47,8 @@ def check_rows(rows: list[DropRow], params: IngestParams, classes: list[str], in
     """
     images = _read_images(rows)
     class_names = set(classes)
-    labels = [_class_of(row.label, params, classes, class_names) for row in rows]
+    by_number = not any(map(str.isdecimal, classes))
+    labels = [_class_of(row.label, params, classes, class_names, by_number) for row in rows]
     existing = _existing_images({image.sha256 for image in images if image.sha256}, classes, ingested)
     drop_labels: dict[str, set[str]] = defaultdict(set)
     for image, (label, _) in zip(images, labels, strict=True):
@@ -122,18 +123,18 @@ def _read_image(row: DropRow) -> CheckedRow:
 
 
 def _class_of(
-    label: str | int | None, params: IngestParams, classes: list[str], class_names: set[str]
+    label: str | int | None, params: IngestParams, classes: list[str], class_names: set[str], by_number: bool
 ) -> tuple[str | None, tuple[str, str]]:
     """Class name of a label, by name or, if no name of a class is a number, by number; else None with the reason.
 
-    class_names: set of the classes, for fast lookup.
+    class_names: set of the classes, for fast lookup. by_number: whether an integer is the number of a class.
     """
     if label is None or label == "":
         return None, ("no label", "has no label that is text or an integer")
     name = class_key(str(label))
     if name in class_names:
         return name, ("", "")
-    if isinstance(label, int) and not any(map(str.isdecimal, classes)):
+    if isinstance(label, int) and by_number:
         if 0 <= label < len(classes):
             return classes[label], ("", "")
         return None, ("unknown class", f"has the label {label}; expected 0 to {len(classes) - 1}, or a class's name")

@@ -21,7 +21,7 @@ from pipeline.features.stored import load_features, takes_features
 from pipeline.model_io.checkpoint import check_image, load_model
 from pipeline.model_io.devices import choose_device
 from pipeline.model_io.encoder import load_encoder
-from pipeline.model_io.inference import EVALUATION_BATCH, outputs
+from pipeline.model_io.inference import EVALUATION_BATCH, divergence_named, outputs
 from pipeline.params import Params
 from pipeline.shared.artifacts import STUDENT
 from pipeline.shared.errors import DataError, ParamsError
@@ -135,7 +135,12 @@ class FeatureNetwork:
         model, config = load_model(STUDENT, "student")
         check_image(config, self._params.image, STUDENT)
         model.to(self._device)
-        return lambda pixels: outputs(model, pixels, self._params.image, self._device)[0]
+
+        def compute(pixels: Tensor) -> Tensor:
+            with divergence_named(STUDENT, "student"):
+                return outputs(model, pixels, self._params.image, self._device)[0]
+
+        return compute
 
 
 def labelled_images(network: FeatureNetwork, splits: Sequence[str] = SPLITS) -> LabelledImages:

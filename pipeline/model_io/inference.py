@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,10 +21,21 @@ EVALUATION_BATCH = 512
 
 
 class NotFiniteError(StageError):
-    """A network returns logits that are not finite; the message counts the images, and the caller adds the network's name."""
+    """A network returns logits that are not finite; the message counts the images, and `divergence_named` adds the folder."""
 
     def __init__(self, bad: int, images: int) -> None:
         super().__init__(f"its logits are not finite for {bad:,} of {images:,} images")
+
+
+@contextlib.contextmanager
+def divergence_named(folder: Path, stage: str) -> Iterator[None]:
+    """Context manager: a NotFiniteError becomes a StageError with the network's folder, the rate to lower, and the stage."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise StageError(
+            f"{folder}: {error}: training diverged; lower {stage}.learning_rate and run `dvc repro -f {stage}`"
+        ) from None
 
 
 def check_finite(logits: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from models.prior import class_key
 from pipeline.params.section import Count, NonNegative, Number, Positive, PositiveInt, Section, Share
 
 
@@ -60,8 +61,9 @@ class LabelMapParams(Section):
 
     @model_validator(mode="after")
     def _labels_do_not_overlap(self) -> LabelMapParams:
-        if len(set(self.class_names)) < len(self.class_names):
-            repeated = next(name for name in self.class_names if self.class_names.count(name) > 1)
+        names = [class_key(name) for name in self.class_names]
+        if len(set(names)) < len(names):
+            repeated = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"class_names has {repeated!r} twice; expected names that differ")
         first = int(self.reduce_zero_label)
         if first <= self.ignored < first + len(self.class_names):

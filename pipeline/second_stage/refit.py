@@ -23,7 +23,7 @@ from pipeline.data.dataset import AnyImages
 from pipeline.features.stored import evaluation_inputs
 from pipeline.model_io.checkpoint import check_image, check_inputs, load_model, save_model
 from pipeline.model_io.devices import choose_device
-from pipeline.model_io.inference import EVALUATION_BATCH, outputs
+from pipeline.model_io.inference import EVALUATION_BATCH, divergence_named, outputs
 from pipeline.params import ClassifierParams, ImageParams, Params
 from pipeline.second_stage.features import training_features
 from pipeline.second_stage.held_out import HeldOut, normalised_head
@@ -57,7 +57,9 @@ def refit_student(params: Params, student: Path, output: Path) -> dict[str, Any]
         )  # fmt: skip
     device = choose_device(params.device)
     model.to(device, memory_format=torch.channels_last)
-    start, held = _student_head(model), _held_out(model, validation, params.image, device)
+    start = _student_head(model)
+    with divergence_named(student, "student"):
+        held = _held_out(model, validation, params.image, device)
     before = held.balanced_accuracy(start, prior.balanced_shift(config.adjustment))
     features, labels = training_features(model, params, student, seed)
     if not features.isfinite().all():

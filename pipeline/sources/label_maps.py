@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from models.image_names import FOLDER_LINK, NOT_UTF8, has_image_suffix, is_passed_over, is_utf8
 from models.preprocess import PNG, ImageError, opened
+from models.prior import class_key
 from pipeline.params import LabelMapParams, TableParams
 from pipeline.shared.errors import DataError, raise_problems
 from pipeline.sources.shards import CACHE_BYTES, ORIGIN_KEY, RowGroupCache, image_bytes
@@ -47,7 +48,7 @@ class LabelMapTable(TableSource, LabelMapSource):
     ) -> None:
         # The base reads the label column only on request, so that it can be the column of label maps.
         TableReader.__init__(self, location, table.model_copy(update={"label": label_maps.column}), cache_bytes)
-        self.label_maps, self.classes = label_maps, label_maps.class_names
+        self.label_maps, self.classes = label_maps, [class_key(name) for name in label_maps.class_names]
         self.origin = self._splits["train"][0].metadata_value(ORIGIN_KEY) or "table"
         self._stamps: dict[str, str | None] = {}
         self._maps = RowGroupCache(label_maps.column, cache_bytes)
@@ -95,7 +96,8 @@ class LabelMapFolder(FileSource, LabelMapSource):
 
     def __init__(self, root: Path, origin: str, label_maps: LabelMapParams) -> None:
         super().__init__(root)
-        self.origin, self.label_maps, self.classes = origin, label_maps, label_maps.class_names
+        self.origin, self.label_maps = origin, label_maps
+        self.classes = [class_key(name) for name in label_maps.class_names]
         for name in (IMAGES, ANNOTATIONS):
             if not (root / name).is_dir():
                 raise DataError(f"{root}: has no folder {name}; expected {IMAGES}/ and {ANNOTATIONS}/")

@@ -228,8 +228,13 @@ def open_shards(
 
 
 def image_bytes(value: Any) -> Any:
-    """Bytes of an image cell: the cell itself, or `bytes` of a struct {bytes, path} as in Hugging Face's data sets."""
-    return value.get("bytes", value) if isinstance(value, dict) else value
+    """Bytes of an image cell: the cell itself, or of a struct {bytes, path} as in Hugging Face's data sets.
+
+    Such a struct has no bytes if the images were not embedded; then the result is its path.
+    """
+    if not isinstance(value, dict) or "bytes" not in value:
+        return value
+    return value.get("path") if value["bytes"] is None else value["bytes"]
 
 
 def row_groups(references: pa.ChunkedArray, shards: Mapping[str, Shard], column: str) -> Groups:

@@ -57,7 +57,7 @@ class TableReader(ImageReader):
         return row_groups(references, self._shards, self._params.image) if self._params.image else None
 
     def read(self, reference: str) -> bytes:
-        """Bytes of the image column, or of the file in the path column (relative to data.location)."""
+        """Bytes of the image column, or of the file that a path names (relative to data.location)."""
         value = self._value(reference)
         return value if isinstance(value, bytes) else self._storage.read(value)
 
@@ -69,8 +69,9 @@ class TableReader(ImageReader):
         shard, index, value = self._cell(reference)
         if value is None:
             raise BadImageError(f"{shard.location}: row {index} has no image; remove the row or give it one")
-        if not isinstance(value, bytes if self._params.image else str):
-            column = self._params.image or self._params.path
+        column = self._params.image or self._params.path
+        is_struct = pa.types.is_struct(shard.schema.field(column).type)
+        if not isinstance(value, (bytes | str if is_struct else bytes) if self._params.image else str):
             expected = "encoded image bytes" if self._params.image else "a file path"
             raise DataError(f"{shard.location}: column {column!r} holds {type(value).__name__}; expected {expected}")
         return value

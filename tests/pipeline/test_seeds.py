@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from pipeline import embed, evaluate, prior, seeds, split, student, teacher
 from pipeline.params import Params
 from pipeline.shared.errors import ParamsError
-from tests.support.making import data_params, folder
+from tests.support.making import ROOT, data_params, folder
 from tests.support.small_encoder import tiny_encoder, tiny_params
 
 pytestmark = pytest.mark.end_to_end
@@ -177,3 +182,40 @@ def test_a_further_seed_of_a_student_with_a_memory_or_a_tuned_encoder_has_the_me
     assert len(losses["teacher"]) == 2
     # A memory alone depends on the features, not on a seed.
     assert len(losses["student"]) == (1 if networks == {"teacher", "student"} else 2)
+
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from pipeline.seeds import worker_pool
+
+def forever(path):
+    Path(path).with_suffix(".part").write_text(str(os.getpid()))
+    Path(path).with_suffix(".part").rename(path)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    with worker_pool(1) as pool:
+        pool.submit(forever, sys.argv[1]).result()
+"""
+
+
+def test_the_processes_of_seeds_end_with_a_stage_that_is_killed(tmp_path):
+    (tmp_path / "program.py").write_text(WORKER)
+    stage = subprocess.Popen(
+        [sys.executable, "program.py", "worker"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    try:
+        wait_for((tmp_path / "worker").exists)
+        worker = psutil.Process(int((tmp_path / "worker").read_text()))
+    finally:
+        stage.kill()
+        stage.wait()
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+
+def wait_for(holds) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.commands.app import main
+from pipeline.flows.records import Outcome
 from pipeline.preparation.project import create_project, keep_out_of_git
+from pipeline.scheduling import trigger
 from pipeline.shared.errors import ParamsError
 from tests.support.making import encode, picture
 from tests.support.project import OwnProject
@@ -146,7 +148,7 @@ def test_image_folders_set_in_params_by_hand_are_ignored_by_git(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     create_project(Path())
-    for name in ("data/source", "photos", "incoming", "other"):
+    for name in ("data/source", "photos", "incoming", "other", "fox", "unlabelled", "fresh"):
         put(tmp_path / name)
     assert main(["init", "data/source"]) == 0
     params = tmp_path / "params.yaml"
@@ -155,7 +157,13 @@ def test_image_folders_set_in_params_by_hand_are_ignored_by_git(
     main(["data", "check"])
     main(["ingest"])
     main(["ingest", "--drop", "other"])
+    with monkeypatch.context() as patch:
+        patch.setattr(trigger, "run_once", lambda *_, **__: Outcome("skipped", ""))
+        main(["retrain", "--drop", "fresh"])
+    for command in (["add-class", "fox", "fox"], ["data", "next", "unlabelled", "--output", "ranked"]):
+        assert main(command) != 0, "there is no release yet"
     assert {name for name in staged(tmp_path) if name.endswith(".png")} == set()
+    assert "/ranked/" in (tmp_path / ".gitignore").read_text()
 
 
 def test_a_pack_of_images_is_ignored_by_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from pipeline.data.class_prior import load_prior
 from pipeline.data.dataset import load_images
 from pipeline.evaluation.network_metrics import network_logits
 from pipeline.features.stored import load_features
+from pipeline.labels.features import FeatureNetwork, labelled_images
 from pipeline.model_io.checkpoint import load_model
 from pipeline.onnx_export.release import open_session
 from pipeline.second_stage import features, refit
@@ -323,3 +324,24 @@ def test_training_that_diverges_is_reported_with_the_key_to_change(on_features):
     with pytest.raises(StageError, match=r"not finite; lower classifier\.learning_rate"):
         classifier.run(on_features({"classifier.kind": "crt", "classifier.learning_rate": 1e38}))
     assert not CLASSIFIER.exists()
+
+
+def test_a_student_that_diverged_is_named_by_the_second_stage_and_by_the_search_for_wrong_labels(
+    images, tmp_path, monkeypatch
+):
+    for name in ("data", "artifacts"):
+        shutil.copytree(images / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    path = STUDENT / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    name = next(name for name, tensor in weights.items() if tensor.ndim == 4)
+    weights[name] = torch.full_like(weights[name], 1e38)  # finite, as save_model checks, but not the logits
+    safetensors.torch.save_file(weights, path)
+    made = image_params(images, {"classifier.kind": "crt"})
+    expected = (
+        r"artifacts/student: its logits are not finite for .* images: training diverged; lower student.learning_rate"
+    )
+    with pytest.raises(StageError, match=expected):
+        classifier.run(made)
+    with pytest.raises(StageError, match=expected):
+        labelled_images(FeatureNetwork(made))

@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from models.preprocess import ImageError
 from pipeline import prior, split
@@ -211,6 +212,15 @@ def test_a_link_to_a_folder_is_named(tmp_path, part):
     (root / part / "more").symlink_to(tmp_path / "more")
     with pytest.raises(DataError, match=f"scenes/{part}/more: is a link to a folder; put the images there"):
         open_base_source(segmentation_params(root).data)
+
+
+def test_class_names_of_label_maps_are_compared_and_stored_in_unicodes_composed_form(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    with pytest.raises(ValidationError, match="class_names has 'caf\u00e9' twice"):
+        LabelMapParams(class_names=["road", composed, decomposed])
+    root = label_map_folder(tmp_path / "scenes", 4)
+    made = segmentation_params(root, data__label_map={"class_names": ["road", decomposed, "sign"]})
+    assert open_base_source(made.data).classes == ["road", composed, "sign"]
 
 
 def remove_a_label_map(root):

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import split
 from pipeline.shared.errors import DataError, ParamsError
-from pipeline.sources import open_source, reading_order
+from pipeline.sources import BadImageError, open_source, reading_order
 from pipeline.sources.shards import CLASSES_KEY, RowGroupCache, Shard
 from pipeline.sources.storage import Storage, redact_url
 from tests.support.making import data_params, png, write
@@ -201,5 +201,19 @@ def test_image_columns_that_are_structs_of_bytes_and_path_are_read_as_plain_ones
     missing = pa.table({"image": [{"bytes": None, "path": "x"}, {"bytes": b"x", "path": None}], "label": [0, 1]})
     pyarrow.parquet.write_table(missing, tmp_path / "missing.parquet")
     source = opened(tmp_path, train="missing.parquet")
-    with pytest.raises(DataError, match="row 0 has no image"):
+    with pytest.raises(DataError, match="/x: No such file"):
         source.read(source.rows[0].reference)
+
+
+def test_a_struct_without_bytes_is_read_from_its_path(tmp_path):
+    write(tmp_path / "photos/0.png", IMAGES[0])
+    images = [
+        {"bytes": None, "path": "photos/0.png"},
+        {"bytes": IMAGES[1], "path": None},
+        {"bytes": None, "path": None},
+    ]
+    pyarrow.parquet.write_table(pa.table({"image": images, "label": [0, 1, 1]}), tmp_path / "t.parquet")
+    source = opened(tmp_path, train="t.parquet")
+    assert [source.read(row.reference) for row in source.rows[:2]] == IMAGES[:2]
+    with pytest.raises(BadImageError, match="row 2 has no image"):
+        source.read(source.rows[2].reference)
