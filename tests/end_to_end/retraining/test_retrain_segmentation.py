@@ -34,7 +34,8 @@ def test_new_images_with_label_maps_are_trained_judged_by_miou_and_promoted(cont
     below = Begun(context, project.root, "below").outcome()  # four test images do not suffice for a refusal
     assert (below.ending, "first model, mIoU" in below.message) == ("undecided", True), below
 
-    project.set({"gate": {"floor": 0.0}})
+    params["gate"]["floor"] = 0.0
+    (project.root / "params.yaml").write_text(yaml.safe_dump(params))
     promoted = Begun(context, project.root, "first").outcome()
     assert (promoted.ending, promoted.version) == ("promoted", 1), promoted
     first = project.root / "releases/segmenter/1"
