@@ -303,6 +303,12 @@ def check_second_batch(contrast: Contrast, student: Any) -> None:
     unfit = {"alpha": (0.0, "0.0"), "augment.mix": ("none", "none")}
     if contrast.kind == "hybrid_sc":
         unfit["adjustment"] = (0.0, "0.0")
+        if student.loss.kind == "lade" or weighted(student.loss):
+            prior = "has class weights" if weighted(student.loss) else "has the class prior"
+            raise ValueError(
+                f"loss.kind {student.loss.kind} {prior}, but contrast.kind is hybrid_sc, whose L_cls has a class-balanced "
+                "batch; set loss: {kind: cross_entropy}"
+            )
     elif contrast.kind == "concutmix":
         if student.loss != CrossEntropyLoss():
             raise ValueError(

@@ -84,3 +84,14 @@ def test_the_labels_depend_on_the_features_after_the_warm_up_alone_and_each_step
     second.after_step()
     second(views(3, 12), TARGET, torch.arange(12))
     assert not torch.equal(before[0], before[1])
+
+
+def test_a_resumed_run_draws_the_boxes_that_the_run_would_have_drawn():
+    run, resumed = made(), made()
+    run.begin_epoch(5, 10)
+    run(views(3, 12), TARGET, torch.arange(12))
+    run.after_step()
+    resumed.load_state_dict(run.state_dict())
+    resumed.begin_epoch(5, 10)
+    first, second = (each(views(3, 12), TARGET, torch.arange(12))["loss"].item() for each in (run, resumed))
+    assert first == second
