@@ -53,9 +53,10 @@ class CRD(ContrastTerm):
     """CRD with one memory row per training image for the student and for the teacher.
 
     The query is the student's feature of the classifier view, the key the teacher's. Both embeddings are trained. The
-    negatives are drawn with replacement, uniformly over the images of the other classes, as a function of the step
-    (the official code draws without replacement if there are at least K such images). Memory rows of the batch become
-    normalise(rate * old + (1 - rate) * new) after the step.
+    negatives are drawn with replacement, uniformly over the images of the other classes, as a function of the step; see
+    `draw` for what the anchors share (the official code draws for each anchor, without replacement if there are at least
+    K such images). Memory rows of the batch become normalise(rate * old + (1 - rate) * new) after
+    the step.
 
     Buffers: memory [2,N,P] (student, teacher), log_z [2] (inf before the first step), order [N] int64 (images sorted by
     class), starts, lengths [C] int64, draws [] int64. sample_ids are the rows 0..N-1.
@@ -112,8 +113,10 @@ class CRD(ContrastTerm):
     def draw(self, target: Tensor) -> Tensor:
         """Images of other classes for each anchor: target [B] → int64 [B,K].
 
-        K random numbers are shared by the anchors; each anchor turns them by one of its own, so that its draws are independent
-        and uniform. Drawing B x K numbers took three times as long.
+        K random numbers are shared by the anchors, and each anchor turns them by one of its own: u_ik = (s_k + t_i) mod 1. Each
+        draw is uniform and any two of the B x K are independent, so that mean and variance of the loss are those of
+        independent draws. Three are not: the draws of two anchors of a class differ by one turn, the same for all K. Drawing
+        B x K numbers took three times as long.
         """
         shared = counter_random(self.draws, (self.negatives,))
         turn = counter_random(self.draws, (len(target),), offset=self.negatives + rank() * len(target))

@@ -16,7 +16,7 @@ from models.objectives.contrast import ContrastObjective
 from models.objectives.student_weights import StudentWeights
 from models.prior import adjust_logits
 
-PROBABILITY = 0.5  # that an image is mixed (authors' code)
+PROBABILITY = 0.5  # that an image is mixed; in the authors' code one draw, and one box, for the whole batch
 
 
 def semantic_labels(
@@ -24,15 +24,16 @@ def semantic_labels(
 ) -> Tensor:
     """Labels of mixed images, float [B,C]: a share of the similarity to the class centres, the rest of the mixed labels.
 
-    feature: [B,P] and centres: [C,P], both before their L2 normalisation; mixed: [B,C], labels by area; log_counts: [C]. The
-    similarity is 1 / distance for the `nearest` centres and 0 for the others, with the sum 1. Its share is
-    blend * log(sum_c n_c mixed_c) / sum_c log n_c.
+    feature: [B,P] and centres: [C,P], both before their L2 normalisation; mixed: [B,C], labels by area; log_counts: [C];
+    blend: a scalar or [B]. The similarity is 1 / distance for the `nearest` centres and 0 for the others, with the sum 1. Its
+    share is blend * log(sum_c n_c mixed_c) / sum_c log n_c, at most 1.
     """
     similarity = 1 / torch.cdist(feature, centres).clamp(min=torch.finfo(feature.dtype).tiny)
     nearest = min(nearest, len(centres))
     least = similarity.topk(nearest, dim=1).values[:, -1:]
     similarity = F.normalize(torch.where(similarity >= least, similarity, 0.0), p=1, dim=1)
     share = blend * (mixed * log_counts.exp()).sum(1).log() / log_counts.sum().clamp(min=1e-6)
+    share = share.clamp(max=1)
     return share[:, None] * similarity + (1 - share[:, None]) * mixed
 
 
@@ -121,6 +122,7 @@ class ConCutMixObjective(ContrastObjective):
             head, centre_head = self.term.head, self.term.centre_head
             assert isinstance(head, ProjectionHead) and isinstance(centre_head, ProjectionHead)
             feature, centres = head.unscaled(features), centre_head.unscaled(self.model.classifier.weight)
-            labels = semantic_labels(feature, centres, labels, self.log_counts, self.blend, self.nearest)
+            blend = self.blend * (mixed.share < 1)  # an image without a box keeps its label (authors' code)
+            labels = semantic_labels(feature, centres, labels, self.log_counts, blend, self.nearest)
         adjusted = adjust_logits(logits, self.log_prior, self.weights.adjustment)
         return F.cross_entropy(adjusted, labels)

@@ -139,11 +139,12 @@ class BCLContrast(Section):
 class ConCutMixContrast(BCLContrast):
     """ConCutMix (Pan et al. 2024): BCL; the classifier view is mixed with images of equally likely classes by CutMix.
 
-    blend: largest share of the distances to the `nearest` class centres in the labels. warm: share of the epochs without it.
+    The distances to the `nearest` class centres have the share blend * log n / sum of log n over the classes in the label of
+    an image of a class of n images, so that many classes need a larger blend. warm: share of the epochs without it.
     """
 
     kind: Literal["concutmix"]  # type: ignore[assignment]
-    blend: Share = 0.0784  # 20 / 255
+    blend: NonNegative = 0.0784  # 20 / 255
     nearest: PositiveInt = 30
     warm: Share = 0.5
 
@@ -303,6 +304,12 @@ def check_second_batch(contrast: Contrast, student: Any) -> None:
     unfit = {"alpha": (0.0, "0.0"), "augment.mix": ("none", "none")}
     if contrast.kind == "hybrid_sc":
         unfit["adjustment"] = (0.0, "0.0")
+        if student.loss.kind == "lade" or weighted(student.loss):
+            prior = "has class weights" if weighted(student.loss) else "has the class prior"
+            raise ValueError(
+                f"loss.kind {student.loss.kind} {prior}, but contrast.kind is hybrid_sc, whose L_cls has a class-balanced "
+                "batch; set loss: {kind: cross_entropy}"
+            )
     elif contrast.kind == "concutmix":
         if student.loss != CrossEntropyLoss():
             raise ValueError(

@@ -318,14 +318,20 @@ def test_crd_draws_each_image_of_the_other_classes_equally_often():
         assert (counts / 20000).tolist() == pytest.approx([1 / len(allowed)] * len(allowed), abs=0.015)
 
 
-def test_two_anchors_of_crd_draw_independently_and_each_step_again():
-    term = CRD(2, 2, torch.tensor([0, 1] * 50), dim=2, negatives=4000)
-    first, second = term.draw(torch.tensor([0, 0]))
-    assert (first == second).float().mean() < 0.05
-    # Independent draws of 50 images: the number of equal neighbours is that of chance.
-    assert (first[1:] == first[:-1]).float().mean().item() == pytest.approx(1 / 50, abs=0.01)
-    term.draws.add_(1)
-    assert (term.draw(torch.tensor([0]))[0] == first).float().mean() < 0.05
+def test_any_two_draws_of_crd_are_independent_and_two_anchors_of_a_class_differ_by_one_turn():
+    term, others = CRD(2, 2, torch.tensor([0] * 3 + [1] * 2 + [2] * 3), dim=2, negatives=3), 5
+    steps = []
+    for _ in range(3000):
+        steps.append(term.draw(torch.tensor([0, 0])) - 3)  # position among the images of other classes
+        term.draws.add_(1)
+    drawn = torch.stack(steps)
+    turns = (drawn[:, 1] - drawn[:, 0]) % others
+    assert ((turns - turns[:, :1] + 1) % others <= 2).all()  # of whole images, so that they differ by rounding
+    for first, second in (((0, 0), (1, 0)), ((0, 0), (1, 1)), ((0, 1), (1, 0)), ((0, 0), (0, 1))):
+        pairs = drawn[:, first[0], first[1]] * others + drawn[:, second[0], second[1]]
+        expected = len(drawn) / others**2
+        counts = torch.bincount(pairs, minlength=others**2)
+        assert ((counts - expected) ** 2 / expected).sum() < 60  # chi-squared of 24 degrees of freedom: 6e-5
 
 
 def test_gradients_of_every_loss_equal_finite_differences():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from models.contrast.crd import CRD
 from models.contrast.kcl import KPositiveContrast
 from models.contrast.memories import ClassMoments, FifoQueue, counter_random
 from tests.support.contrast_cases import inputs, unchanged, unit
@@ -51,7 +52,17 @@ def test_random_numbers_depend_on_the_counter_and_are_uniform():
     assert shares.tolist() == pytest.approx([0.1] * 10, abs=0.01)
 
 
-def test_a_term_resumes_from_its_state():
+def k_positive(seed):
+    return KPositiveContrast(unchanged(), FifoQueue(8, 6, torch.Generator().manual_seed(seed)), 0.1, positives=1)
+
+
+def distilled(seed):
+    torch.manual_seed(seed)
+    return CRD(6, 6, torch.arange(12) % 3, dim=4, negatives=5).double()
+
+
+@pytest.mark.parametrize("made", [k_positive, distilled])
+def test_a_term_resumes_from_its_state(made):
     def run(term, steps):
         losses = []
         for step in steps:
@@ -62,10 +73,10 @@ def test_a_term_resumes_from_its_state():
             term.after_step()
         return losses
 
-    term = KPositiveContrast(unchanged(), FifoQueue(8, 6, torch.Generator().manual_seed(0)), 0.1, positives=1)
+    term = made(0)
     run(term, range(3))
     state = copy.deepcopy(term.state_dict())
     expected = run(term, range(3, 6))
-    resumed = KPositiveContrast(unchanged(), FifoQueue(8, 6), 0.1, positives=1)
+    resumed = made(1)
     resumed.load_state_dict(state)
     assert run(resumed, range(3, 6)) == expected

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models.contrast.supcon import BalancedContrast
+from models.losses.class_loss import Mixed
 from models.networks.projection_head import ProjectionHead
 from models.objectives.concutmix import ConCutMixObjective, paste, semantic_labels
 from models.objectives.student_weights import StudentWeights
@@ -25,6 +26,8 @@ def test_the_labels_equal_the_golden_value():
     assert labels[0].tolist() == pytest.approx([0.707727599353, 0.002033578777, 0.290238821870], rel=0, abs=1e-11)
     assert labels.sum().item() == pytest.approx(1)
     assert torch.equal(semantic_labels(feature, centres, mixed, log_counts, 0.0, 2), mixed)
+    alone = semantic_labels(feature, centres, mixed, log_counts, 1e6, 2)  # the distances alone
+    assert alone.min() >= 0 and alone.sum().item() == pytest.approx(1)
 
 
 def test_the_share_of_the_label_is_the_area_that_is_left_and_half_of_the_images_stay_whole():
@@ -84,3 +87,26 @@ def test_the_labels_depend_on_the_features_after_the_warm_up_alone_and_each_step
     second.after_step()
     second(views(3, 12), TARGET, torch.arange(12))
     assert not torch.equal(before[0], before[1])
+
+
+def test_an_image_without_a_box_keeps_its_label():
+    objective = made()
+    objective.begin_epoch(5, 10)
+    features, logits, target = torch.randn(2, 64), torch.randn(2, 3), torch.tensor([0, 1])
+    losses = []
+    for share in (1.0, 0.999):
+        mixed = Mixed(torch.tensor([0, 1]), torch.full((2,), share))
+        losses.append(objective.classification(features, logits, target, mixed).item())
+    adjusted = logits + 0.9 * LOG_PRIOR
+    assert losses[0] == pytest.approx(F.cross_entropy(adjusted, target).item(), rel=1e-6) != losses[1]
+
+
+def test_a_resumed_run_draws_the_boxes_that_the_run_would_have_drawn():
+    run, resumed = made(), made()
+    run.begin_epoch(5, 10)
+    run(views(3, 12), TARGET, torch.arange(12))
+    run.after_step()
+    resumed.load_state_dict(run.state_dict())
+    resumed.begin_epoch(5, 10)
+    first, second = (each(views(3, 12), TARGET, torch.arange(12))["loss"].item() for each in (run, resumed))
+    assert first == second

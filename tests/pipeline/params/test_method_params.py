@@ -86,6 +86,21 @@ MOMENTUM = {"student.contrast_encoder": "momentum"}
             "student: alpha is 1.0, but contrast.kind is hybrid_sc",
         ),
         (
+            {
+                **OWN, "student.contrast": {"kind": "hybrid_sc"}, "student.adjustment": 0.0, "student.alpha": 0.0,
+                "student.loss": {"kind": "focal", "class_balance": 0.99},
+            },
+            "student: loss.kind focal has class weights, but contrast.kind is hybrid_sc, whose L_cls has a class-balanced "
+            "batch; set loss: {kind: cross_entropy}",
+        ),
+        (
+            {
+                **OWN, "student.contrast": {"kind": "hybrid_sc"}, "student.adjustment": 0.0, "student.alpha": 0.0,
+                "student.loss": {"kind": "lade"},
+            },
+            "student: loss.kind lade has the class prior, but contrast.kind is hybrid_sc",
+        ),
+        (
             {**OWN, "student.contrast": {"kind": "concutmix"}, "student.alpha": 0.0, "student.augment.mix": "cutmix"},
             "student: augment.mix is cutmix, but contrast.kind is concutmix, which draws a second, class-balanced batch",
         ),
