@@ -68,19 +68,26 @@ class HttpWire:
             self._ends = end + 4 + content_length(self._buffer[: end + 2])
         if self._ends is None or len(self._buffer) < self._ends:
             return False
+        if self._buffer[9:12] != b"200":
+            raise LoadError(f"the server answered {error_text(self._buffer)}")
         self._buffer.clear()
         self._ends = None
         return True
 
 
 def content_length(head: bytearray) -> int:
-    """Return the body length of a response of status 200. Raises LoadError for another status."""
-    if head[9:12] != b"200":
-        raise LoadError(f"the server answered {head.partition(b'HTTP/1.1 ')[2][:60].decode('latin-1').splitlines()[0]}")
+    """Return the body length of a response. Raises LoadError for a response without one."""
     index = head.lower().find(b"\r\ncontent-length:")
     if index < 0:
         raise LoadError("the response has no Content-Length")
     return int(head[index + 17 : head.find(b"\r", index + 2)])
+
+
+def error_text(response: bytearray) -> str:
+    """Status and body of an error response, in one line; the body has the server's reason."""
+    head, _, body = response.partition(b"\r\n\r\n")
+    status = head.partition(b"\r\n")[0].partition(b" ")[2]
+    return " ".join(f"{status.decode('latin-1')}: {body.decode('latin-1')[:500]}".split())
 
 
 def connect(port: int) -> socket.socket:

@@ -23,19 +23,21 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 ASK = -1  # decision of `cheapest` that asks a person
 ROUNDING = 1e-12  # of a sum of weights
+LARGEST_COST = float(np.finfo(np.float32).max)  # the expected cost in a response is float32
 
 
 def check_costs(costs: Any, classes: int) -> Floats:
     """Check costs: float64 [C], of missing each class, or [C,C], of answering column k if row y is true.
 
-    Raises ValueError that names the fault: another shape, a negative entry, one that is not finite.
+    Raises ValueError that names the fault: another shape, a negative entry, one above LARGEST_COST or that is not finite.
     """
     c: Floats = np.asarray(costs, dtype=np.float64)
     if c.shape not in ((classes,), (classes, classes)):
         expected = f"{classes} numbers, one per class, or {classes} rows of {classes}"
         raise ValueError(f"costs has shape {list(c.shape)}; expected {expected}")
-    if not np.all(np.isfinite(c)) or np.any(c < 0):
-        raise ValueError(f"costs has {float(c[~(np.isfinite(c) & (c >= 0))][0]):g}; expected finite numbers >= 0")
+    valid = (c >= 0) & (c <= LARGEST_COST)  # False for NaN
+    if not valid.all():
+        raise ValueError(f"costs has {float(c[~valid][0]):g}; expected finite numbers >= 0, at most {LARGEST_COST:.4g}")
     return c
 
 
@@ -68,7 +70,7 @@ def largest_coverage(images: int) -> float:
 
 def images_needed(coverage: float) -> int:
     """The least number of validation images with which a quantile gives a coverage above 0 and below 1."""
-    return int(np.ceil(coverage / (1 - coverage) - 1e-6))
+    return max(1, int(np.ceil(coverage / (1 - coverage) - 1e-6)))
 
 
 class SetThresholds:
@@ -103,7 +105,8 @@ class SetThresholds:
 
     def _own(self, miss: float) -> Floats:
         """Quantile of each class's own scores (split conformal prediction, Vovk's class-conditional form)."""
-        rank = np.floor(miss * (self.counts + 1) + ROUNDING).astype(int)
+        # At most n: a coverage below ROUNDING would name the score after the last one.
+        rank = np.minimum(np.floor(miss * (self.counts + 1) + ROUNDING).astype(int), self.counts)
         return np.array([values[k - 1] if k else 0.0 for values, k in zip(self.by_class, rank, strict=True)])
 
     def _shared(self, miss: float, prior: Floats) -> Floats:

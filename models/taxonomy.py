@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 COLUMNS = ("name", "parent")
 MAX_NODES = 100_000
+MAX_LEVELS = 100  # from a node to its root; time and memory grow with it
 ROUNDING = 1e-9  # of a sum of probabilities
 
 
@@ -28,8 +29,8 @@ class Node(NamedTuple):  # not a dataclass, which the inference process could no
 class Taxonomy:
     """Nodes of a forest whose leaves are the classes. names: the C classes in their order, then the inner nodes.
 
-    parents: index of the parent of each node, -1 for none. Raises ValueError for a cycle, an index outside the nodes, and
-    a class that is the parent of another node.
+    parents: index of the parent of each node, -1 for none. Raises ValueError for a cycle, more than MAX_LEVELS levels, an index
+    outside the nodes, and a class that is the parent of another node.
     """
 
     def __init__(self, names: Sequence[str], parents: Sequence[int], classes: int) -> None:
@@ -48,11 +49,13 @@ class Taxonomy:
         self._node, self._class = np.array(pairs, dtype=np.int64).T
 
     def path(self, node: int) -> list[int]:
-        """The node and its ancestors, the node first. Raises ValueError for a cycle."""
+        """The node and its ancestors, the node first. Raises ValueError for a cycle, and for more than MAX_LEVELS nodes."""
         path: list[int] = []
         while node != -1:
-            if node in path[:1] or len(path) > len(self.names):
+            if node in path:
                 raise ValueError(f"taxonomy has a cycle through {self.names[node]!r}")
+            if len(path) == MAX_LEVELS:
+                raise ValueError(f"taxonomy has more than {MAX_LEVELS} levels above {self.names[path[0]]!r}")
             path.append(node)
             node = self.parents[node]
         return path

@@ -62,8 +62,15 @@ def load_predictions(contender: Contender, target_prior: str = "balanced") -> Pr
     strength = 1.0 if target_prior == "train" else 0.0
     served = calibrate_logits(logits[order], _served_temperature(path, calibration))
     probabilities = adjusted_probabilities(served, np.array(prior.log_prior), strength)
-    sets_of = Sets(float(coverage), np.array(covered[0], dtype=bool)[order]) if covered else None
+    sets_of = _served_sets(path, coverage, covered[0], order) if covered else None
     return Predictions([ids[i] for i in order], labels[order], probabilities, prior, calibration, sets_of)
+
+
+def _served_sets(path: Path, coverage: Any, covered: list[Any], order: np.ndarray) -> Sets:
+    """The prediction sets of a release. Raises GateError for a coverage outside 0 to 1, or a column with other values."""
+    if not isinstance(coverage, float) or not 0 < coverage < 1 or not all(isinstance(each, bool) for each in covered):
+        raise GateError(f"{path}: has a damaged note {COVERAGE_NOTE} or column covered_*; run `dvc repro -f evaluate`")
+    return Sets(coverage, np.array(covered, dtype=bool)[order])
 
 
 def _served_temperature(path: Path, calibration: Any) -> float:

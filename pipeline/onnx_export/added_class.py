@@ -176,9 +176,10 @@ def _check_name(name: str, manifest: Manifest, classes: list[str]) -> None:
         raise StageError("the release has other classes than data/split/classes.json; run `dvc repro` first")
     if name in classes:
         raise ParamsError(f"{name!r} is a class already; put the images into the drop folder and run `tailor ingest`")
-    problem = class_names_problem([*classes, name])
-    if problem or not name.isprintable() or name.strip() != name:
-        raise ParamsError(f"class name {name[:40]!r}: {problem or 'expected printable text without spaces around it'}")
+    if problem := class_names_problem([*classes, name]):
+        raise ParamsError(problem)
+    if not name.isprintable() or name.strip() != name:
+        raise ParamsError(f"class name {name[:40]!r}: expected printable text without spaces around it")
 
 
 def _position(name: str, classes: list[str]) -> int:

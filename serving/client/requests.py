@@ -29,7 +29,7 @@ Exchange = Generator[Sequence[Call], Sequence[Any], Result]
 
 OUTPUTS = {"class": 0, "index": 0, "probability": 0}
 CLASS_MAPS = {"class_map": 0, "confidence": 0, "size": 0, "names": 0}  # outputs of a release of task segmentation
-# Bytes of images in one request; recent Triton servers reject HTTP bodies above 64 MB.
+# Bytes of images, texts of priors and costs in one request; recent Triton servers reject HTTP bodies above 64 MB.
 REQUEST_BYTES = 48 * 1024 * 1024
 REQUEST_PIXELS = Limits().request_pixels  # pixels of the images in one request: the default limit of a release
 SERVE_AGAIN = "serve a repository that `dvc repro` wrote"
@@ -92,7 +92,7 @@ class RequestSequence:
             wanted = yield from self._extra_inputs(extras)
             answers = yield [
                 image_call(chunk, name, row, version, wanted, self._outputs, outputs, self.model)
-                for chunk in chunks(encoded, rows)
+                for chunk in chunks(encoded, rows, row_bytes(row, *wanted.values()))
             ]
             # A new release may change the classes and the default prior: repeat requests built from the old values.
             changed = version is None and self._release_changed(answers)
@@ -306,17 +306,25 @@ def image_call(
     return Infer(model, inputs, requested, "" if version is None else str(version), optional)
 
 
-def chunks(encoded: Sequence[bytes], rows: int) -> Iterator[list[bytes]]:
-    """Split images into lists for one request each: at most `rows`, REQUEST_BYTES and REQUEST_PIXELS."""
+def row_bytes(*rows: np.ndarray | None) -> int:
+    """Bytes that these rows of inputs add to each image of a request; a matrix of costs can have megabytes."""
+    return sum(len(row[0]) if row.dtype == object else row.nbytes for row in rows if row is not None)
+
+
+def chunks(encoded: Sequence[bytes], rows: int, further: int = 0) -> Iterator[list[bytes]]:
+    """Split images into lists for one request each: at most `rows`, REQUEST_BYTES and REQUEST_PIXELS.
+
+    further: bytes of the other inputs of each image.
+    """
     chunk: list[bytes] = []
     size = pixels = 0
     for data in encoded:
         more = header_pixels(data) if len(encoded) > 1 else 0
-        if chunk and (len(chunk) == rows or size + len(data) > REQUEST_BYTES or pixels + more > REQUEST_PIXELS):
+        if chunk and (len(chunk) == rows or size + len(data) + further > REQUEST_BYTES or pixels + more > REQUEST_PIXELS):
             yield chunk
             chunk, size, pixels = [], 0, 0
         chunk.append(data)
-        size, pixels = size + len(data), pixels + more
+        size, pixels = size + len(data) + further, pixels + more
     yield chunk
 
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 COSTS_BYTES = 16 * 1024 * 1024  # of the text of one cost matrix
-CACHED = 256  # thresholds that are kept, one for each coverage and prior, and texts of costs
-CACHED_TEXT = 64 * 1024  # bytes of the longest text of costs that is kept
+CACHED = 256  # thresholds that are kept, one for each coverage and prior
+CACHED_COSTS = COSTS_BYTES  # bytes of all texts of costs that are kept with their numbers
 
 
 class Wanted(NamedTuple):
@@ -48,7 +48,7 @@ class Extras:
         self.coverage, self.ask = (sets or {}).get("coverage"), defaults.get("ask")
         costs = defaults.get("costs")
         self.costs = None if costs is None else decisions.check_costs(costs, len(names))
-        self.cache, self.costs_cache = {}, {}
+        self.cache, self.costs_cache, self.costs_bytes = {}, {}, 0
         tree = manifest.get("taxonomy")
         self.taxonomy = taxonomy.Taxonomy(tree["names"], tree["parents"], len(names)) if tree else None
         self.level = (tree or {}).get("level")
@@ -63,7 +63,7 @@ class Extras:
         elif self.coverage is not None:
             coverage = [self.coverage] * rows
         if costs is not None:
-            costs = [self.cached_costs(text) for text in costs[:, 0]]
+            costs = parse_rows(self.cached_costs, costs[:, 0])
         elif self.costs is not None:
             costs = [self.costs] * rows
         if ask is not None:
@@ -104,13 +104,13 @@ class Extras:
         return number
 
     def cached_costs(self, text):
-        """Costs as `read_costs`; a caller usually sends the same text with each request."""
-        if len(text) > CACHED_TEXT:
-            return self.read_costs(text)
+        """Costs as `read_costs`; a caller usually sends the same text with each row and request."""
         if text not in self.costs_cache:
-            if len(self.costs_cache) >= CACHED:
-                self.costs_cache.clear()
-            self.costs_cache[text] = self.read_costs(text)
+            costs = self.read_costs(text)
+            if self.costs_bytes + len(text) > CACHED_COSTS:
+                self.costs_cache, self.costs_bytes = {}, 0
+            self.costs_cache[text] = costs
+            self.costs_bytes += len(text)
         return self.costs_cache[text]
 
     def read_costs(self, text):

@@ -188,7 +188,7 @@ class UnknownImages:
     """Keeps images of the requests in a folder, with a writer thread; no request waits for it.
 
     probes: encoded images of health checks, which are not kept. A file has the name of its content, so an image that is sent
-    again is kept once. Files of other names in the folder are neither counted nor deleted.
+    again is kept once. Files of other names in the folder are neither counted nor deleted. An operator may move files away.
     """
 
     def __init__(self, folder, limit, probes, metrics, write_every=1.0, most=KEPT):
@@ -221,17 +221,25 @@ class UnknownImages:
             waiting, self.waiting, self.waiting_bytes = self.waiting, {}, 0
         try:
             with folder_lock(self.folder):
-                files = {path.name: path.stat() for path in unknown_files(self.folder)}
+                for leftover in self.folder.glob(
+                    f".{'[0-9a-f]' * 32}.*.partial"
+                ):  # of killed processes, as in LogitLog
+                    leftover.unlink(missing_ok=True)
+                files = {}  # name → time and size
+                for path in unknown_files(self.folder):
+                    with contextlib.suppress(FileNotFoundError):
+                        files[path.name] = path.stat().st_mtime_ns, path.stat().st_size
                 for name in [name for name in waiting if name in files]:
                     del waiting[name]
                 for name in list(waiting)[-self.most :]:
-                    sizes = [each.st_size for each in files.values()]
+                    sizes = [size for _, size in files.values()]
                     while files and (len(files) >= self.most or sum(sizes) + len(waiting[name]) > self.limit):
-                        oldest = min(files, key=lambda each: (files[each].st_mtime_ns, each))
-                        (self.folder / oldest).unlink()
-                        sizes.remove(files.pop(oldest).st_size)
-                    write_atomically(self.folder / name, waiting[name])
-                    files[name] = (self.folder / name).stat()
+                        oldest = min(files, key=lambda each: (files[each][0], each))
+                        (self.folder / oldest).unlink(missing_ok=True)
+                        sizes.remove(files.pop(oldest)[1])
+                    data = waiting[name]
+                    write_atomically(self.folder / name, data)
+                    files[name] = time.time_ns(), len(data)
                     del waiting[name]
                     self.metrics.count(UNKNOWN_KEPT)
         except OSError:

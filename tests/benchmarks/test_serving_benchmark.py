@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import threading
+import time
 
 import pytest
 
@@ -41,17 +42,19 @@ def test_the_limit_is_measured_against_the_served_models_and_results_are_stored(
     assert "round" not in capfd.readouterr().err
 
 
-def test_an_error_response_ends_the_turn():
+def test_an_error_response_ends_the_turn_with_the_reason_of_the_server():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def refuse() -> None:
             with listener.accept()[0] as connection:
                 connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+                connection.sendall(b'HTTP/1.1 500 Internal Server Error\r\nContent-Length: 23\r\n\r\n{"error":')
+                time.sleep(0.05)
+                connection.sendall(b'"not healthy"}')
 
         thread = threading.Thread(target=refuse)
         thread.start()
-        with pytest.raises(LoadError, match="the server answered 503"):
+        with pytest.raises(LoadError, match=r'the server answered 500 Internal Server Error: \{"error":"not healthy"\}'):
             run(Load(listener.getsockname()[1], [http_request("/", b"x", {})], users=1), 0.5)
         thread.join()
 

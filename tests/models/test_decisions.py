@@ -81,6 +81,7 @@ def test_equal_costs_are_the_most_probable_class():
         ([1, -2, 3], "costs has -2; expected finite numbers >= 0"),
         ([[0, 1, np.nan], [1, 0, 1], [1, 1, 0]], "costs has nan"),
         ([1, np.inf, 0], "costs has inf"),
+        ([1, 1e39, 0], r"costs has 1e\+39; expected finite numbers >= 0, at most 3.403e\+38"),
     ],
 )
 def test_invalid_costs_are_named(costs, message):
@@ -92,6 +93,12 @@ def test_the_number_of_images_that_a_coverage_needs_is_exact():
     for coverage, images in ((0.5, 1), (0.9, 9), (0.95, 19), (0.99, 99), (0.999, 999)):
         assert images_needed(coverage) == images
         assert largest_coverage(images - 1) < coverage <= largest_coverage(images) + 1e-12
+
+
+@pytest.mark.parametrize("coverage", [5e-324, 1e-40, 1e-16, 1e-12, 1e-7])
+def test_the_smallest_coverages_have_finite_thresholds(coverage):
+    thresholds = SetThresholds([[0.2, 0.7], [0.5], []], 0.5).thresholds(coverage, np.array([0.5, 0.3, 0.2]))
+    assert thresholds[0] == 0.7 and np.isfinite(thresholds).all() and (thresholds <= 0.7).all()
 
 
 def quantile(scores: list[float], weights: list[float], new: float, coverage: float) -> float:

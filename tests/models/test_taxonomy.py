@@ -70,6 +70,10 @@ def test_answers_equal_a_search_over_all_nodes(taxonomy, seed, level):
         ("name,parent\ncat,cats\n", r"class 'fern' is missing \(3 such classes\); add a row for it"),
         (TABLE + "cat,dogs\n", "line 9: 'cat' has two parents, 'cats' and 'dogs'"),
         (TABLE.replace("carnivores,\n", "carnivores,cats\n"), "has a cycle through"),
+        (
+            TABLE.replace("carnivores,\n", "carnivores,n0\n") + "".join(f"n{i},n{i + 1}\n" for i in range(50_000)),
+            "has more than 100 levels above 'cat'",
+        ),
         (TABLE + "kitten,cat\n", "class 'cat' is the parent of another node"),
         (TABLE + "birds,carnivores\n", "'birds' has no class below it"),
         (TABLE + ",cats\n", "line 9 has no name"),

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from pipeline.commands.app import main
 from pipeline.evaluation.comparison import compare, mcnemar, paired_interval
 from pipeline.evaluation.gate import decide
 from pipeline.evaluation.metrics import expected_calibration_error, prediction_metrics, resampled_ece
-from pipeline.evaluation.predictions import Contender, GateError, Predictions, Sets
+from pipeline.evaluation.predictions import COVERAGE_NOTE, Contender, GateError, Predictions, Sets, load_predictions
 from pipeline.params import GateParams
 from tests.support.gate_answers import FAST, LABELS, C, answering, answers_of, contender, prior_of
 
@@ -223,6 +224,21 @@ def test_coverage_counts_only_below_what_is_wanted_and_the_group_that_misses_it_
     share = few[LABELS >= C - 2].mean()
     assert missing["coverage few"].challenger == pytest.approx(0.9 - share)
     assert missing["coverage few"].champion == pytest.approx(max(0, 0.9 - exact[LABELS >= C - 2].mean()))
+
+
+@pytest.mark.parametrize(
+    ("note", "covered"),
+    [("0.9", [None] * len(LABELS)), ('"high"', [True] * len(LABELS)), ("[0.9]", [True] * len(LABELS)),
+     ("NaN", [True] * len(LABELS)), ("2.0", [True] * len(LABELS)), ("0.9", [1] * len(LABELS)), ("0.9", None)],
+)  # fmt: skip
+def test_damaged_sets_of_a_run_are_named(tmp_path, note, covered):
+    run = contender(tmp_path, answering(0.8, 0))
+    table = pyarrow.parquet.read_table(run.predictions)
+    if covered is not None:
+        table = table.append_column("covered_balanced", [covered])
+    pyarrow.parquet.write_table(table.replace_schema_metadata({COVERAGE_NOTE: note}), run.predictions)
+    with pytest.raises(GateError, match=r"predictions\.parquet: .*damaged.*dvc repro -f evaluate"):
+        load_predictions(run)
 
 
 def test_a_rule_for_coverage_needs_the_sets_of_both():

@@ -152,6 +152,7 @@ INVALID = [
     ({}, {"costs": b"[" * 100_000}, "costs has 100000 bytes; expected at most 1728"),
     ({}, {"costs": b"[" * 1000}, "no lists of numbers"),
     ({}, {"costs": b"[true, 1, 1, 1, 1]"}, "no lists of numbers"),
+    ({}, {"costs": b"[1, 1, 1, 1, 1e39]"}, "costs has 1e+39; expected finite numbers >= 0, at most 3.403e+38"),
     ({}, {"costs": b"[1" + b"0" * 400 + b", 1, 1, 1, 1]"}, "no lists of numbers"),
 ]
 
@@ -163,6 +164,38 @@ def test_an_invalid_extra_fails_its_request_alone_and_is_named(
     failed, mate = classifier.execute([asked([picture(1)], texts, **inputs), asked([picture(2)])])
     assert mate.error is None
     assert message in failed.error.message() and "\n" not in failed.error.message()
+
+
+def test_the_smallest_coverage_fails_no_request_of_its_batch(classifier: Any) -> None:
+    smallest, mate = classifier.execute([asked([picture(1)], coverage=[[1e-40]]), asked([picture(2)])])
+    assert smallest.error is None and smallest["set_size"].tolist() == [[len(names_of(smallest, 0))]]
+    assert mate.error is None
+
+
+def test_invalid_costs_name_their_row_and_equal_texts_are_read_once(
+    classifier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = asked([picture(1)] * 3)
+    long = json.dumps([1, 1, 1, 1, 1.5]).encode() + b" " * 1000
+    sent.tensors.append(Tensor("costs", np.array([[long], [b"[1]"], [long]], dtype=np.object_)))
+    [response] = classifier.execute([sent])
+    assert response.error.message().startswith("row 1: costs has shape [1]")
+    reads, read = [], classifier.extras.read_costs
+    monkeypatch.setattr(classifier.extras, "read_costs", lambda text: reads.append(text) or read(text))
+    other = b"[2, 1, 1, 1, 1]"
+    sent.tensors[-1].array[:] = [[other], [bytes(bytearray(other))], [other]]
+    assert all(response.error is None for response in classifier.execute([sent, sent]))
+    assert reads == [other]
+
+
+def test_the_texts_of_costs_that_are_kept_have_a_limit_of_bytes(
+    classifier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(type(classifier.extras).cached_costs.__globals__, "CACHED_COSTS", 50)
+    for number in range(20):
+        classifier.extras.cached_costs(b"[1, 1, 1, 1, %d]" % (number + 10))
+        kept = classifier.extras.costs_cache
+        assert kept and sum(map(len, kept)) == classifier.extras.costs_bytes <= 50
 
 
 @pytest.mark.parametrize("repository", [{}], indirect=True)

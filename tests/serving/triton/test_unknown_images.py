@@ -99,6 +99,38 @@ def test_a_full_queue_and_a_lost_folder_are_counted(tmp_path: Path, monkeypatch:
     store.close()
 
 
+def test_an_image_that_an_operator_moves_away_meanwhile_loses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, listed = Counts(), logit_log.unknown_files
+    store = logit_log.UnknownImages(tmp_path, 40, [], counts, write_every=60)
+    store.offer([b"a" * 20, b"b" * 20])
+    store.write()
+
+    def listed_before_the_move(folder: Path) -> list[Path]:
+        files = listed(folder)
+        files[0].unlink()
+        return files
+
+    monkeypatch.setattr(logit_log, "unknown_files", listed_before_the_move)
+    store.offer([b"c" * 20])
+    store.write()
+    assert counts == {("tailor_unknown_kept_total",): 3} and len(listed(tmp_path)) == 2
+    store.close()
+
+
+def test_the_partial_file_of_a_killed_process_is_deleted(tmp_path: Path) -> None:
+    left = tmp_path / f".{logit_log.unknown_name(b'killed')}.partial"
+    own = tmp_path / ".notes.partial"
+    for path in (left, own):
+        path.write_bytes(b"x")
+    store = logit_log.UnknownImages(tmp_path, 1 << 20, [], Counts(), write_every=60)
+    store.offer([b"next"])
+    store.write()
+    assert names(tmp_path) == sorted([own.name, logit_log.unknown_name(b"next")])
+    store.close()
+
+
 def test_an_unusable_folder_or_limit_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file: File exists; give a folder for the unknown images"):
