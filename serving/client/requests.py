@@ -248,6 +248,10 @@ class RequestSequence:
         rows = extras.inputs(names)
         existing = yield from self._model_inputs()
         if missing := [name for name in rows if name not in existing]:
+            if self.model == SEGMENTER:
+                raise ServingError(
+                    f"{self.url}: serves class maps, for which there is no input `{missing[0]}`; omit it"
+                )
             raise ServingError(f"{self.url}: {self.model} has no input `{missing[0]}`; {SERVE_AGAIN}")
         return rows
 

@@ -10,7 +10,9 @@ from PIL import Image
 
 from models.label_map_image import palette
 from serving.client.class_maps import segmentations, upright_size
-from serving.shared.errors import InputError
+from serving.client.extras import Extras
+from serving.client.requests import RequestSequence
+from serving.shared.errors import InputError, ServingError
 
 NAMES = np.array([b"road", b"car", b"sign"], dtype=np.object_)
 
@@ -61,3 +63,12 @@ def test_the_size_is_that_of_the_upright_image(orientation, expected):
     exif[0x0112] = orientation
     Image.new("RGB", (20, 10)).save(stream, "JPEG", exif=exif)
     assert upright_size(stream.getvalue()) == expected
+
+
+def test_class_maps_have_no_extra_parts_of_an_answer():
+    requests = RequestSequence("http://server")
+    requests.model, requests._inputs = "segmenter", {"image": 1, "prior": 1}
+    with pytest.raises(
+        ServingError, match="http://server: serves class maps, for which there is no input `coverage`; omit it"
+    ):
+        next(requests._extra_inputs(Extras(coverage=0.9)))
