@@ -135,15 +135,7 @@ def suggest_label_map_params(summary: LabelMapSummary, location: str, gpu: bool)
     """
     longest, backbone, batch, steps, rows = GPU if gpu else CPU
     recipe, classes = read_yaml(RECIPES / RECIPE), len(summary.names)
-    held_out = (0 if "test" in summary.splits else TEST_SHARE) + (
-        0 if "validation" in summary.splits else VALIDATION_SHARE
-    )
-    total = round(summary.splits["train"] * (1 - held_out))
-    if total < 2:
-        raise DataError(
-            f"{location}: has {counted(summary.splits['train'], 'training image')} with a label map, of which {total} remains "
-            "after test and validation images are held out; expected at least 2 that remain"
-        )
+    total = _training_images(summary, location)
     batch = min(batch, total)
     scale = min(1.0, longest / max(summary.height, summary.width))
     canvas = [_multiple(side * scale) for side in (summary.height, summary.width)]
@@ -192,6 +184,19 @@ def suggest_label_map_params(summary: LabelMapSummary, location: str, gpu: bool)
         "evaluate.top_k": (min(5, classes), "of your classes"),
         "serving.top_k": (min(5, classes), "largest classes per response"),
     }
+
+
+def _training_images(summary: LabelMapSummary, location: str) -> int:
+    """Images for training after those that are held out. Raises DataError for fewer than 2."""
+    held_out = {"test": TEST_SHARE, "validation": VALIDATION_SHARE}
+    number = summary.splits["train"]
+    total = round(number * (1 - sum(share for split, share in held_out.items() if split not in summary.splits)))
+    if total < 2:
+        raise DataError(
+            f"{location}: has {counted(number, 'training image')} with a label map, of which {total} remains after test and "
+            "validation images are held out; expected at least 2 that remain"
+        )
+    return total
 
 
 def _multiple(side: float) -> int:

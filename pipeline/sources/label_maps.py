@@ -26,7 +26,9 @@ SPLITS = {
 ADE20K_SPLITS = {"training": "train", "validation": "test"}
 GREY, PALETTE = 0, 3  # colour types of a PNG
 NO_IMAGE = f"has no image in {IMAGES}/; remove it or restore the image"
-OTHER_FORM = f"has the name of an image in {IMAGES}/ in another Unicode form (NFC, NFD); give both one form, for instance with convmv"
+OTHER_FORM = (
+    f"has the name of an image in {IMAGES}/ in another Unicode form (NFC, NFD); rename one, for instance with convmv"
+)
 
 
 class LabelMapSource(Source):

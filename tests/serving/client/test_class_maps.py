@@ -69,9 +69,7 @@ def test_the_size_is_that_of_the_upright_image(orientation, expected):
 def test_class_maps_have_no_extra_parts_of_an_answer():
     requests = RequestSequence("http://server")
     requests.model, requests._inputs = "segmenter", {"image": 1, "prior": 1}
-    with pytest.raises(
-        ServingError, match="http://server: serves class maps, for which there is no input `coverage`; omit it"
-    ):
+    with pytest.raises(ServingError, match="http://server: segmenter has no input `coverage`; omit it"):
         next(requests._extra_inputs(Extras(coverage=0.9)))
 
 
