@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf(inity)?)", re.IGNORECASE | re.ASCII)
 # Finite, because -inf times a strength of 0 is NaN; below every logit for any tau_s, and half of float32's range.
 RULED_OUT = float(np.finfo(np.float32).min) / 2
-GROUPS = ("many", "medium", "few")  # by number of training samples, see shot_group
+GROUPS = ("many", "medium", "few")  # by number of training samples, see shot_group; of pixels, see pixel_groups
 MANY_ABOVE = 100
 FEW_BELOW = 20
 
@@ -182,3 +182,17 @@ def shot_group(count: int) -> str:
     if count > MANY_ABOVE:
         return "many"
     return "few" if count < FEW_BELOW else "medium"
+
+
+def pixel_groups(counts: Any) -> list[str]:
+    """Group of each class by its share of the training pixels: terciles, `many` for the most frequent third.
+
+    counts: [C] pixels. Of equal counts the lower class index is the more frequent one. If C is not a multiple of 3, the
+    first groups have one class more. The limits of `shot_group` count images and have no meaning for pixels.
+    """
+    n = np.asarray(counts)
+    groups = [""] * len(n)
+    for group, members in zip(GROUPS, np.array_split(np.argsort(-n, kind="stable"), len(GROUPS)), strict=True):
+        for member in members:
+            groups[int(member)] = group
+    return groups

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.prior import class_prior, effective_number, log_class_prior, shot_group
-from models.segmentation.metrics import pixel_groups
+from models.prior import class_prior, effective_number, log_class_prior, pixel_groups, shot_group
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import PixelPrior, Prior, count_labels, count_pixels
 from pipeline.data.split_tables import load_classes

@@ -74,20 +74,6 @@ class Areas:
         return values
 
 
-def pixel_groups(counts: Any) -> list[str]:
-    """Group of each class by its share of the training pixels: terciles, `many` for the most frequent third.
-
-    counts: [C] pixels. Of equal counts the lower class index is the more frequent one. If C is not a multiple of 3, the
-    first groups have one class more. The limits of `shot_group` count images and have no meaning for pixels.
-    """
-    n = np.asarray(counts)
-    groups = [""] * len(n)
-    for group, members in zip(GROUPS, np.array_split(np.argsort(-n, kind="stable"), len(GROUPS)), strict=True):
-        for member in members:
-            groups[int(member)] = group
-    return groups
-
-
 def _ratio(part: Counts, whole: Counts) -> Floats:
     return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
 

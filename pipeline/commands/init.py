@@ -106,8 +106,9 @@ def init(
     folder with images/ and annotations/ gets task segmentation; its classes.txt has the names of the classes.
     Outside a project it first makes the working folder a project, as `tailor new` does.
     """
+    from pipeline.params.recipe import load_document
     from pipeline.preparation.first_params import without_text, write_text
-    from pipeline.preparation.project import create_project, keep_out_of_git
+    from pipeline.preparation.project import create_project, default_params, keep_out_of_git
     from pipeline.shared.errors import ParamsError
 
     template = _template(output, overwrite=force or dry_run)
@@ -119,6 +120,9 @@ def init(
     if encoder and no_encoder:
         raise ParamsError("--encoder and --no-encoder: expected one of the two")
     chosen, estimate, lines, warnings = _proposal(folder, encoder, no_encoder, text_source)
+    if "task" not in chosen and load_document(template).get("task") == "segmentation":
+        template = default_params()
+        warnings.append(f"{output}: was of task segmentation; its other values are now those of the default recipe")
     chosen |= {} if "text" in chosen else without_text(template)
     text, _ = write_text(template, chosen)
     steps = create_project(Path()) if not (dry_run or output.is_file()) else []

@@ -106,7 +106,7 @@ def read_pair(source: LabelMapSource, reference: str) -> tuple:
         image = decode(source.read(reference))
         return image, decode_label_map(source.read_label_map(reference), image.size, source.label_maps)
     except ImageError as error:
-        raise DataError(f"{reference}: it or its label map {error}; replace it and run `dvc repro` again") from None
+        raise DataError(f"{reference}: it or its label map {error}; replace it") from None
 
 
 def label_map_sizes(source: LabelMapSource, references: list[str]) -> np.ndarray:

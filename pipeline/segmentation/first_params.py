@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from models.image_names import NOT_UTF8, is_utf8
+from models.prior import class_key
 from pipeline.params import LabelMapParams, read_yaml
 from pipeline.params.recipe import RECIPES, flat
 from pipeline.segmentation.dataset import read_pair
-from pipeline.shared.errors import DataError
+from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources import UNLABELLED
 from pipeline.sources.label_maps import ANNOTATIONS, IMAGES, LabelMapFolder
 from serving.shared.terminal import counted
@@ -76,8 +78,11 @@ def holds_label_maps(folder: Path) -> bool:
 def inspect_label_maps(folder: Path) -> LabelMapSummary:
     """Read about 300 pairs of a folder, evenly spread: sizes and labels.
 
-    Raises DataError if none can be read, for one class, and for classes.txt with too few, repeated or too many names.
+    Raises ParamsError for a path that is not UTF-8, DataError if none can be read, for one class, and for classes.txt with
+    too few, repeated or too many names.
     """
+    if not is_utf8(str(folder.resolve())):  # DVC cannot hash such a path
+        raise ParamsError(f"{folder.resolve()}: {NOT_UTF8}")
     ade20k = next((folder / IMAGES / "training").glob("ADE_train_*"), None) is not None
     source = LabelMapFolder(
         folder, "ade20k" if ade20k else "folder", LabelMapParams(class_names=[str(n) for n in range(MOST_CLASSES)])
@@ -108,7 +113,11 @@ def _class_names(folder: Path, classes: int) -> tuple[list[str], bool]:
     if not path.is_file():
         names = [f"class {index}" for index in range(classes)]
     else:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            text = class_key(path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: is not UTF-8; convert it to UTF-8") from None
+        names = [line.strip() for line in text.splitlines() if line.strip()]
         if len(set(names)) < len(names) or not classes <= len(names) <= MOST_CLASSES:
             raise DataError(
                 f"{path}: has {len(names)} names, {len(set(names))} of them different; expected a different name for each "
@@ -120,13 +129,13 @@ def _class_names(folder: Path, classes: int) -> tuple[list[str], bool]:
 
 
 def suggest_label_map_params(summary: LabelMapSummary, location: str, gpu: bool) -> dict[str, tuple[Any, str]]:
-    """Choose params: dotted key of params.yaml → (value, reason). gpu: whether training will run on a GPU."""
+    """Choose params: dotted key of params.yaml → (value, reason). gpu: whether training will run on a GPU.
+
+    Raises DataError if fewer than 2 images remain for training.
+    """
     longest, backbone, batch, steps, rows = GPU if gpu else CPU
     recipe, classes = read_yaml(RECIPES / RECIPE), len(summary.names)
-    held_out = (0 if "test" in summary.splits else TEST_SHARE) + (
-        0 if "validation" in summary.splits else VALIDATION_SHARE
-    )
-    total = max(1, round(summary.splits["train"] * (1 - held_out)))
+    total = _training_images(summary, location)
     batch = min(batch, total)
     scale = min(1.0, longest / max(summary.height, summary.width))
     canvas = [_multiple(side * scale) for side in (summary.height, summary.width)]
@@ -157,11 +166,11 @@ def suggest_label_map_params(summary: LabelMapSummary, location: str, gpu: bool)
         f"{part}.schedule": (recipe[part].pop("schedule"), f"recipes/{RECIPE}") for part in ("teacher", "student")
     }
     rest = {key: value for key, value in recipe.items() if key not in ("task", "data", "segmentation")}
-    epochs = min(MOST_EPOCHS, max(1, round(steps * batch / total)))
+    epochs = min(MOST_EPOCHS, max(1, round(steps / (total // batch))))
     own = {
         "backbone": (backbone, "small, for a CPU; with a GPU run this command again" if not gpu else "for a GPU"),
         "batch_size": (batch, "crops a step"),
-        "epochs": (epochs, f"{counted(epochs * max(1, total // batch), 'step')} of {batch} crops"),
+        "epochs": (epochs, f"{counted(epochs * (total // batch), 'step')} of {batch} crops"),
         "adapter": (0, "of encoders, which pixels do not have"),
     }
     return {
@@ -175,6 +184,19 @@ def suggest_label_map_params(summary: LabelMapSummary, location: str, gpu: bool)
         "evaluate.top_k": (min(5, classes), "of your classes"),
         "serving.top_k": (min(5, classes), "largest classes per response"),
     }
+
+
+def _training_images(summary: LabelMapSummary, location: str) -> int:
+    """Images for training after those that are held out. Raises DataError for fewer than 2."""
+    held_out = {"test": TEST_SHARE, "validation": VALIDATION_SHARE}
+    number = summary.splits["train"]
+    total = round(number * (1 - sum(share for split, share in held_out.items() if split not in summary.splits)))
+    if total < 2:
+        raise DataError(
+            f"{location}: has {counted(number, 'training image')} with a label map, of which {total} remains after test and "
+            "validation images are held out; expected at least 2 that remain"
+        )
+    return total
 
 
 def _multiple(side: float) -> int:

@@ -25,6 +25,10 @@ SPLITS = {
 # The labels of ADE20K's test images are not public; its validation images are the test split, as in the literature.
 ADE20K_SPLITS = {"training": "train", "validation": "test"}
 GREY, PALETTE = 0, 3  # colour types of a PNG
+NO_IMAGE = f"has no image in {IMAGES}/; remove it or restore the image"
+OTHER_FORM = (
+    f"has the name of an image in {IMAGES}/ in another Unicode form (NFC, NFD); rename one, for instance with convmv"
+)
 
 
 class LabelMapSource(Source):
@@ -114,8 +118,9 @@ class LabelMapFolder(FileSource, LabelMapSource):
             for path in both
             if path.is_symlink() and path.is_dir() and not is_passed_over(path.relative_to(root))
         ]
+        forms = {class_key(str(path)) for path in without_suffix}
         problems += [
-            (root / ANNOTATIONS / f"{path}.png", f"has no image in {IMAGES}/; remove it or restore the image")
+            (root / ANNOTATIONS / f"{path}.png", OTHER_FORM if class_key(str(path)) in forms else NO_IMAGE)
             for path in sorted(maps.difference(without_suffix))
         ]
         problems += [

@@ -248,7 +248,8 @@ class RequestSequence:
         rows = extras.inputs(names)
         existing = yield from self._model_inputs()
         if missing := [name for name in rows if name not in existing]:
-            raise ServingError(f"{self.url}: {self.model} has no input `{missing[0]}`; {SERVE_AGAIN}")
+            hint = "omit it" if self.model == SEGMENTER else SERVE_AGAIN
+            raise ServingError(f"{self.url}: {self.model} has no input `{missing[0]}`; {hint}")
         return rows
 
     @contextmanager

@@ -92,6 +92,10 @@ def drift(
     root = choose_repository(repository)
     release = read_champion(root) if version is None else read_release(root, version, hashes=False)
     manifest = release.manifest
+    if manifest.segmentation:
+        raise ServingError(
+            f"{root}: is of task segmentation, whose server logs no logits; `tailor drift` is for classification"
+        )
     times = {"since": since, "until": until}
     bounds = {name: parse_time(text, f"--{name}") for name, text in times.items() if text is not None}
     logged = read_logits(log, manifest, **bounds, most=samples, seed=seed)

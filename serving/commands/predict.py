@@ -13,6 +13,7 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
+from models.image_names import SUFFIXES, has_image_suffix
 from models.preprocess import decode
 from serving.client.extras import Extras, read_costs
 from serving.client.images import image_files
@@ -139,7 +140,7 @@ def segment(
     url: Url = None,
     protocol: ProtocolOption = None,
     prior: Annotated[
-        str | None, typer.Option(metavar="balanced|train|live|NUMBER|FILE", help="Class prior, as in `tailor predict`.")
+        str | None, typer.Option(metavar="balanced|train|NUMBER|FILE", help="Class prior, as in `tailor predict`.")
     ] = None,
     timeout: Timeout = 60.0,
     header: Headers = None,
@@ -157,6 +158,8 @@ def segment(
             raise InputError(f"{option} is {str(path)!r}, in a folder that does not exist")
     if out is not None and out.suffix.lower() != ".png":
         raise InputError(f"--out is {str(out)!r}; a class map is written as PNG: expected a name that ends in .png")
+    if overlay is not None and not has_image_suffix(overlay):
+        raise InputError(f"--overlay is {str(overlay)!r}; expected a name that ends in {', '.join(SUFFIXES)}")
     data = read_image(image)
     with Client(server_url(url, protocol), timeout, headers=parse_headers(header), ca_file=ca_file) as client:
         [found] = client.segment([data], prior)

@@ -22,7 +22,7 @@ from serving.server.supervisor import SupervisionLimits, Supervisor
 from serving.server.triton_server import GRACE, TritonServer
 from serving.shared.errors import InputError, ServingError
 from serving.shared.logs import new_log_file, remove_log_files
-from serving.shared.names import CLASSIFIER, image_model
+from serving.shared.names import CLASSIFIER, SEGMENTER, image_model
 from serving.shared.terminal import print
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -118,10 +118,15 @@ def serve(
     if (grpc_tls_cert is None) != (grpc_tls_key is None):
         option = "--grpc-tls-cert" if grpc_tls_cert else "--grpc-tls-key"
         raise InputError(f"{option} is given alone; expected --grpc-tls-cert and --grpc-tls-key together")
+    root = choose_repository(repository, note=True)
+    if image_model(root) == SEGMENTER and (log_logits or keep_unknown):
+        raise InputError(
+            f"--log-logits and --keep-unknown: {root} is of task segmentation, which has neither; omit them"
+        )
     environment = logit_log_environment(log_logits, log_share, log_limit) if log_logits else {}
     environment |= unknown_images_environment(keep_unknown, keep_limit) if keep_unknown else {}
     server = TritonServer(
-        choose_repository(repository, note=True),
+        root,
         host,
         http_port,
         grpc_port,

@@ -64,13 +64,14 @@ def side_by_side(
     """Answer one image under balanced, train, live, the slider's strength, and the typed prior `own` if not empty.
 
     extras: of each request; a column has the server's error where the release does not support one. segments: the
-    answers are class maps. Raises InputError for an image that cannot be read, and ServingError when no server
-    responds: both concern every column.
+    answers are class maps, for which there is no live prior. Raises InputError for an image that cannot be read, and
+    ServingError when no server responds: both concern every column.
     """
     results = [answer_under_prior(client, image, "balanced", "balanced", extras, segments)]
     if results[0].prediction is None:
         client.predict([image], "balanced")  # raises unless the extras are the cause
-    for title, prior in (("train", "train"), ("live", LIVE), (f"strength {strength:g}", strength)):
+    live: list[tuple[str, Prior]] = [] if segments else [("live", LIVE)]
+    for title, prior in (("train", "train"), *live, (f"strength {strength:g}", strength)):
         results.append(answer_under_prior(client, image, title, prior, extras, segments))
     if own.strip():
         try:

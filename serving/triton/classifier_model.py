@@ -57,8 +57,9 @@ class TritonPythonModel:
         self.network = self.own_network(graph, config)
         if canvas := manifest.get("segmentation"):
             self.segmenter = sibling("segmenter").Segmenter(self.names, self.top_k, self.outputs, self.max_batch_size)
-        groups = [self.prior.shot_group(count) for count in manifest["counts"]]
-        ranks = np.argsort(np.argsort(-np.asarray(manifest["counts"]), kind="stable"), kind="stable")
+        counts = manifest["counts"]
+        groups = self.prior.pixel_groups(counts) if canvas else [self.prior.shot_group(count) for count in counts]
+        ranks = np.argsort(np.argsort(-np.asarray(counts), kind="stable"), kind="stable")
         self.metrics = sibling("metrics").Metrics(self.version, manifest["classes"], groups, ranks)
         count_lost = partial(self.metrics.count, "tailor_access_log_lost_total")
         self.access_log = sibling("access_log").open_access_log(args, count_lost)

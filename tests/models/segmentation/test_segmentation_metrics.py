@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from models.segmentation.metrics import Areas, pixel_groups
+from models.prior import pixel_groups
+from models.segmentation.metrics import Areas
 
 TRUTH = np.array([[0, 0, 1], [1, 2, 255], [0, 0, 3]], dtype=np.uint8)
 PREDICTION = np.array([[0, 1, 1], [1, 0, 2], [0, 0, 2]], dtype=np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from pipeline.preparation.project import default_params
 from pipeline.segmentation.first_params import LabelMapSummary, inspect_label_maps, suggest_label_map_params
 from pipeline.shared.errors import DataError
 from tests.support.label_maps import CLASSES, label_map_folder
-from tests.support.making import write
+from tests.support.making import folder, write
 
 
 @pytest.fixture
@@ -71,6 +72,49 @@ def test_the_layout_of_ade20k_is_detected(tmp_path):
     summary = inspect_label_maps(tmp_path)
     assert (summary.source, summary.splits, len(summary.names)) == ("ade20k", {"train": 3, "test": 3}, 2)
     assert suggest_label_map_params(summary, "x", gpu=False)["data.label_map"][0]["reduce_zero_label"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("Straße\nb\nc".encode("latin-1"), "classes.txt: is not UTF-8; convert it to UTF-8"),
+        ("e\u0301\n\u00e9\nc".encode(), "classes.txt: has 3 names, 2 of them different"),
+    ],
+)
+def test_names_that_cannot_be_used_are_refused_with_their_file(project, capsys, content, message):
+    write(project / "scenes/classes.txt", content)
+    assert main(["init", "scenes"]) == 1
+    assert message in capsys.readouterr().err and (project / "params.yaml").read_text() == default_params()
+
+
+def test_names_are_read_without_a_byte_order_mark_and_in_composed_form(project):
+    write(project / "scenes/classes.txt", "e\u0301\nb\nc".encode("utf-8-sig"))
+    assert inspect_label_maps(project / "scenes").names == ["\u00e9", "b", "c"]
+
+
+@pytest.mark.parametrize(("part", "images"), [("", 2), ("train", 1)])
+def test_too_few_images_for_training_are_refused(tmp_path, part, images):
+    label_map_folder(tmp_path, images, part)
+    summary = inspect_label_maps(tmp_path)
+    with pytest.raises(DataError, match=rf"scenes: has {images} training images? .* 1 remains .* at least 2"):
+        suggest_label_map_params(summary, "scenes", gpu=False)
+
+
+def test_a_path_that_is_not_utf8_is_refused(project, capsys):
+    location = os.fsdecode(b"sc\xff")
+    (project / "scenes").rename(project / location)
+    assert main(["init", location]) == 2
+    assert "its name is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_project_of_segmentation_becomes_one_of_classes_of_images(project, capsys):
+    assert main(["init", "scenes"]) == 0
+    folder(project / "photos", {"cat": 6, "dog": 6})
+    assert main(["init", "photos", "--force", "--no-encoder"]) == 0
+    assert "params.yaml: was of task segmentation" in capsys.readouterr().err
+    params = load_params(project / "params.yaml")
+    assert (params.task, params.segmentation, params.data.label_map) == ("classification", None, None)
+    assert (params.student.prior_strength, params.teacher.schedule.kind) == (1.0, "cosine")
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -214,6 +214,14 @@ def test_a_link_to_a_folder_is_named(tmp_path, part):
         open_base_source(segmentation_params(root).data)
 
 
+def test_a_label_map_in_another_unicode_form_than_its_image_is_named(tmp_path):
+    label_map_folder(tmp_path, 3)
+    (tmp_path / "images/001.jpg").rename(tmp_path / "images/e\u0301.jpg")
+    (tmp_path / "annotations/001.png").rename(tmp_path / "annotations/\u00e9.png")
+    with pytest.raises(DataError, match=r"annotations/\u00e9.png: has the name of an image .* another Unicode form"):
+        open_base_source(segmentation_params(tmp_path).data)
+
+
 def test_class_names_of_label_maps_are_compared_and_stored_in_unicodes_composed_form(tmp_path):
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     with pytest.raises(ValidationError, match="class_names has 'caf\u00e9' twice"):

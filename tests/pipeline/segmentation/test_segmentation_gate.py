@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from models.segmentation.metrics import Areas, pixel_groups
+from models.prior import pixel_groups
+from models.segmentation.metrics import Areas
 from pipeline.evaluation.gate import decide
 from pipeline.evaluation.predictions import Contender
 from pipeline.params import GateParams

@@ -10,7 +10,10 @@ from PIL import Image
 
 from models.label_map_image import palette
 from serving.client.class_maps import segmentations, upright_size
-from serving.shared.errors import InputError
+from serving.client.extras import Extras
+from serving.client.requests import RequestSequence
+from serving.commands import main
+from serving.shared.errors import InputError, ServingError
 
 NAMES = np.array([b"road", b"car", b"sign"], dtype=np.object_)
 
@@ -61,3 +64,23 @@ def test_the_size_is_that_of_the_upright_image(orientation, expected):
     exif[0x0112] = orientation
     Image.new("RGB", (20, 10)).save(stream, "JPEG", exif=exif)
     assert upright_size(stream.getvalue()) == expected
+
+
+def test_class_maps_have_no_extra_parts_of_an_answer():
+    requests = RequestSequence("http://server")
+    requests.model, requests._inputs = "segmenter", {"image": 1, "prior": 1}
+    with pytest.raises(ServingError, match="http://server: segmenter has no input `coverage`; omit it"):
+        next(requests._extra_inputs(Extras(coverage=0.9)))
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--out", "map.jpg", "a class map is written as PNG"),
+        ("--overlay", "street.txt", "expected a name that ends in .jpg, .jpeg, .png, .webp"),
+        ("--overlay", "none/street.png", "in a folder that does not exist"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_request(tmp_path, capsys, option, name, message):
+    assert main(["segment", "street.jpg", option, str(tmp_path / name), "--url", "http://127.0.0.1:9"]) == 2
+    assert f"{option} is '{tmp_path / name}'" in (printed := capsys.readouterr().err) and message in printed

@@ -28,9 +28,11 @@ from serving.drift.estimate import estimate_drift
 from serving.drift.logged_logits import read_logits
 from serving.repository.manifest import Manifest
 from serving.repository.release import find_releases
+from serving.repository.writer import write_repository
 from serving.triton.logit_log import log_files
 from tests.support.drift_data import LIVE, TRAINING, damage, drawn, write_predictions
 from tests.support.logit_logs import write_log
+from tests.support.segmentation_release import write_segmentation_export
 from tests.support.tailor_command import assert_one_line
 
 Tailor = Callable[..., CompletedProcess[str]]
@@ -116,6 +118,17 @@ def test_json_has_every_class_and_the_skipped_files(drift: Drift, logged: Path, 
 )
 def test_misuse_ends_in_one_line(drift: Drift, arguments: list, status: int, said: str) -> None:
     assert_one_line(drift(*arguments), status, said)
+
+
+def test_class_maps_have_no_drift_and_no_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_segmentation_export(tmp_path / "export")
+    root = str(write_repository(tmp_path / "export", tmp_path / "repository"))
+    assert main(["drift", "--repository", root]) == 1
+    assert "is of task segmentation, whose server logs no logits" in capsys.readouterr().err
+    for option in ("--log-logits", "--keep-unknown"):
+        assert main(["serve", "--repository", root, option, str(tmp_path / "log")]) == 2
+        assert "is of task segmentation, which has neither; omit them" in capsys.readouterr().err
+    assert not (tmp_path / "log").exists()
 
 
 def test_too_few_images_of_a_new_release_are_reported_with_those_of_old_ones(

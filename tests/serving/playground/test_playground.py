@@ -462,7 +462,7 @@ class TestInABrowser:
             page.set_input_files("#image input[type=file]", tmp_path / "street.png")
             page.wait_for_selector("#answers .column img.map", timeout=60_000)
             shown = columns(page)
-            assert list(shown) == ["balanced", "train", "live", "strength 0.5"]
+            assert list(shown) == ["balanced", "train", "strength 0.5"]
             assert {"road", "car & bus", "sign"} < set(shown["balanced"].splitlines())
             drawn = page.locator("#answers img.map").first
             assert drawn.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [24, 16]

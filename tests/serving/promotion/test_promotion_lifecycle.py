@@ -20,6 +20,7 @@ from serving.repository.release import list_versions
 from serving.repository.version_policy import present_versions, version_before
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import RepositoryError, ServingError
+from tests.support.segmentation_release import write_segmentation_export
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +104,16 @@ def test_later_versions_carry_their_evidence_and_the_oldest_go(repository, expor
     assert (repository / "classifier" / "3" / "report.html").read_text() == "<p>why</p>"
     edit_manifest(shutil.copytree(exports / "3", evidence.parent / "again"), code_revision="again")
     assert go_live(repository, evidence.parent / "again", evidence).removed == (1,)
+
+
+def test_releases_of_class_maps_are_promoted_with_their_evidence_and_rolled_back(tmp_path, evidence):
+    repository = tmp_path / "maps"
+    for number, scale in ((1, 20.0), (2, 10.0)):
+        write_segmentation_export(tmp_path / str(number), scale=scale)
+        assert go_live(repository, tmp_path / str(number), evidence).version == number
+        assert json.loads((repository / "segmenter" / str(number) / "decision.json").read_text()) == {"promote": True}
+    assert lifecycle.roll_back(repository, 1, (), KEEP, TIMEOUT).version == 1
+    assert [(state.version, state.state) for state in list_versions(repository)] == [(1, "champion"), (2, "kept")]
 
 
 def test_publishing_the_same_release_again_makes_no_second_version(repository, exports, evidence):

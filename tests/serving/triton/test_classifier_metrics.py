@@ -17,9 +17,11 @@ from conftest import CLASSES, picture
 
 import serving.triton
 from serving.client.sync_client import Client
+from serving.repository.writer import write_repository
 from serving.server.triton_server import TritonServer
 from serving.transport.sync_transport import RequestRejected, Transport
-from tests.support.stand_in import backend, counted, request, scrape
+from tests.support.segmentation_release import write_segmentation_export
+from tests.support.stand_in import backend, counted, load, request, scrape
 
 FOLDER = Path(serving.triton.__file__).parent
 
@@ -85,6 +87,14 @@ def test_confidence_buckets_are_cumulative() -> None:
     assert counted(metrics, "tailor_confidence_sum")[()] == pytest.approx(1.1)
     assert counted(metrics, "tailor_top_class_total") == {("a", "many"): 1, ("b", "few"): 2}
     metrics.close()
+
+
+def test_the_groups_of_class_maps_are_terciles_of_their_pixels(tmp_path: Path) -> None:
+    write_segmentation_export(tmp_path / "export")  # 9,000, 900 and 100 pixels
+    repository = write_repository(tmp_path / "export", tmp_path / "repository")
+    segmenter = load(repository, "segmenter", "configs/local.pbtxt", backend())
+    assert [labels["group"] for labels in segmenter.metrics.class_labels] == ["many", "medium", "few"]
+    segmenter.finalize()
 
 
 @pytest.mark.parametrize("classes", [101, 1000, 8142])
