@@ -32,10 +32,11 @@ def playground(
     ca_file: CaFile = None,
     debug: Debug = False,
 ) -> None:
-    """Open a page that compares priors on images of your own: classes, or class maps over the image.
+    """Open a page that compares priors on your own images.
 
-    It uses a running server. Needs Gradio (extra `playground`). The page is for this machine alone and
-    sends images nowhere but to the server. Ends with Ctrl-C.
+    It shows the classes of an image, or its class map with a server of task segmentation. Needs a running server and
+    Gradio (extra `playground`). The page is for this machine alone and sends images nowhere but to the server. Ends with
+    Ctrl-C.
     """
     # Gradio reads them at import: no telemetry and no check for a newer version of Gradio.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

@@ -1,4 +1,4 @@
-"""A tiny release of task segmentation, whose network sees the class of a pixel in its colour, and a server on it."""
+"""A tiny release of task segmentation, whose network takes the class of a pixel from its colour, and a server on it."""
 
 from __future__ import annotations
 
