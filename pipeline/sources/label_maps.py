@@ -109,7 +109,8 @@ class LabelMapFolder(FileSource, LabelMapSource):
         images = [path for path in _files_below(root / IMAGES) if has_image_suffix(path)]
         folders = {path.parts[0] for path in images if len(path.parts) > 1}
         divided = any(splits.get(name) == "train" for name in folders)
-        maps = {path.with_suffix("") for path in _files_below(root / ANNOTATIONS) if path.suffix.lower() == ".png"}
+        pngs = (path for path in _files_below(root / ANNOTATIONS) if path.suffix.lower() == ".png")
+        self._maps = {path.with_suffix(""): path for path in pngs}
         without_suffix = [path.with_suffix("") for path in images]
         problems = [(root / IMAGES / path, NOT_UTF8) for path in images if not is_utf8(str(path))]
         both = [path for name in (IMAGES, ANNOTATIONS) for path in sorted((root / name).rglob("*"))]
@@ -120,8 +121,8 @@ class LabelMapFolder(FileSource, LabelMapSource):
         ]
         forms = {class_key(str(path)) for path in without_suffix}
         problems += [
-            (root / ANNOTATIONS / f"{path}.png", OTHER_FORM if class_key(str(path)) in forms else NO_IMAGE)
-            for path in sorted(maps.difference(without_suffix))
+            (root / ANNOTATIONS / self._maps[path], OTHER_FORM if class_key(str(path)) in forms else NO_IMAGE)
+            for path in sorted(self._maps.keys() - set(without_suffix))
         ]
         problems += [
             (root / IMAGES / path, "another image has its name with another suffix, and so the same label map")
@@ -156,7 +157,8 @@ class LabelMapFolder(FileSource, LabelMapSource):
 
     def _label_map(self, reference: str) -> Path:
         relative = Path(reference).relative_to(IMAGES)
-        return (self._root / ANNOTATIONS / relative).absolute().with_suffix(".png")
+        found = self._maps.get(relative.with_suffix(""), relative.with_suffix(".png"))
+        return (self._root / ANNOTATIONS / found).absolute()
 
 
 def _files_below(root: Path) -> list[Path]:

@@ -231,6 +231,15 @@ def test_class_names_of_label_maps_are_compared_and_stored_in_unicodes_composed_
     assert open_base_source(made.data).classes == ["road", composed, "sign"]
 
 
+def test_a_label_map_with_a_suffix_in_capitals_is_read(tmp_path):
+    root = label_map_folder(tmp_path / "scenes", 4)
+    before = [open_base_source(segmentation_params(root).data).read_label_map(f"images/{n:03}.jpg") for n in range(4)]
+    for path in (root / "annotations").iterdir():
+        path.rename(path.with_suffix(".PNG"))
+    source = open_base_source(segmentation_params(root).data)
+    assert [source.read_label_map(row.reference) for row in source.rows] == before
+
+
 def remove_a_label_map(root):
     (root / "annotations/004.png").unlink()
 
