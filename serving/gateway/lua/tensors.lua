@@ -28,6 +28,7 @@ tensors.MODELS = {
             set = {}, set_size = {}, decision = {}, decision_index = {}, expected_cost = {},
             unknown = {}, typicality = {}, node = {}, node_probability = {},
             nearest = {}, nearest_class = {}, nearest_cosine = {}, nearest_image = {}, activation_map = {},
+            activation_crop = {},
         },
     },
     segmenter = {

@@ -131,7 +131,7 @@ def test_a_rejected_request_is_not_retried_over_grpc(predict: Predict) -> None:
     handler = FaultyGrpc(None, [*rejections, grpc.StatusCode.RESOURCE_EXHAUSTED])
     with grpc_server(handler) as url, pytest.raises(RequestRejected, match="refused: made to fail: RESOURCE_EXHAUSTED"):
         predict(url)
-    assert len(handler.calls) == 3
+    assert len(handler.calls) == 4
 
 
 @pytest.mark.parametrize(
