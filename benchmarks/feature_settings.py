@@ -29,6 +29,7 @@ from benchmarks.encoder_rows import Features, Row, gml, l_cls, l_cls_adapter
 from pipeline.data.class_prior import load_prior
 from pipeline.features.stored import load_features
 from pipeline.params import Params
+from pipeline.shared.errors import ParamsError
 
 NETWORKS = {"teacher": l_cls, "adapter": l_cls_adapter, "student": gml}
 
@@ -89,8 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     recipe = project_params(options.data_set, options.data, options.encoder, options.size, options.views)
     try:
-        rows = [(*row_of(text), text[0]) for text in options.row]
-    except ValueError as error:
+        made = [(row_of(text), text[0]) for text in options.row]
+        rows = [(row, changed(recipe, network, changes)) for (row, changes), network in made]
+    except (ValueError, ParamsError) as error:
         parser.error(f"--row: {error}")
     folder = project_folder(options.work, options.data_set, recipe)
     prepare(recipe, folder)
@@ -98,8 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         splits = (load_features(recipe, split) for split in ("train", "validation", "test"))
         data = Features(*splits, load_prior())
         results = {}
-        for row, changes, network in rows:
-            params = changed(recipe, network, changes)
+        for row, params in rows:
             results[row.name] = [measure(row, merged(params, {"seed": seed}), data) for seed in options.seeds]
     print(f"`python -m benchmarks.feature_settings {shlex.join(arguments or sys.argv[1:])}`\n\n{table(results)}")
     return 0

@@ -65,11 +65,14 @@ def images_per_second(encoder: Encoder) -> float:
 
 
 def encoders_table(listed: list[Encoder], speeds: dict[str, float]) -> Table:
-    """Return the table that the command prints, at most 120 columns wide."""
+    """Return the table that the command prints, at most 120 columns wide; in 80 columns its texts are folded, never cut."""
     table = Table(box=None, pad_edge=False, caption="sha256 -: give encoder.sha256. accept: value of encoder.licence.")
     numbers = ("pixels", "width", "parameters", *(["images/s"] if speeds else []))
-    for column in ("name", *numbers, "licence", "accept", "weights", "sha256"):
-        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
+    for column in ("name", *numbers):
+        longest = max(map(len, (column, *ENCODERS))) if column == "name" else len(column)
+        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True, min_width=longest)
+    for column in ("licence", "accept", "weights", "sha256"):
+        table.add_column(column, overflow="fold")
     for each in listed:
         speed = [f"{speeds[each.name]:,.0f}"] if speeds else []
         table.add_row(

@@ -179,6 +179,7 @@ def _template(output: Path, overwrite: bool) -> str:
 
     overwrite: whether to overwrite uncommitted changes. Raises ParamsError if the file must not be written.
     """
+    from pipeline.params import read_yaml
     from pipeline.preparation.project import default_params, enclosing_project
     from pipeline.shared.errors import ParamsError
 
@@ -190,6 +191,7 @@ def _template(output: Path, overwrite: bool) -> str:
                 f"params.yaml: no such file here; this folder is in the project {project}; run the command there"
             )
         return default_params()
+    read_yaml(output)  # raises the usual error if the file is not a mapping
     template = output.read_text(encoding="utf-8")
     if not overwrite and template != default_params() and _changed(output):
         raise ParamsError(f"{output}: has uncommitted changes; commit it, or pass --force to overwrite it")

@@ -36,8 +36,8 @@ MANY = 20_000
 # Seconds of `dvc repro` besides `embed`, rough estimates. START_SECONDS: the start of ten stages, report and export.
 # TRAINING_SECONDS: teacher and student, for each training image.
 START_SECONDS, TRAINING_SECONDS = 100, 0.005
-# From 8 * LARGE_EIGHTH training images the batch on stored features is LARGE_BATCH: half of the time at the same validation
-# accuracy (docs/experiments.md, 2026-11-29).
+# From 8 * LARGE_EIGHTH training images the teacher's batch is LARGE_BATCH: half of the time at the same validation accuracy
+# (docs/experiments.md, 2026-11-29). The student's stays: with an adapter its learning rate would be too high.
 LARGE_EIGHTH, LARGE_BATCH = 2048, 512
 WHY = "pretrained features need fewer images than training from scratch"
 
@@ -138,14 +138,16 @@ REASONS = {
     "projection_hidden": "the heads embed the whole queue in each step; with the feature width they have ten times the weights",
     "epochs": "an epoch reads stored features and takes seconds",
     "learning_rate": "in proportion to the batch size",
-    "batch_size": f"recipes/{RECIPE}; at most an eighth of the training images; {LARGE_BATCH} from {8 * LARGE_EIGHTH:,}",
+    "teacher.batch_size": f"recipes/{RECIPE}; at most an eighth of the images; {LARGE_BATCH} from {8 * LARGE_EIGHTH:,} images",
+    "batch_size": f"recipes/{RECIPE}; at most an eighth of the images",
 }
 
 
 def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Suggestions:
     """Return the recipe's values for an encoder: dotted key → (value, reason).
 
-    batch: largest batch size for the number of images, see `proposed_batch`. The learning rate is scaled with the batch size.
+    batch: an eighth of the training images, the largest batch size; of the teacher see `proposed_batch`. The learning rate is
+    scaled with the batch size.
     """
     recipe = resolve(RECIPES / RECIPE, set()) | {"image": image_values(encoder, choice.size)}
     del recipe["encoder"]
@@ -153,11 +155,10 @@ def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Sugge
     values: Suggestions = {"encoder": (section, choice.reason)}
     for key, value in flat(recipe).items():
         part, _, last = key.rpartition(".")
-        if last == "learning_rate":
+        if last in ("batch_size", "learning_rate"):
             listed = recipe[part]["batch_size"]
-            value *= proposed_batch(batch, listed) / listed
-        elif last == "batch_size":
-            value = proposed_batch(batch, value)
+            proposed = proposed_batch(batch, listed) if part == "teacher" else min(batch, listed)
+            value = proposed if last == "batch_size" else value * proposed / listed
         reason = REASONS.get(key) or REASONS.get(last) or f"recipes/{RECIPE}"
         if ".augment." in key:
             reason = "stored features cannot be augmented in training; encoder.views stores augmented views"
@@ -167,5 +168,5 @@ def encoder_values(choice: EncoderChoice, encoder: Encoder, batch: int) -> Sugge
 
 
 def proposed_batch(largest: int, listed: int) -> int:
-    """Return the batch size on stored features. largest: an eighth of the training images; listed: that of the recipe."""
+    """Return the teacher's batch size on stored features. largest: an eighth of the training images; listed: the recipe's."""
     return LARGE_BATCH if largest >= LARGE_EIGHTH else min(largest, listed)

@@ -187,16 +187,22 @@ def text_values(classes: Sequence[str], source: Path, adapter: bool) -> tuple[Su
 
 
 def without_text(template: str) -> Suggestions:
-    """Values that remove section `text` and its use from a template that has them: nothing else would compute its centres."""
+    """Values that remove section `text` and its use from a template that has them: nothing else would compute its centres.
+
+    The adapter that `text_values` proposes for a frozen encoder is removed too: without L_GML it only costs accuracy.
+    """
     from pipeline.params.recipe import load_document
 
     document = load_document(template)
     removed: Suggestions = {}
     if document.get("text"):
         removed["text"] = (None, "removed, as no text features are suggested; --text FILE adds them")
-    if "text" in (document.get("student") or {}).get("contrast_encoder", ""):
+    student = document.get("student")
+    if isinstance(student, dict) and "text" in str(student.get("contrast_encoder")):
         removed["student.contrast_encoder"] = ("teacher", "instead of text features")
         removed["student.contrast"] = ({"kind": "gml"}, "instead of text features")
+        if student.get("adapter"):
+            removed["student.adapter"] = (0, "instead of text features")
     return removed
 
 
@@ -248,6 +254,6 @@ def _clear_mapping(document: Any, key: str) -> None:
     """Replace a mapping at a dotted key, such as section `encoder`, by null. A value is written on the line of its key."""
     *sections, last = key.split(".")
     for section in sections:
-        document = document.get(section) or {}
-    if isinstance(document.get(last), dict):
+        document = document.get(section) if isinstance(document, dict) else None
+    if isinstance(document, dict) and isinstance(document.get(last), dict):
         document[last] = None

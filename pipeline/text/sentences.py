@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,12 +83,13 @@ def class_sentences(text: TextParams, classes: Sequence[str]) -> ClassSentences:
 
 
 def filled_templates(templates: Sequence[str], words: Sequence[str]) -> list[str]:
-    """Each template with each word: first each template once, the words in turn, then each with the next word, and so on."""
+    """Each template with each word, once; in any number of first sentences each template, and each word, is used as often."""
     words = [" ".join(word.split()) for word in words]
+    # Both turn at once. After lcm sentences the pairs repeat, so the words are shifted by one.
+    period = math.lcm(len(templates), len(words))
     return [
-        template.replace("{}", words[(turn + number) % len(words)])
-        for turn in range(len(words))
-        for number, template in enumerate(templates)
+        templates[number % len(templates)].replace("{}", words[(number + number // period) % len(words)])
+        for number in range(len(templates) * len(words))
     ]
 
 
@@ -97,7 +99,8 @@ def read_table(
     """Read a CSV file; rows of other classes are ignored. Returns the words of each class in the order of `classes`, the
     sentences of names.description_column by class, and remarks.
 
-    Raises ParamsError for a missing file or column, DataError for a class without a row or words, or with two rows.
+    Raises ParamsError for a missing file or column, DataError for a class without a row or words, with two rows or with
+    cells that have no column.
     """
     path = Path(names.file)
     reader = csv.DictReader(io.StringIO(_read(path, "text.names.file"), newline=""), strict=True)
@@ -116,6 +119,10 @@ def read_table(
         name = class_key((row[names.class_column] or "").strip())
         if name in words:
             raise DataError(f"{path}: class {name!r} has two rows; expected one")
+        if any(row.get(None, ())):
+            raise DataError(
+                f"{path}: the row of class {name!r} has more cells than the header; put a cell with a comma in quotes"
+            )
         cell = row[names.text_column] or ""
         parts = cell.split(names.separator) if names.separator else [cell]
         words[name] = [part.strip() for part in parts if part.strip()]

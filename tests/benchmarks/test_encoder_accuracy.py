@@ -104,7 +104,7 @@ def test_rows_that_tune_the_encoder_train_on_images_and_are_optional(arguments, 
     printed = capsys.readouterr().out
     assert all(f"| {row} |" in printed for row in tuned)
     configs = [json.loads(path.read_text()) for path in tmp_path.glob("work/*/runs/student-*/config.json")]
-    assert [config["tune"] for config in configs] == ["last_blocks"] * 2
+    assert [(config["tune"], config["adapter"]) for config in configs] == [("last_blocks", 0)] * 2
 
 
 def test_an_unknown_row_is_a_usage_error(arguments, capsys):

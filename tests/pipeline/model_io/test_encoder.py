@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import re
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from models.networks import encoders
 from models.networks.backbones import build_backbone
 from models.networks.encoders import ENCODERS, HALF
+from pipeline.commands import encoders as encoders_command
 from pipeline.commands.app import main
 from pipeline.commands.encoders import encoders_table
 from pipeline.model_io.encoder import describe, load_encoder
@@ -278,6 +280,22 @@ def test_the_weights_of_a_package_have_the_listed_sha256_and_give_finite_sparse_
     assert feature.min() >= 0 and 0.05 < feature.mean() < 2
 
 
+def test_the_speed_on_this_machine_is_measured_on_request(capsys, monkeypatch):
+    monkeypatch.setattr(encoders_command, "SECONDS", 0.01)
+    fast = dataclasses.replace(ENCODERS["efficientnet_lite0"], name="fast", size=32)
+    monkeypatch.setitem(ENCODERS, "fast", fast)
+    assert main(["encoders", "fast", "efficientnet_lite0", "--json"]) == 0
+    assert [listed["images_per_second"] for listed in json.loads(capsys.readouterr().out)] == [None, None]
+    started = time.perf_counter()
+    assert main(["encoders", "fast", "efficientnet_lite0", "--measure", "--json"]) == 0
+    seconds = time.perf_counter() - started
+    small, large = (listed["images_per_second"] for listed in json.loads(capsys.readouterr().out))
+    # Each ran two batches at least within the call; 49 times the pixels are several times as slow on any machine.
+    assert encoders_command.BATCH / seconds < large < small / 2
+    assert main(["encoders", "fast", "--measure"]) == 0
+    assert re.search(r"images/s .*\n *fast +32 +1,280 +3\.4 M +[\d,]+ ", capsys.readouterr().out)
+
+
 def test_the_command_lists_every_encoder_within_120_columns(capsys):
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(encoders_table(list(ENCODERS.values()), dict.fromkeys(ENCODERS, 12345.6)))
@@ -285,6 +303,12 @@ def test_the_command_lists_every_encoder_within_120_columns(capsys):
     for part in (*ENCODERS, "1,280", "3.4 M", "12,346", "DINOv3 License", "579344248a93…"):
         assert part in text
     assert max(map(len, text.splitlines())) <= 120
+    console = Console(width=80, record=True, file=io.StringIO())  # also of a pipe
+    console.print(encoders_table(list(ENCODERS.values()), dict.fromkeys(ENCODERS, 12345.6)))
+    narrow = console.export_text()
+    for part in (*ENCODERS, "1,280", "3.4 M", "12,346"):
+        assert part in narrow
+    assert narrow.count("…") == 2 and max(map(len, narrow.splitlines())) <= 80  # those of the two hashes
     assert main(["encoders", "efficientnet_lite0", "--json"]) == 0
     (listed,) = json.loads(capsys.readouterr().out)
     assert listed["sha256"] == ENCODERS["efficientnet_lite0"].sha256

@@ -130,13 +130,14 @@ def test_a_params_file_without_the_keys_of_encoders_gets_a_proposal_from_scratch
     ("total", "batch"), [(3, 3), (73, 8), (511, 32), (1023, 64), (1024, 128), (16_383, 128), (16_384, 512)]
 )
 def test_few_and_many_images_get_another_batch_on_features_and_a_learning_rate_in_proportion(monkeypatch, total, batch):
+    """Many only for the teacher: 512 was measured without an adapter, which needs a low rate."""
     summary = folder_summary([60, 40], shorter=400)
     monkeypatch.setattr(FolderSummary, "split_sizes", lambda _: ([total - 1, 1], [9, 9]))
     chosen = suggest_params(summary, "photos", gpu=False, choice=LITE0)
     recipe = yaml.safe_load((ROOT / "recipes/photographs-lite0.yaml").read_text(encoding="utf-8"))
-    for stage in ("teacher", "student"):
-        assert chosen[f"{stage}.batch_size"][0] == batch
-        assert chosen[f"{stage}.learning_rate"][0] == pytest.approx(recipe[stage]["learning_rate"] * batch / 128)
+    for stage, proposed in (("teacher", batch), ("student", min(batch, 128))):
+        assert chosen[f"{stage}.batch_size"][0] == proposed
+        assert chosen[f"{stage}.learning_rate"][0] == pytest.approx(recipe[stage]["learning_rate"] * proposed / 128)
 
 
 @pytest.mark.usefixtures("tiny")

@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.made_imagenet import class_counts
+from models.networks.encoders import ENCODERS
 from pipeline.commands.app import main
 from pipeline.data.assignment import assign
 from pipeline.params import load_params
 from pipeline.params.recipe import apply_recipe
-from pipeline.preparation.first_params import suggest_params, text_values, write_text
+from pipeline.preparation.encoder_choice import DEFAULT, EncoderChoice
+from pipeline.preparation.first_params import suggest_params, text_values, without_text, write_text
 from pipeline.preparation.folder_summary import inspect_folder
 from pipeline.shared.artifacts import sha256_of
 from pipeline.shared.errors import DataError, ParamsError
@@ -219,6 +221,38 @@ def test_without_text_an_existing_section_is_removed_and_the_output_lists_what_w
     changed = load_params(Path("params.yaml"))
     assert (changed.text, changed.student.contrast_encoder, changed.student.contrast.kind) == (None, "teacher", "gml")
     assert main(command) == 0 and "text = None" not in capsys.readouterr().out  # it has no section text any more
+
+
+def test_without_text_a_frozen_encoder_loses_the_adapter_that_text_features_needed(tmp_path: Path) -> None:
+    (tmp_path / "rows.safetensors").write_bytes(b"rows")
+    frozen = EncoderChoice(ENCODERS[DEFAULT], "a reason", 224, "its size")
+    plain = suggest_params(folder_summary([90, 30], shorter=400), "photos", gpu=False, choice=frozen)
+    with_text, params = write_text(TEMPLATE, plain | text_values(["oak"], tmp_path / "rows.safetensors", True)[0])
+    assert params.student.uses_text and params.student.adapter > 0
+    assert write_text(with_text, plain | without_text(with_text))[1] == write_text(TEMPLATE, plain)[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "expected sections such as data:"),
+        ("- a\n", "expected sections such as data:"),
+        ("student: 5\n", "has no key"),
+    ],
+)
+def test_a_params_file_that_is_no_mapping_of_sections_is_one_line(
+    content: str,
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(content, encoding="utf-8")
+    assert main(["init", str(folder), "--no-encoder", "--force"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "params.yaml: " in error and message in error
 
 
 def test_a_frozen_encoder_gets_an_adapter_for_text_features(tmp_path: Path) -> None:

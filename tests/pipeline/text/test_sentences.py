@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from pipeline.params import ClassWordsParams, TextParams
 from pipeline.shared.errors import DataError, ParamsError
-from pipeline.text.sentences import class_sentences, is_code, split_sentences
+from pipeline.text.sentences import class_sentences, filled_templates, is_code, split_sentences
 
 
 def text(**changes: Any) -> TextParams:
@@ -70,13 +70,25 @@ def test_a_limit_drops_from_templates_words_and_descriptions_alike(
     [chosen], all_sentences = made.sentences, templates * words + max(described, 1)
     assert len(chosen) == len(set(chosen)) == min(limit, all_sentences)
     assert made.unused == all_sentences - len(chosen) and bool(made.remarks) == bool(made.unused)
-    filled = [sentence.split() for sentence in chosen if sentence[0] == "t"]
     # Of both sources as many, unless one has no more sentences.
+    filled = [sentence for sentence in chosen if sentence[0] == "t"]
     others, halves = len(chosen) - len(filled), len(chosen) // 2
     assert len(filled) >= min(halves, templates * words) and others >= min(halves, max(described, 1))
-    for part, kinds in ((0, templates), (1, words)):  # of the templates, and of the words, each as often, up to one
-        uses = Counter(pair[part] for pair in filled)
-        assert max(uses.values()) - min(uses.values()) <= 1 and len(uses) == min(kinds, len(filled))
+
+
+@pytest.mark.parametrize("templates", range(8))
+@pytest.mark.parametrize("words", range(1, 8))
+def test_of_the_first_filled_templates_each_template_and_each_word_has_an_equal_share(
+    templates: int, words: int
+) -> None:
+    made = filled_templates(
+        [f"t{number} {{}}" for number in range(templates)], [f"w{number}" for number in range(words)]
+    )
+    assert len(made) == len(set(made)) == templates * words
+    for limit in range(1, len(made) + 1):
+        for part, kinds in ((0, templates), (1, words)):
+            uses = Counter(sentence.split()[part] for sentence in made[:limit])
+            assert max(uses.values()) - min(uses.values()) <= 1 and len(uses) == min(kinds, limit)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +99,10 @@ def test_a_limit_drops_from_templates_words_and_descriptions_alike(
         ("name,text\ndog,a\n", "class 'cat' has no row in this file"),
         ("name,words\ncat,a\n", "text.names.text_column is 'text', but the columns of .* are name, words"),
         ("", "are none"),
+        (
+            "name,text\ncat,It purrs, and it sleeps.\n",
+            "the row of class 'cat' has more cells than the header; put .* in quotes",
+        ),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused_with_its_name(content: str, message: str, tmp_path: Path) -> None:
