@@ -321,7 +321,9 @@ def chunks(encoded: Sequence[bytes], rows: int, further: int = 0) -> Iterator[li
     size = pixels = 0
     for data in encoded:
         more = header_pixels(data) if len(encoded) > 1 else 0
-        if chunk and (len(chunk) == rows or size + len(data) + further > REQUEST_BYTES or pixels + more > REQUEST_PIXELS):
+        if chunk and (
+            len(chunk) == rows or size + len(data) + further > REQUEST_BYTES or pixels + more > REQUEST_PIXELS
+        ):
             yield chunk
             chunk, size, pixels = [], 0, 0
         chunk.append(data)
