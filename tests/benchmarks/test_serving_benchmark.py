@@ -54,7 +54,9 @@ def test_an_error_response_ends_the_turn_with_the_reason_of_the_server():
 
         thread = threading.Thread(target=refuse)
         thread.start()
-        with pytest.raises(LoadError, match=r'the server answered 500 Internal Server Error: \{"error":"not healthy"\}'):
+        with pytest.raises(
+            LoadError, match=r'the server answered 500 Internal Server Error: \{"error":"not healthy"\}'
+        ):
             run(Load(listener.getsockname()[1], [http_request("/", b"x", {})], users=1), 0.5)
         thread.join()
 
