@@ -178,6 +178,8 @@ def _keys(location: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
     """Keys of an error's location, and the keys that are allowed beside the last; pydantic adds the kind of some sections."""
     keys, beside, sections = list[str](), list[Any](), list[Any]([Params])
     for part in map(str, location):
+        if part.startswith(":"):  # the tag of a union, not a key
+            continue
         kinds = {section.model_fields["kind"].annotation: section for section in sections} if len(sections) > 1 else {}
         if chosen := kinds.get(Literal[part]):  # type: ignore[valid-type]
             sections = [chosen]

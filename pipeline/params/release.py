@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from pipeline.params.section import Number, Positive, PositiveInt, Section, Share
 
 Cost = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Costs = Annotated[
+    Annotated[dict[str, Cost], Tag(":names")] | Annotated[list[list[Cost]], Tag(":matrix")],
+    Discriminator(
+        lambda value: {dict: ":names", list: ":matrix"}.get(type(value)),
+        custom_error_type="costs", custom_error_message="expected costs by class name, or a list of rows",
+    ),
+]  # fmt: skip
 
 
 class EvaluateParams(Section):
@@ -78,7 +85,7 @@ class ServingParams(Section):
     top_k: PositiveInt
     calibration: Literal["temperature", "none"] = "temperature"
     coverage: Annotated[Number, Field(gt=0, lt=1)] | None = None
-    costs: dict[str, Cost] | list[list[Cost]] | None = None
+    costs: Costs | None = None
     ask: Cost | None = None
     false_alarms: Annotated[Number, Field(gt=0, lt=1)] | None = None
     level: Annotated[Number, Field(gt=0, le=1)] | None = None

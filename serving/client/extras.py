@@ -115,6 +115,11 @@ def outputs_of(inputs: Mapping[str, Any]) -> dict[str, int]:
     return dict.fromkeys(names, 0)
 
 
+def row_bytes(*rows: NDArray[Any] | None) -> int:
+    """Bytes that these rows of inputs add to each image of a request; a matrix of costs can have megabytes."""
+    return sum(len(row[0]) if row.dtype == object else row.nbytes for row in rows if row is not None)
+
+
 def read_costs(path: Path) -> Costs:
     """Read costs from a JSON file: an object by class name, a list, or a list of lists. Raises InputError naming the file."""
     try:

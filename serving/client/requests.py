@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from serving.client.class_maps import Segmentation, segmentations, upright_size
-from serving.client.extras import DECISION, EXPLAIN, NODE, Extras, outputs_of
+from serving.client.extras import DECISION, EXPLAIN, NODE, Extras, outputs_of, row_bytes
 from serving.client.images import blank_image, header_pixels
 from serving.client.predictions import Decision, ModelStatus, NearestImage, Prediction, Status, TaxonomyNode
 from serving.client.priors import Prior, as_text, parse_prior, vector_of
@@ -307,11 +307,6 @@ def image_call(
     return Infer(model, inputs, requested, "" if version is None else str(version), optional)
 
 
-def row_bytes(*rows: np.ndarray | None) -> int:
-    """Bytes that these rows of inputs add to each image of a request; a matrix of costs can have megabytes."""
-    return sum(len(row[0]) if row.dtype == object else row.nbytes for row in rows if row is not None)
-
-
 def chunks(encoded: Sequence[bytes], rows: int, further: int = 0) -> Iterator[list[bytes]]:
     """Split images into lists for one request each: at most `rows`, REQUEST_BYTES and REQUEST_PIXELS.
 
@@ -320,14 +315,12 @@ def chunks(encoded: Sequence[bytes], rows: int, further: int = 0) -> Iterator[li
     chunk: list[bytes] = []
     size = pixels = 0
     for data in encoded:
-        more = header_pixels(data) if len(encoded) > 1 else 0
-        if chunk and (
-            len(chunk) == rows or size + len(data) + further > REQUEST_BYTES or pixels + more > REQUEST_PIXELS
-        ):
+        more, length = header_pixels(data) if len(encoded) > 1 else 0, len(data) + further
+        if chunk and (len(chunk) == rows or size + length > REQUEST_BYTES or pixels + more > REQUEST_PIXELS):
             yield chunk
             chunk, size, pixels = [], 0, 0
         chunk.append(data)
-        size, pixels = size + len(data) + further, pixels + more
+        size, pixels = size + length, pixels + more
     yield chunk
 
 

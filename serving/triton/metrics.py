@@ -63,6 +63,7 @@ class Metrics:
             self.count(name, 0)
         for reason in ("queue", "disk"):
             self.count("tailor_logit_log_lost_total", 0, reason=reason)
+        for reason in ("queue", "size", "disk"):
             self.count("tailor_unknown_lost_total", 0, reason=reason)
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._flush_often, name="metrics", daemon=True)

@@ -250,3 +250,17 @@ def test_a_duplicate_key_is_rejected_with_its_line(tmp_path):
     path.write_text((ROOT / "params.yaml").read_text() + "\nseed: 1\n")
     with pytest.raises(ParamsError, match=r"duplicate key 'seed' .*line \d+"):
         load_params(path)
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [
+        ("{a: -1}", "serving.costs.a is -1; input should be greater than or equal to 0"),
+        ("[[0, .inf], [1, 0]]", "serving.costs.0.1 is inf; input should be a finite number"),
+        ("[1, 2]", "serving.costs.0 is 1; input should be a valid list"),
+        ("cheap", "serving.costs is 'cheap'; expected costs by class name, or a list of rows"),
+    ],
+)
+def test_wrong_costs_are_named_by_their_key_alone(tmp_path, costs, message):
+    refused = refusal_of(tmp_path, {"serving.costs": yaml.safe_load(costs)})
+    assert refused.startswith(message) and "function" not in refused

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serving.client import requests
-from serving.client.extras import Extras, outputs_of, read_costs
+from serving.client.extras import Extras, outputs_of, read_costs, row_bytes
 from serving.commands.app import main
 from serving.shared.errors import InputError
 
@@ -86,7 +86,7 @@ def test_the_command_names_a_wrong_option_and_ends_with_2(
 
 def test_requests_are_split_by_the_bytes_of_costs_that_each_image_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "REQUEST_BYTES", 1000)
-    further = requests.row_bytes(None, *Extras(costs=[1.0] * 60, coverage=0.9).inputs(None).values())
+    further = row_bytes(None, *Extras(costs=[1.0] * 60, coverage=0.9).inputs(None).values())
     assert 4 + 60 * 3 < further < 400
     images = [b"x" * 10] * 9
     split = list(requests.chunks(images, 8, further))

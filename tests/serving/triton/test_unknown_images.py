@@ -64,6 +64,10 @@ def test_only_unknown_images_are_kept_unchanged_once_and_without_probes(classifi
     assert names(tmp_path / "kept") == sorted(f"{hashlib.sha256(image).hexdigest()[:32]}.png" for image in expected)
     assert stat.S_IMODE((tmp_path / "kept").stat().st_mode) & 0o007 == 0
     assert counted(classifier.metrics, "tailor_unknown_kept_total") == {(): len(expected)}
+    lost = counted(
+        classifier.metrics, "tailor_unknown_lost_total"
+    )  # each reason from 0, so that the alert sees the first
+    assert lost == {("queue",): 0, ("size",): 0, ("disk",): 0}
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
