@@ -137,7 +137,7 @@ def test_model_control_does_not_exist_at_the_gateway_even_with_the_key(
 ) -> None:
     status, content = send_http(gateway.http_url, method, path, headers={ADMIN_HEADER: ADMIN_KEY})
     assert status == 404
-    assert content["error"].startswith("no such endpoint here")
+    assert content["error"].startswith("no such endpoint;")
 
 
 @pytest.mark.end_to_end
@@ -154,7 +154,7 @@ def test_model_control_does_not_exist_over_grpc_even_with_the_key(gateway: Gatew
     ):
         code, details = grpc_failure(call, request, metadata=key)
         assert code == "UNIMPLEMENTED"
-        assert details.startswith("no such endpoint here")
+        assert details.startswith("no such endpoint;")
 
 
 @pytest.mark.end_to_end
