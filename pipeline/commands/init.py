@@ -57,12 +57,9 @@ def new(folder: Folder, recipe: Recipes = None, debug: Debug = False) -> None:
     scanned digits that come with Tailor; `tailor init` writes the recipe for your own images.
     """
     from pipeline.params.recipe import apply_recipe
-    from pipeline.preparation.project import create_project
+    from pipeline.preparation.project import DEFAULT_PARAMS, create_project
 
-    steps = create_project(folder)
-    if recipe:
-        text, _ = apply_recipe(recipe, folder / PARAMS_FILE)
-        write_file(folder / PARAMS_FILE, text)
+    steps = create_project(folder, apply_recipe(recipe, DEFAULT_PARAMS)[0] if recipe else None)
     print(f"→ {folder}; next:")
     first = "dvc repro" if recipe else "tailor init data/source, once it holds a folder of images per class"
     for line in [f"cd {folder}", *steps, first, "git add . && git commit -m 'a project'"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import io
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
     """
     from ruamel.yaml import YAML  # training runs without ruamel
 
-    overlays = [find_recipe(overlay) for overlay in overlays]
+    overlays = [existing_recipe(overlay) for overlay in overlays]
     read_yaml(target)  # raises the usual error if the file is not YAML
     document = load_document(target.read_text(encoding="utf-8"))
     applied: set[Path] = set()
@@ -43,8 +44,7 @@ def apply_recipe(overlays: list[Path], target: Path) -> tuple[str, list[str]]:
 def with_overlay(params: Params, overlay: Path) -> Params:
     """Params with the values of an overlay and of the files that it extends; writes no file. Raises as `apply_recipe`."""
     content = params.model_dump(mode="json")
-    path = find_recipe(overlay)
-    _merge(content, resolve(path, set()), "")
+    _merge(content, resolve(existing_recipe(overlay), set()), "")
     return parse_params(content, overlay)
 
 
@@ -62,8 +62,18 @@ def _complete(document: Any, name: str, values: dict[str, Any]) -> None:
 
 def find_recipe(path: Path) -> Path:
     """`path` if the file exists, else the recipe of that name in the package; `path` if neither exists."""
-    shipped = RECIPES / path.relative_to("recipes") if path.is_relative_to("recipes") else path
+    shipped = RECIPES / (path.relative_to("recipes") if path.is_relative_to("recipes") else path)
     return shipped if shipped.is_file() and not path.exists() else path
+
+
+def existing_recipe(path: Path) -> Path:
+    """The file that `find_recipe` finds. Raises ParamsError, which names recipes of like names, if there is none."""
+    found = find_recipe(path)
+    if found.is_file():
+        return found
+    shipped = [each.relative_to(RECIPES).as_posix() for each in sorted(RECIPES.rglob("*.yaml"))]
+    near = difflib.get_close_matches(path.as_posix().removeprefix("recipes/"), shipped, cutoff=0.5) or shipped[:3]
+    raise ParamsError(f"{path}: no such recipe; expected a file, or a recipe of Tailor such as recipes/{near[0]}")
 
 
 def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

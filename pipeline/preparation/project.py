@@ -15,6 +15,7 @@ from pipeline.shared.errors import ParamsError, StageError
 from pipeline.shared.lineage import GitError, git
 
 FILES = Path(__file__).with_name("project_files")  # its dvc.yaml is named stages.yaml, else DVC would run it there
+DEFAULT_PARAMS = FILES / "params.yaml"
 SOURCE_README = (
     "Put one folder of images per class here, with the name of the class. Then run: tailor init data/source\n"
 )
@@ -30,14 +31,15 @@ DVC_CONFIG = {
 
 def default_params() -> str:
     """Text of a new project's params.yaml, the default recipe."""
-    return (FILES / "params.yaml").read_text(encoding="utf-8")
+    return DEFAULT_PARAMS.read_text(encoding="utf-8")
 
 
-def create_project(folder: Path) -> list[str]:
+def create_project(folder: Path, params: str | None = None) -> list[str]:
     """Write the files of a project into `folder`, initialise git unless it is in a repository, and initialise DVC.
 
-    Returns the commands that the user must run before stages can run, one line each. Raises ParamsError if `folder` is
-    a file, has a params.yaml or dvc.yaml already or a path that is not UTF-8, StageError if git or DVC fail.
+    params: text of its params.yaml; None for the default recipe. Returns the commands that the user must run before stages
+    can run, one line each. Raises ParamsError if `folder` is a file, has a params.yaml or dvc.yaml already or a path that
+    is not UTF-8, StageError if git or DVC fail.
     """
     if not is_utf8(str(folder.resolve())):
         raise ParamsError(f"{folder.resolve()}: {NOT_UTF8}")
@@ -52,7 +54,9 @@ def create_project(folder: Path) -> list[str]:
     write_file(folder / "data/text/README.md", TEXT_README)
     _init_git_and_dvc(folder)
     write_file(folder / "dvc.yaml", (FILES / "stages.yaml").read_text(encoding="utf-8"))
-    write_file(folder / "params.yaml", default_params())  # last: the folder counts as a project once this file exists
+    write_file(
+        folder / "params.yaml", params or default_params()
+    )  # last: the folder counts as a project once this file exists
     return _path_command()
 
 

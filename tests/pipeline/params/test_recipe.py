@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from pipeline.commands.app import main
 from pipeline.params import EncoderParams, load_params
-from pipeline.params.recipe import apply_recipe
+from pipeline.params.recipe import RECIPES, apply_recipe, find_recipe
 from pipeline.preparation.first_params import suggest_params, write_text
 from pipeline.preparation.folder_summary import FolderSummary
 
@@ -104,9 +104,21 @@ def test_a_bad_recipe_is_one_line_with_exit_2_and_leaves_params_unchanged(params
     assert params.read_bytes() == before
 
 
-def test_a_missing_recipe_names_the_file(params, capsys):
-    assert main(["recipe", "recipes/none.yaml", "--params", str(params)]) == 2
-    assert "recipes/none.yaml: No such file or directory" in capsys.readouterr().err
+@pytest.mark.parametrize("command", [["recipe", "{}", "--params", "params.yaml"], ["new", "trees", "--recipe", "{}"]])
+def test_a_recipe_that_does_not_exist_is_refused_with_a_like_name_and_nothing_is_written(
+    tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([word.format("recipes/camvid.yaml") for word in command]) == 2
+    error = capsys.readouterr().err
+    assert "recipes/camvid.yaml: no such recipe" in error and error.endswith("such as recipes/camvid-cpu.yaml\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_of_tailor_needs_no_folder_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe(Path("methods/bcl.yaml")) == RECIPES / "methods/bcl.yaml"
+    assert find_recipe(Path("camvid-cpu.yaml")) == find_recipe(Path("recipes/camvid-cpu.yaml"))
 
 
 def files(folder: Path, **texts: str) -> None:
