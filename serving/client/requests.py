@@ -312,8 +312,7 @@ def chunks(encoded: Sequence[bytes], rows: int, further: int = 0) -> Iterator[li
 
     further: bytes of the other inputs of each image.
     """
-    chunk: list[bytes] = []
-    size = pixels = 0
+    chunk, size, pixels = list[bytes](), 0, 0
     for data in encoded:
         more, length = header_pixels(data) if len(encoded) > 1 else 0, len(data) + further
         if chunk and (len(chunk) == rows or size + length > REQUEST_BYTES or pixels + more > REQUEST_PIXELS):

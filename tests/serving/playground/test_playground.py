@@ -211,25 +211,28 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def open_page(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def browser() -> Iterator[Any]:
+    with started() as browser:  # one for the module: a thread can have only one synchronous Playwright
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def open_page(server: TritonServer, browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The playground on the session's server, open in Chromium; `page.external_requests`: requests to other hosts."""
     samples = tmp_path_factory.mktemp("samples")
     for seed in (7, 8):
         (samples / f"sample-{seed}.png").write_bytes(picture(seed))
-    with opened_page(server, samples, tmp_path_factory.mktemp("uploads")) as page:
+    with opened_page(server, browser, samples, tmp_path_factory.mktemp("uploads")) as page:
         yield page
 
 
 @contextlib.contextmanager
-def opened_page(server: TritonServer, samples: Path, uploads: Path) -> Iterator[Any]:
+def opened_page(server: TritonServer, browser: Any, samples: Path, uploads: Path) -> Iterator[Any]:
     """Open the playground on a server. samples: folder of sample images. uploads: an empty folder."""
     command = [sys.executable, "-m", "serving.commands", "playground", "--url", server.http_url, "--port", "0"]
     command += ["--samples", str(samples)]
     environment = os.environ | {"GRADIO_TEMP_DIR": str(uploads)}
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process,
-        started() as browser,
-    ):
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             address = next(line for line in process.stdout or [] if line.startswith("playground ")).split()[1]
             page = browser.new_page()
@@ -453,10 +456,13 @@ class TestInABrowser:
         ]
         assert violations == []
 
-    def test_a_server_of_class_maps_gets_a_tab_with_overlays(self, tmp_path: Path) -> None:
+    def test_a_server_of_class_maps_gets_a_tab_with_overlays(self, browser: Any, tmp_path: Path) -> None:
         (tmp_path / "street.png").write_bytes(street(24, 16))
         (tmp_path / "torn.png").write_bytes(street(24, 16)[:60])
-        with segmentation_server(tmp_path / "server") as server, opened_page(server, tmp_path, tmp_path) as page:
+        with (
+            segmentation_server(tmp_path / "server") as server,
+            opened_page(server, browser, tmp_path, tmp_path) as page,
+        ):
             page.wait_for_selector("#image input[type=file]", state="attached", timeout=60_000)
             assert page.get_by_role("tab").all_inner_texts() == ["Class map"]
             page.set_input_files("#image input[type=file]", tmp_path / "street.png")
