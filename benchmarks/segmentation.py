@@ -9,7 +9,7 @@ of the teacher in addition. A finished row of a seed is stored in --work and not
 from its last checkpoint.
 
 Areas are stored for serving strengths from -1 to 1. A network acts at strength s like one trained with alpha = 1 - s; the
-first table has each network as it was trained, the second all its strengths.
+first two tables have each network as it was trained, the third all its strengths.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.accuracy import format_mean_std, merged, publish, recipe_params
+from benchmarks.accuracy import format_difference, format_mean_std, merged, publish, recipe_params
 from benchmarks.machine import hardware, versions
 from models.segmentation.metrics import Areas
 from pipeline import prior, split, student, teacher
@@ -111,6 +111,26 @@ def table(results: dict[str, list[dict[str, Any]]], groups: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def differences(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Differences paired by seed, of every row as it was trained: to cross-entropy, and of L_GML to L_cls at the same alpha."""
+    columns = [(base, metric) for base in ("cross-entropy", "L_cls") for metric in ("mIoU", "mAcc")]
+    lines = [f"| trained with | {' | '.join(f'{metric}, against {base}' for base, metric in columns)} |"]
+    lines.append("|---|" + "--:|" * len(columns))
+    for name in results:
+        others = {"cross-entropy": "cross-entropy", "L_cls": name.replace(" + L_GML", "")}
+        cells = [difference(results, name, others[base], metric.lower()) for base, metric in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def difference(results: dict[str, list[dict[str, Any]]], name: str, other: str, metric: str) -> str:
+    """Difference of one row to another in percent, with its interval; empty for the row itself and without the other."""
+    if name == other or other not in results:
+        return ""
+    values = [[values_of(run, ROWS[row][0])[metric] or 0.0 for run in results[row]] for row in (name, other)]
+    return format_difference([own - its for own, its in zip(*values, strict=True)])
+
+
 def curve(results: dict[str, list[dict[str, Any]]]) -> str:
     """mIoU / mAcc of every row served at each strength, named by the alpha that it acts like; mean over the seeds."""
     alphas = [round(1 - strength, 6) for strength in STRENGTHS]
@@ -176,7 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"`python -m benchmarks.segmentation {shlex.join(arguments or sys.argv[1:])}`\n\n"
         f"{stage.backbone}, {options.epochs} epochs of batches of {stage.batch_size}; seeds "
         f"{', '.join(map(str, options.seeds))}; last epoch. {hardware('cpu')}, {versions(options.threads)}.\n\n"
-        f"{table(results, classes.groups)}\nmIoU / mAcc of one network at the strengths that it can be served with, "
+        f"{table(results, classes.groups)}\nDifferences paired by seed, with the 95 % interval of Student's t:\n\n"
+        f"{differences(results)}\nmIoU / mAcc of one network at the strengths that it can be served with, "
         f"by the alpha that it then acts like (alpha = 1 - strength):\n\n"
         f"{curve(results)}\nIoU by class, as trained:\n\n{by_class(results, classes.classes)}"
     )

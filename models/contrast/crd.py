@@ -115,8 +115,8 @@ class CRD(ContrastTerm):
 
         K random numbers are shared by the anchors, and each anchor turns them by one of its own: u_ik = (s_k + t_i) mod 1. Each
         draw is uniform and any two of the B x K are independent, so that mean and variance of the loss are those of
-        independent draws. Three are not: the draws of two anchors of a class differ by one turn, the same for all K. Drawing
-        B x K numbers took three times as long.
+        independent draws. Three are not: the draws of two anchors of a class differ by one turn, the same for all K. A step
+        draws K + B numbers in place of B x K.
         """
         shared = counter_random(self.draws, (self.negatives,))
         turn = counter_random(self.draws, (len(target),), offset=self.negatives + rank() * len(target))
