@@ -86,7 +86,7 @@ def test_a_socks_proxy_that_prefect_and_gradio_cannot_use_is_one_line(tmp_path: 
     shutil.copy(ROOT / "params.yaml", tmp_path)
     ended = run_python(
         "-c", "import os, sys; os.chdir(sys.argv.pop(1)); from pipeline.commands.app import main; sys.exit(main())",
-        str(tmp_path), *command, all_proxy="socks5://user:secret@127.0.0.1:9",
+        str(tmp_path), *command, all_proxy="socks5://user:secret@127.0.0.1:9",  # pragma: allowlist secret
     )  # fmt: skip
     assert ended.returncode == 2 and ended.stdout == "", ended.stderr
     assert ended.stderr.startswith("tailor: ALL_PROXY is a SOCKS proxy, which needs the package socksio; ")
