@@ -19,7 +19,8 @@ from PIL import Image
 
 from benchmarks.other_work import OtherWork, load_average, processor
 from models.preprocess import preprocess
-from serving.triton.logit_log import LOST, LogitLog
+from serving.triton.storage import folder_files
+from serving.triton.storage.logit_log import LOST, LogitLog
 
 BATCH, SIZE = 8, 224
 ABOUT = {"tailor_logits": "1", "version": "1", "student_sha256": "", "classes_sha256": ""}
@@ -55,7 +56,7 @@ def seconds_of_logging(classes: int, share: float, images: int) -> tuple[float, 
     logits = random.normal(size=(BATCH, classes))
     batches = max(1, images // BATCH)
     with tempfile.TemporaryDirectory() as folder:
-        log = LogitLog(Path(folder), share, 1 << 30, classes, ABOUT, [pixels[0] ^ 1], Uncounted())
+        log = LogitLog(Path(folder), share, 1 << 30, classes, ABOUT, [pixels[0] ^ 1], Uncounted(), folder_files)
         whole, requests = time.process_time(), 0.0
         for index in range(batches):
             began = time.thread_time()

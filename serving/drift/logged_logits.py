@@ -15,7 +15,7 @@ import numpy as np
 from serving.repository.manifest import STUDENT_NAME, Manifest
 from serving.shared.bounded_parquet import MemoryLimit, TooLargeError, read_column
 from serving.shared.errors import InputError, ServingError
-from serving.triton.logit_log import FORMAT, classes_sha256, log_files
+from serving.triton.storage.logit_log import FORMAT, classes_sha256, log_files
 
 if TYPE_CHECKING:
     import pyarrow as pa

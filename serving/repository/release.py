@@ -36,7 +36,7 @@ from serving.shared.names import CLASSIFIER, SEGMENTER, STUDENT, image_model, mo
 # Releases made by older versions of Tailor do not have these files and do not need them.
 LATER_FILES = {
     *("network.py", "start.py", "request_parser.py"),
-    *("extras.py", "decisions.py", "taxonomy.py", "explain.py"),
+    *("extras.py", "decisions.py", "taxonomy.py", "explain.py", "folder_files.py", "unknown_images.py"),
 }
 NEEDED = {
     STUDENT: ("model.onnx", *RUNTIME_FILES[STUDENT], MANIFEST_NAME),

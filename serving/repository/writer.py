@@ -43,14 +43,14 @@ from serving.shared.names import CLASSIFIER, LABELS_NAME, LOCAL_CONFIG, SEGMENTE
 TRITON = Path(__file__).parents[1] / "triton"
 _BOTH = ("network.py", "start.py")
 _CLASSIFIER = (
-    *("request_parser.py", "metrics.py", "access_log.py", "logit_log.py", "live_prior.py"),
-    *("extras.py", "explain.py"),
+    *("request_parser.py", "metrics.py", "live_prior.py", "extras.py", "explain.py"),
+    *(f"storage/{name}.py" for name in ("access_log", "folder_files", "logit_log", "unknown_images")),
 )
 RUNTIME_FILES = {
     STUDENT: {"model.py": TRITON / "student_model.py", **{name: TRITON / name for name in _BOTH}},
     CLASSIFIER: {
         "model.py": TRITON / "classifier_model.py",
-        **{name: TRITON / name for name in (*_BOTH, *_CLASSIFIER)},
+        **{Path(name).name: TRITON / name for name in (*_BOTH, *_CLASSIFIER)},
         **{
             f"{module.__name__.rpartition('.')[2]}.py": Path(module.__file__)
             for module in (decisions, preprocess, prior, taxonomy)

@@ -14,7 +14,7 @@ from serving.server.installation import Installation
 from serving.server.local_tree import TREE
 from serving.shared.errors import InputError
 from serving.shared.names import ADMIN_HEADER, ADMIN_KEY_VARIABLE, LOCAL_CONFIG, models_of
-from serving.triton import logit_log
+from serving.triton.storage import folder_files, logit_log, unknown_images
 
 # Endpoints that need the admin key. A caller that may load a model can run code in the server; the other endpoints read
 # or change data of other callers. model-config stays open: it is read-only, and clients read max_batch_size and the
@@ -159,12 +159,12 @@ def unknown_images_environment(folder: Path, limit: str | int = "256MiB") -> dic
     """
     size = _limit(limit, "the unknown images")
     _make_folder(folder, "the unknown images")
-    return {logit_log.UNKNOWN_VARIABLE: str(folder.absolute()), logit_log.UNKNOWN_LIMIT_VARIABLE: str(size)}
+    return {unknown_images.FOLDER_VARIABLE: str(folder.absolute()), unknown_images.LIMIT_VARIABLE: str(size)}
 
 
 def _limit(limit: str | int, what: str) -> int:
     size = limit if isinstance(limit, int) else parse_size(limit)
-    if size < logit_log.SMALLEST_LIMIT:
+    if size < folder_files.SMALLEST_LIMIT:
         raise InputError(f"limit of {what} is {limit}; expected at least 1MiB")
     return size
 

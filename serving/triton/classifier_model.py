@@ -65,9 +65,10 @@ class TritonPythonModel:
         self.access_log = sibling("access_log").open_access_log(args, count_lost)
         self.logit_log = self.unknown_images = None
         if not canvas:
-            logs = sibling("logit_log")
-            self.logit_log = logs.open_logit_log(args, manifest, self.parser.read_images, self.metrics)
-            self.unknown_images = logs.open_unknown_images(args, self.metrics)
+            files = sibling("folder_files")
+            log = sibling("logit_log")
+            self.logit_log = log.open_logit_log(args, manifest, self.parser.read_images, self.metrics, files)
+            self.unknown_images = sibling("unknown_images").open_unknown_images(args, self.metrics, files)
         start = sibling("start")
         start.decode_each_format(preprocess, self.parser.size, self.parser.resize_to)
         start.apply_priority()

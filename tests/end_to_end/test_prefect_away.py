@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from serving.repository.writer import write_repository
-from serving.triton.logit_log import classes_sha256
+from serving.triton.storage.logit_log import classes_sha256
 from tests.serving.conftest import CLASSES, write_export
 from tests.support.logging_process import opened
 from tests.support.project import ROOT

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 
-from serving.triton import logit_log
+from serving.triton.storage import folder_files, logit_log
 
 
 class Counts:
@@ -37,7 +37,7 @@ def opened(
     """Open a log; return it with its counters. options: of LogitLog."""
     counts = Counts()
     metadata = about or {"tailor_logits": "1", "version": "1", "student_sha256": "s", "classes_sha256": "c"}
-    return logit_log.LogitLog(folder, share, limit, classes, metadata, [], counts, **options), counts
+    return logit_log.LogitLog(folder, share, limit, classes, metadata, [], counts, folder_files, **options), counts
 
 
 def batch(rows: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from serving.repository.manifest import Manifest
-from serving.triton.logit_log import classes_sha256
+from serving.triton.storage.logit_log import classes_sha256
 from tests.support.logging_process import opened
 
 

@@ -16,7 +16,7 @@ from serving.drift.calibration import calibration_from
 from serving.drift.estimate import estimate_drift
 from serving.drift.logged_logits import parse_time, read_logits
 from serving.shared.errors import InputError, ServingError
-from serving.triton.logit_log import log_files
+from serving.triton.storage.logit_log import log_files
 from tests.support.drift_data import LIVE, TRAINING, damage, drawn, write_predictions
 from tests.support.logit_logs import write_log
 

@@ -29,7 +29,7 @@ from serving.drift.logged_logits import read_logits
 from serving.repository.manifest import Manifest
 from serving.repository.release import find_releases
 from serving.repository.writer import write_repository
-from serving.triton.logit_log import log_files
+from serving.triton.storage.logit_log import log_files
 from tests.support.drift_data import LIVE, TRAINING, damage, drawn, write_predictions
 from tests.support.logit_logs import write_log
 from tests.support.segmentation_release import write_segmentation_export

@@ -22,7 +22,7 @@ from serving.repository.version_policy import serve_versions
 from serving.repository.writer import write_repository
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError, RepositoryError, ServingError
-from serving.triton import logit_log
+from serving.triton.storage import logit_log
 from tests.support.serve_process import ANY_PORT, shared_memory
 
 

@@ -27,7 +27,7 @@ FOLDER = Path(serving.triton.__file__).parent
 
 
 def import_from_file(name: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tried_{name}", FOLDER / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"tried_{Path(name).name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "triton_python_backend_utils", backend())
@@ -116,7 +116,7 @@ def test_close_passes_the_last_counts_to_triton() -> None:
 
 
 def open_access_log(folder: Path, lost: list[int] | None = None, **limits: int) -> Any:
-    module = import_from_file("access_log")
+    module = import_from_file("storage/access_log")
     return module.AccessLog(folder, "classifier_0_0_version_1", lambda: lost.append(1), **limits)
 
 

@@ -21,7 +21,7 @@ from serving.commands import main
 from serving.server.arguments import logit_log_environment, parse_size
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError
-from serving.triton import logit_log
+from serving.triton.storage import logit_log
 from tests.support.logging_process import batch, logits_of, opened
 from tests.support.stand_in import backend, counted, load, request, scrape
 

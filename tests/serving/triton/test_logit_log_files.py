@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.triton import logit_log
+from serving.triton.storage import folder_files, logit_log
 from tests.support import logging_process
 from tests.support.logging_process import batch, logits_of, opened
 
@@ -85,7 +85,7 @@ def test_processes_that_share_a_folder_lose_no_rows_and_keep_the_limit(tmp_path:
     processes = [start_writer(tmp_path, 5, 60) for _ in range(3)]
     largest = 0
     while any(process.poll() is None for process in processes):
-        with logit_log.folder_lock(tmp_path):
+        with folder_files.folder_lock(tmp_path):
             largest = max(largest, size_of(tmp_path))
         time.sleep(0.02)
     assert largest <= 1 << 20
@@ -96,7 +96,7 @@ def test_processes_that_share_a_folder_lose_no_rows_and_keep_the_limit(tmp_path:
 def test_a_hanging_disk_loses_rows_but_blocks_no_request(tmp_path: Path) -> None:
     log, counts = opened(tmp_path, classes=500, write_every=0.01, queue_bytes=100_000)
     # Only the writer thread waits for the lock; a blocked request would not return.
-    with logit_log.folder_lock(tmp_path):
+    with folder_files.folder_lock(tmp_path):
         for seed in range(200):
             log.offer(*batch(8, 500, seed))
     log.close()

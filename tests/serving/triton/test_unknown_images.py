@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import resource
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from test_extras import KEYS, asked, written
 from serving.commands.app import main
 from serving.server.arguments import unknown_images_environment
 from serving.shared.errors import InputError
-from serving.triton import logit_log
+from serving.triton.storage import folder_files, unknown_images
 from tests.support.stand_in import counted, request
 
 
@@ -71,31 +72,31 @@ def test_only_unknown_images_are_kept_unchanged_once_and_without_probes(classifi
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
-    assert logit_log.open_unknown_images({}, Counts()) is None
+    assert unknown_images.open_unknown_images({}, Counts(), folder_files) is None
 
 
 def test_the_newest_images_are_kept_within_number_and_bytes_and_other_files_stay(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("of the operator")
     counts = Counts()
-    store = logit_log.UnknownImages(tmp_path, 1000, [], counts, write_every=60, most=3)
+    store = unknown_images.UnknownImages(tmp_path, 1000, [], counts, folder_files, write_every=60, most=3)
     for number in range(5):
         store.offer([bytes([0xFF, 0xD8, number]) * 10])
         store.write()
-        for path in logit_log.unknown_files(tmp_path):  # distinct times, also on a coarse clock
+        for path in unknown_images.unknown_files(tmp_path):  # distinct times, also on a coarse clock
             os.utime(path, ns=(path.stat().st_mtime_ns - 10**9,) * 2)
-    assert {path.read_bytes()[2] for path in logit_log.unknown_files(tmp_path)} == {2, 3, 4}
+    assert {path.read_bytes()[2] for path in unknown_images.unknown_files(tmp_path)} == {2, 3, 4}
     store.offer([b"\x89PNG" * 245, b"x" * 1001])
     store.write()
-    assert [path.suffix for path in logit_log.unknown_files(tmp_path)] == [".png"]
+    assert [path.suffix for path in unknown_images.unknown_files(tmp_path)] == [".png"]
     assert (tmp_path / "note.txt").exists()
     assert counts == {("tailor_unknown_kept_total",): 6, ("tailor_unknown_lost_total", "size"): 1}
     store.close()
 
 
 def test_a_full_queue_and_a_lost_folder_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logit_log, "QUEUE_BYTES", 50)
+    monkeypatch.setattr(unknown_images, "QUEUE_BYTES", 50)
     counts, folder = Counts(), tmp_path / "kept"
-    store = logit_log.UnknownImages(folder, 1 << 20, [], counts, write_every=60)
+    store = unknown_images.UnknownImages(folder, 1 << 20, [], counts, folder_files, write_every=60)
     store.offer([b"a" * 40, b"b" * 40])
     folder.rmdir()
     store.write()
@@ -106,8 +107,8 @@ def test_a_full_queue_and_a_lost_folder_are_counted(tmp_path: Path, monkeypatch:
 def test_an_image_that_an_operator_moves_away_meanwhile_loses_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts, listed = Counts(), logit_log.unknown_files
-    store = logit_log.UnknownImages(tmp_path, 40, [], counts, write_every=60)
+    counts, listed = Counts(), unknown_images.unknown_files
+    store = unknown_images.UnknownImages(tmp_path, 40, [], counts, folder_files, write_every=60)
     store.offer([b"a" * 20, b"b" * 20])
     store.write()
 
@@ -116,22 +117,44 @@ def test_an_image_that_an_operator_moves_away_meanwhile_loses_no_other(
         files[0].unlink()
         return files
 
-    monkeypatch.setattr(logit_log, "unknown_files", listed_before_the_move)
+    monkeypatch.setattr(unknown_images, "unknown_files", listed_before_the_move)
     store.offer([b"c" * 20])
     store.write()
     assert counts == {("tailor_unknown_kept_total",): 3} and len(listed(tmp_path)) == 2
     store.close()
 
 
+def test_a_full_disk_keeps_the_old_images_and_counts_the_new_ones_as_lost(tmp_path: Path) -> None:
+    """Uses a file size limit instead of a small file system, which would need root."""
+    counts = Counts()
+    store = unknown_images.UnknownImages(tmp_path, 4000, [], counts, folder_files, write_every=60)
+    store.offer([b"a" * 1900, b"b" * 1900])
+    store.write()
+    old = names(tmp_path)
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, previous[1]))
+    try:
+        store.offer([b"c" * 1900, b"d" * 1900])
+        store.write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+    assert names(tmp_path) == old
+    assert counts == {("tailor_unknown_kept_total",): 2, ("tailor_unknown_lost_total", "disk"): 2}
+    store.offer([b"e" * 1900])
+    store.write()
+    assert len(names(tmp_path)) == 2 and counts["tailor_unknown_kept_total",] == 3
+    store.close()
+
+
 def test_the_partial_file_of_a_killed_process_is_deleted(tmp_path: Path) -> None:
-    left = tmp_path / f".{logit_log.unknown_name(b'killed')}.partial"
+    left = tmp_path / f".{unknown_images.unknown_name(b'killed')}.partial"
     own = tmp_path / ".notes.partial"
     for path in (left, own):
         path.write_bytes(b"x")
-    store = logit_log.UnknownImages(tmp_path, 1 << 20, [], Counts(), write_every=60)
+    store = unknown_images.UnknownImages(tmp_path, 1 << 20, [], Counts(), folder_files, write_every=60)
     store.offer([b"next"])
     store.write()
-    assert names(tmp_path) == sorted([own.name, logit_log.unknown_name(b"next")])
+    assert names(tmp_path) == sorted([own.name, unknown_images.unknown_name(b"next")])
     store.close()
 
 
