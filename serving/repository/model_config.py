@@ -32,7 +32,7 @@ EXTRA_OUTPUTS = {
     "set": DataType.TYPE_STRING, "set_size": DataType.TYPE_INT32, "decision": DataType.TYPE_STRING,
     "decision_index": DataType.TYPE_INT32, "expected_cost": DataType.TYPE_FP32,
     "unknown": DataType.TYPE_BOOL, "typicality": DataType.TYPE_FP32,
-    "node": DataType.TYPE_STRING, "node_probability": DataType.TYPE_FP32,
+    "node": DataType.TYPE_STRING, "node_probability": DataType.TYPE_FP32, "extras": DataType.TYPE_STRING,
     "nearest": DataType.TYPE_STRING, "nearest_class": DataType.TYPE_STRING, "nearest_cosine": DataType.TYPE_FP32,
     "nearest_image": DataType.TYPE_STRING, "activation_map": DataType.TYPE_FP32,
     "activation_crop": DataType.TYPE_FP32,
