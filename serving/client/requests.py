@@ -6,7 +6,6 @@ Client and AsyncClient run the same generators over their transports.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -15,9 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from serving.client.class_maps import Segmentation, segmentations, upright_size
-from serving.client.extras import DECISION, EXPLAIN, NODE, PACKED, Extras, outputs_of, row_bytes
+from serving.client.extras import EXPLAIN, PACKED, Extras, outputs_of, row_bytes
 from serving.client.images import blank_image, header_pixels
-from serving.client.predictions import Decision, ModelStatus, NearestImage, Prediction, Status, TaxonomyNode
+from serving.client.predictions import ModelStatus, Prediction, Status, extra_parts
 from serving.client.priors import Prior, as_text, parse_prior, vector_of
 from serving.repository.manifest import Limits
 from serving.shared.errors import InputError, ServingError
@@ -341,47 +340,5 @@ def _predictions(answer: Answer) -> Iterator[Prediction]:
             tuple(int(index) for index in indexes),
             tuple(float(probability) for probability in probabilities),
             answer.version,
-            **_extra_parts(answer, row),
+            **extra_parts(answer, row),
         )
-
-
-def _extra_parts(answer: Answer, row: int) -> dict[str, Any]:
-    """The fields of Prediction for the extras that a response has."""
-    parts: dict[str, Any] = {}
-    values = _extra_values(answer, row)
-    if "set" in values:
-        parts["set"] = tuple(values["set"])
-    if "decision" in values:
-        name, index, cost = (values[each] for each in DECISION)
-        parts["decision"] = Decision(name or None, None if index < 0 else int(index), float(cost))
-    if "unknown" in values:
-        parts["unknown"], parts["typicality"] = bool(values["unknown"]), float(values["typicality"])
-    if "node" in values:
-        name, probability = (values[each] for each in NODE)
-        parts["node"] = TaxonomyNode(name or None, float(probability))
-    if "nearest" in answer.outputs:
-        names, classes, cosines = (answer.outputs[each][row] for each in EXPLAIN[:3])
-        files = answer.outputs["nearest_image"][row] if "nearest_image" in answer.outputs else [b""] * len(names)
-        parts["nearest"] = tuple(
-            NearestImage(name.decode(), label.decode(), float(cosine), bytes(file) or None)
-            for name, label, cosine, file in zip(names, classes, cosines, files, strict=True)
-            if name
-        )
-    if "activation_map" in answer.outputs:
-        parts["activation_map"] = tuple(map(tuple, answer.outputs["activation_map"][row].tolist()))
-    if "activation_crop" in answer.outputs:
-        parts["activation_crop"] = float(answer.outputs["activation_crop"][row][0])
-    return parts
-
-
-def _extra_values(answer: Answer, row: int) -> dict[str, Any]:
-    """The values of the extras of a row by output: from JSON, or from the separate outputs of an older release."""
-    if PACKED in answer.outputs:
-        # As in the separate outputs, numbers are those of a float32.
-        return dict(json.loads(answer.outputs[PACKED][row][0], parse_float=np.float32))
-    names = (*DECISION, *NODE, "unknown", "typicality")
-    values = {name: answer.outputs[name][row][0] for name in names if name in answer.outputs}
-    values |= {name: values[name].decode() for name in ("decision", "node") if name in values}
-    if "set" in answer.outputs:
-        values["set"] = [name.decode() for name in answer.outputs["set"][row] if name]
-    return values

@@ -13,7 +13,7 @@ from scipy.special import logsumexp
 
 from models.decisions import SetThresholds, cheapest, prediction_set
 from models.prior import softmax
-from serving.client.requests import _extra_parts
+from serving.client.predictions import extra_parts
 from serving.repository.writer import write_repository
 from serving.transport.messages import Answer
 from tests.support.stand_in import Response, Tensor, counted, request
@@ -131,7 +131,7 @@ def test_the_packed_output_has_the_values_of_the_separate_ones_to_the_last_bit(c
     outputs = {each.name: each.array for each in separate.tensors}
     for row in range(8):
         alone = Answer({"extras": np.array([packed[row]], dtype=np.object_)}, 1)
-        assert _extra_parts(alone, 0) == _extra_parts(Answer(outputs, 1), row)
+        assert extra_parts(alone, 0) == extra_parts(Answer(outputs, 1), row)
 
 
 def rows_of(inputs: dict[str, Any], start: int) -> dict[str, Any]:
