@@ -111,9 +111,11 @@ def compare(
             raise ParamsError(f"{option} is {name!r}; expected one of --methods: {', '.join(named)}")
     reference = next((each for each in chosen if each.name == against), chosen[0])
     recipe = load_params(params)
+    if equal_cost and recipe.student.tune != "none":
+        raise ParamsError(f"--equal-cost: the cost is not known with student.tune {recipe.student.tune}; leave it out")
     project = load_project(recipe)
     comparison = Comparison(project, chosen, [recipe.seed + number for number in range(seeds)], equal_cost)
-    leave_out(comparison, project, given=set(methods.split(",")))
+    leave_out(comparison, project, given={*methods.split(","), equal_cost or ""})
     if reference not in comparison.methods:
         reference = comparison.methods[0]
     command = f"tailor methods compare --methods {shlex.quote(methods)} --seeds {seeds} --against {reference.name}"
