@@ -81,9 +81,8 @@ class Side:
         """Send requests for `seconds` after a warm-up."""
         before = cpu_seconds(self.server)
         result: TurnResult = serving_load.run(self.load, seconds)
-        images = result.rate * seconds * (1 + serving_load.WARM_UP)
         own, inference = (
-            (now - then) / images * 1e6 for now, then in zip(cpu_seconds(self.server), before, strict=True)
+            (now - then) / result.images * 1e6 for now, then in zip(cpu_seconds(self.server), before, strict=True)
         )
         return result.rate, own, inference
 
