@@ -35,7 +35,7 @@ IMAGE_MODEL, SIDE = "test_vit", 160  # of timm, 0.3 million parameters; its last
 
 def write_transformers(root: Path) -> Any:
     """Write a CLIP of transformers with its tokenizer, one token for each word; returns the model."""
-    transformers = pytest.importorskip("transformers", reason="not in the lock: 129 MB, for two tests; pip install transformers")
+    transformers = pytest.importorskip("transformers", reason="129 MB for two tests; pip install transformers")
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
