@@ -6,6 +6,12 @@ A linear classifier is trained with L_cls on the stored features of the training
 fitted on the validation images as in `evaluate`, and measured on the test images. Each seed trains once more with other
 batches, and chooses other classes to leave out.
 
+Least weight of a class's own quantile: chosen on the validation images, each with the thresholds of all others, so that a class
+has as many scores as it has in a release, less one. Halves would leave no class of this data the 9 images that its own quantile
+needs. Criterion, stated before the first run: the smallest mean number of classes in a set under the prior `train` for which
+the coverage of each shot group is at least the wanted one less a point; if none has it, the largest coverage of the worst
+group. Seeds are averaged.
+
 Sets (coverage 0.9): images of the shot group whose set has the right class, classes in fewer than half of their own sets, and
 classes in a set. Standard: one threshold for the probability p(class | image), under the prior `train`. Others: thresholds
 for the prevalence-adjusted probability, of all classes together, as served, and of each class alone.
@@ -24,6 +30,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -46,6 +53,7 @@ from pipeline.model_io.encoder import load_encoder
 from pipeline.params import Params
 
 COVERAGE, TAU, BATCH = 0.9, 0.07, 64
+LEAST_WEIGHTS, SLACK = (0.0, 0.25, 0.5, 0.75, 1.0), 0.01  # candidates of the choice, and its tolerance of coverage
 Split = tuple[Tensor, Tensor]  # features [N,D] and labels [N]
 
 
@@ -74,12 +82,54 @@ def fitted(splits: Mapping[str, Split], others: Mapping[str, Tensor], seed: int)
     return Fitted({name: values / temperature for name, values in logits.items()}, counts, (features, labels))
 
 
+def weight_rows(fit: Fitted, splits: Mapping[str, Split]) -> dict[float, dict[str, float]]:
+    """Least weight → measure → value, on the validation images, each with the thresholds of all others; as `set_rows`.
+
+    The temperature is that of all validation images: it is one number.
+    """
+    held, known = fit.logits["validation"], splits["validation"][1].numpy()
+    balanced, q = softmax(held), fit.counts / fit.counts.sum()
+    probabilities, own = softmax(held + np.log(q)), balanced[np.arange(len(known)), known]
+    by_class = [own[known == c].tolist() for c in range(len(fit.counts))]
+    right, size = {w: np.zeros(len(known)) for w in LEAST_WEIGHTS}, {w: np.zeros(len(known)) for w in LEAST_WEIGHTS}
+    for image, label in enumerate(known):
+        others = list(by_class)
+        others[label] = own[(known == label) & (np.arange(len(known)) != image)].tolist()
+        for weight in LEAST_WEIGHTS:
+            thresholds = SetThresholds(others, weight).thresholds(COVERAGE, q)
+            inside, _ = members_of(balanced[image : image + 1], probabilities[image : image + 1], thresholds)
+            right[weight][image], size[weight][image] = inside[0, label], inside.sum()
+    return {weight: _set_measures(fit.counts, known, right[weight], size[weight]) for weight in LEAST_WEIGHTS}
+
+
+def chosen_weight(rows: Mapping[float, Mapping[str, float]]) -> float:
+    """The least weight that the criterion of this module selects from the means over the seeds."""
+    worst = {weight: min(row[group] for group in GROUPS if group in row) for weight, row in rows.items()}
+    covered = [weight for weight, coverage in worst.items() if coverage >= COVERAGE - SLACK]
+    return min(covered, key=lambda weight: rows[weight]["size"]) if covered else max(worst, key=lambda w: worst[w])
+
+
+def _set_measures(counts: np.ndarray, labels: np.ndarray, right: np.ndarray, size: np.ndarray) -> dict[str, float]:
+    """Coverage of all images under the prior `train` and of each shot group, classes below half, mean size.
+
+    counts: training images, [C]. right, size: of the set of each image with these labels, [N].
+    """
+    classes, q = len(counts), counts / counts.sum()
+    groups, images = np.array([shot_group(count) for count in counts]), np.bincount(labels, minlength=classes)
+    covered, classes_in = (np.bincount(labels, values, classes) / np.maximum(images, 1) for values in (right, size))
+    seen = images > 0
+    return {
+        "all": float(covered[seen] @ q[seen] / q[seen].sum()),
+        **{group: float(covered[seen & (groups == group)].mean()) for group in GROUPS if (seen & (groups == group)).any()},
+        "below half": float((covered[seen] < 0.5).mean()), "size": float(classes_in[seen] @ q[seen] / q[seen].sum()),
+    }  # fmt: skip
+
+
 def set_rows(fit: Fitted, splits: Mapping[str, Split]) -> dict[str, dict[str, float]]:
     """Kind of thresholds → measure → value, on the test images, for the prior `train` with the test images weighted to it."""
     held, known = fit.logits["validation"], splits["validation"][1].numpy()
     tested, labels = fit.logits["test"], splits["test"][1].numpy()
     classes, q = len(fit.counts), fit.counts / fit.counts.sum()
-    groups = np.array([shot_group(count) for count in fit.counts])
     scores = {
         "prevalence-adjusted": (softmax(held), softmax(tested)),
         "standard": tuple(softmax(z + np.log(q)) for z in (held, tested)),
@@ -92,16 +142,7 @@ def set_rows(fit: Fitted, splits: Mapping[str, Split]) -> dict[str, dict[str, fl
         own = scores[kind][0][np.arange(len(known)), known]
         source = SetThresholds([own[known == c].tolist() for c in range(classes)], INTERPOLATION)
         inside, _ = members_of(scores[kind][1], softmax(tested + np.log(q)), source.thresholds(COVERAGE, q, weight))
-        right, counts = inside[np.arange(len(labels)), labels], np.bincount(labels, minlength=classes)
-        covered, size = (
-            np.bincount(labels, values, classes) / np.maximum(counts, 1) for values in (right, inside.sum(1))
-        )
-        seen = counts > 0
-        rows[name] = {
-            "all": float(covered[seen] @ q[seen] / q[seen].sum()),
-            **{group: float(covered[seen & (groups == group)].mean()) for group in GROUPS if (seen & (groups == group)).any()},
-            "below half": float((covered[seen] < 0.5).mean()), "size": float(size[seen] @ q[seen] / q[seen].sum()),
-        }  # fmt: skip
+        rows[name] = _set_measures(fit.counts, labels, inside[np.arange(len(labels)), labels], inside.sum(1))
     return rows
 
 
@@ -214,21 +255,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _tables(splits: Mapping[str, Split], others: Mapping[str, Tensor], seeds: int, share: float) -> list[str]:
+    weights: dict[float, list[dict[str, float]]] = {}
     sets: dict[str, list[dict[str, float]]] = {}
     detected: dict[tuple[str, str], list[dict[str, tuple[float, float]]]] = {}
     for seed in range(seeds):
-        for name, row in set_rows(fitted(splits, {}, seed), splits).items():
+        fit = fitted(splits, {}, seed)
+        for weight, row in weight_rows(fit, splits).items():
+            weights.setdefault(weight, []).append(row)
+        for name, row in set_rows(fit, splits).items():
             sets.setdefault(name, []).append(row)
         inner, out = leave_out(splits, share, seed)
         images = {"test": inner["test"][0], "classes left out": out, **others}
         fit = fitted(inner, {name: values for name, values in images.items() if name != "test"}, seed)
         for key, by_group in detection_rows(fit, images).items():
             detected.setdefault(key, []).append(by_group)
-    measures = ["all", *GROUPS, "below half"]
-    lines = [f"| sets | {' | '.join(measures)} | classes in a set |", "|---|--:|--:|--:|--:|--:|--:|"]
-    for name, rows in sets.items():
-        cells = [_cell([row[key] for row in rows if key in row]) for key in measures]
-        lines.append(f"| {name} | {' | '.join(cells)} | {_cell([row['size'] / 100 for row in rows])} |")
+    means = {w: {key: float(np.mean([row[key] for row in rows])) for key in rows[0]} for w, rows in weights.items()}
+    lines = [
+        *_set_table("least weight, validation", weights), "",
+        f"chosen on validation: {chosen_weight(means):g}; served: {INTERPOLATION:g}", "", *_set_table("sets, test", sets),
+    ]  # fmt: skip
     columns = [f"{measure}, {group}" for measure in ("AUROC", "FPR95") for group in ("all", *GROUPS)]
     lines += ["", f"| unknown images | score | {' | '.join(columns)} |", "|---|---|" + "--:|" * len(columns)]
     for (name, score), each in sorted(detected.items(), key=lambda item: item[0][0]):
@@ -237,6 +282,15 @@ def _tables(splits: Mapping[str, Split], others: Mapping[str, Tensor], seeds: in
             for place in (0, 1) for group in ("all", *GROUPS)
         ]  # fmt: skip
         lines.append(f"| {name} | {score} | {' | '.join(cells)} |")
+    return lines
+
+
+def _set_table(title: str, by_name: Mapping[Any, list[dict[str, float]]]) -> list[str]:
+    measures = ["all", *GROUPS, "below half"]
+    lines = [f"| {title} | {' | '.join(measures)} | classes in a set |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for name, rows in by_name.items():
+        cells = [_cell([row[key] for row in rows if key in row]) for key in measures]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_cell([row['size'] / 100 for row in rows])} |")
     return lines
 
 

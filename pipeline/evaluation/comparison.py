@@ -78,7 +78,8 @@ def compare(challenger: Predictions, champion: Predictions, params: GateParams, 
 
     The groups are those of the champion's training prior. many, medium and few are means of class accuracies, as in
     `evaluate`: the weight of a sample is 1 / (test samples of its class). all weighs the classes by the target prior:
-    with `balanced` it is the balanced accuracy. Raises GateError if a rule needs prediction sets that a contender lacks.
+    with `balanced` it is the balanced accuracy. `ece few`, `nll few`, `coverage few` and so on are of one group, and have the
+    rule of `ece`, `nll` and `coverage`. Raises GateError if a rule needs prediction sets that a contender lacks.
     """
     labels, classes = challenger.labels, len(champion.prior.classes)
     correct = [a.probabilities.argmax(1) == labels for a in (champion, challenger)]
@@ -95,21 +96,44 @@ def compare(challenger: Predictions, champion: Predictions, params: GateParams, 
         measures[name] = _compare_accuracy(correct[0][members], correct[1][members], weights, params, name)
         if name in groups:
             sizes[name] = sample_size(counts[groups == name])
-    pair = champion.probabilities, challenger.probabilities
-    measures["ece"] = _compare_error(
-        *(expected_calibration_error(p, labels, ece_bins) for p in pair),
-        *(resampled_ece(p, labels, ece_bins) for p in pair), len(labels), params, params.ece,
-    )  # fmt: skip
-    losses = [-np.log(np.maximum(p[np.arange(len(labels)), labels], 1e-12)) for p in pair]
-    measures["nll"] = _compare_error(
-        *(float(loss.mean()) for loss in losses),
-        *(lambda index, loss=loss: loss[index].mean(axis=-1) for loss in losses), len(labels), params, params.nll,
-    )  # fmt: skip
+    measures |= _compare_calibration(challenger, champion, params, ece_bins)
+    for name in GROUPS:
+        rows = groups[labels] == name
+        if rows.any():
+            calibration = _compare_calibration(challenger, champion, params, ece_bins, rows, weights_of_all[rows])
+            measures |= {f"{error} {name}": measure for error, measure in calibration.items()}
+            size = sample_size(counts[groups == name], target[groups == name])
+            sizes |= {f"{error} {name}": size for error in calibration}
     measures |= _compare_coverage(challenger, champion, weights_of_all, params)
     sizes |= {
         f"coverage {name}" if name != "all" else "coverage": sizes[name] for name in ("all", *GROUPS) if name in sizes
     }
     return {name: _add_sample_size(measure, sizes.get(name)) for name, measure in measures.items()}
+
+
+def _compare_calibration(
+    challenger: Predictions,
+    champion: Predictions,
+    params: GateParams,
+    bins: int,
+    rows: np.ndarray | slice = slice(None),
+    weights: np.ndarray | None = None,
+) -> dict[str, Measure]:
+    """Compare ECE and NLL of some test images. weights: of each, as in `calibration_tables`; None: all equal."""
+    labels = champion.labels[rows]
+    weights = np.ones(len(labels)) if weights is None else weights
+    pair = [each.probabilities[rows] for each in (champion, challenger)]
+    losses = [weights * -np.log(np.maximum(p[np.arange(len(labels)), labels], 1e-12)) for p in pair]
+    ece = _compare_error(
+        *(expected_calibration_error(p, labels, bins, weights) for p in pair),
+        *(resampled_ece(p, labels, bins, weights) for p in pair), len(labels), params, params.ece,
+    )  # fmt: skip
+    nll = _compare_error(
+        *(float(loss.sum() / weights.sum()) for loss in losses),
+        *(lambda index, loss=loss: loss[index].sum(axis=-1) / weights[index].sum(axis=-1) for loss in losses),
+        len(labels), params, params.nll,
+    )  # fmt: skip
+    return {"ece": ece, "nll": nll}
 
 
 def _compare_coverage(
@@ -170,12 +194,29 @@ def compare_areas(challenger: RunAreas, champion: RunAreas, params: GateParams) 
 
 
 def too_few_images(measures: dict[str, Measure]) -> list[str]:
-    """One line for each rule whose measure has too few test images, with the remedy."""
+    """One line for each rule whose measure has too few test images, with the remedy; without the groups of `not_judged`."""
     return [
-        f"{name}: {measure.size}; {ADVICE}, or set gate.{name.partition(' ')[0]}.rule: none"
+        f"{name}: {measure.size}; {ADVICE}, or set gate.{name}.rule: none"
         for name, measure in measures.items()
-        if measure.rule != "none" and measure.too_few
+        if measure.rule != "none" and measure.too_few and not is_group_of_rule(name)
     ]
+
+
+def not_judged(measures: dict[str, Measure]) -> list[str]:
+    """One line for each shot group that gate.ece, gate.nll or gate.coverage does not judge, because it has too few test images.
+
+    Such a rule holds for all images and for each group with enough of them; a small group does not prevent the promotion.
+    """
+    return [
+        f"{name}: {measure.size}"
+        for name, measure in measures.items()
+        if measure.rule != "none" and measure.too_few and is_group_of_rule(name)
+    ]
+
+
+def is_group_of_rule(name: str) -> bool:
+    """Whether a measure is one shot group of a rule that has several, such as `ece few`."""
+    return " " in name
 
 
 def _add_sample_size(measure: Measure, size: SampleSize | None) -> Measure:

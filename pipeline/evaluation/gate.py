@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from models.sample_size import ADVICE, SampleSize, sample_size
-from pipeline.evaluation.comparison import Measure, compare, compare_areas, too_few_images
+from pipeline.evaluation.comparison import Measure, compare, compare_areas, not_judged, too_few_images
 from pipeline.evaluation.metrics import mean_of, per_class_accuracy
 from pipeline.evaluation.predictions import Contender, GateError, Predictions, check_comparable, load_predictions
 from pipeline.params import GateParams
@@ -25,7 +25,8 @@ class Decision:
     """Content of decision.json. computed is False if the gate could not be computed; reasons then holds the cause.
 
     undecided: a rule has too few test images, and no other rule refuses; promote is then False. calibration: by contender,
-    the temperature of its release, and accuracy, NLL and ECE before and after it, per shot group.
+    the temperature of its release, and accuracy, NLL and ECE before and after it, per shot group. not_judged: shot groups with
+    too few test images for gate.ece, gate.nll or gate.coverage, which do not prevent the promotion.
     """
 
     promote: bool
@@ -37,6 +38,7 @@ class Decision:
     inputs: dict[str, Any]
     params: dict[str, Any]
     calibration: dict[str, Any] = field(default_factory=dict)
+    not_judged: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return f"{self.verdict}: {'; '.join(self.reasons)}"
@@ -100,8 +102,9 @@ def decide(
     except (StageError, OSError) as error:
         promote, computed, reasons, measures = False, False, [f"cannot be computed: {explain(error)}"], {}
     decision = Decision(
-        promote, undecided, computed, reasons, measures, samples, inputs, params.model_dump(mode="json"), calibration
-    )
+        promote, undecided, computed, reasons, measures, samples, inputs, params.model_dump(mode="json"), calibration,
+        not_judged(measures),
+    )  # fmt: skip
     if output is not None:
         write_json(output, asdict(decision))
     return decision

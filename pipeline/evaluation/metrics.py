@@ -106,15 +106,18 @@ def prediction_metrics(
     }
 
 
-def resampled_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> Callable[[np.ndarray], np.ndarray]:
+def resampled_ece(
+    probabilities: np.ndarray, labels: np.ndarray, bins: int, weights: np.ndarray | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
     """Function that maps resampled row indices [..., N] to ECE [...]; equal to `expected_calibration_error`."""
+    weights = np.ones(len(labels)) if weights is None else weights
     bin_index, confidence, correct = confidence_bins(probabilities, labels, bins)
-    gap = correct - confidence
+    gap = weights * (correct - confidence)
 
     def ece(index: np.ndarray) -> np.ndarray:
         rows = np.atleast_2d(index)
         cells = bin_index[rows] + bins * np.arange(len(rows))[:, None]
         sums = np.bincount(cells.ravel(), gap[rows].ravel(), minlength=bins * len(rows)).reshape(len(rows), bins)
-        return (np.abs(sums).sum(axis=1) / rows.shape[1]).reshape(index.shape[:-1])
+        return (np.abs(sums).sum(axis=1) / weights[rows].sum(axis=1)).reshape(index.shape[:-1])
 
     return ece

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.evaluation.comparison import ClassDifference, Measure, compare, compare_classes
+from pipeline.evaluation.comparison import ClassDifference, Measure, compare, compare_classes, is_group_of_rule
 from pipeline.evaluation.predictions import Predictions, check_comparable
 from pipeline.params import GateParams
 
@@ -27,8 +27,9 @@ class Comparison:
 
     @property
     def warnings(self) -> list[str]:
-        """One line for each measure with too few test images."""
-        return [f"{name}: {measure.size}" for name, measure in self.measures.items() if measure.too_few]
+        """One line for each measure with too few test images; `ece few` and so on have the images of `few`."""
+        few = [name for name, measure in self.measures.items() if measure.too_few and not is_group_of_rule(name)]
+        return [f"{name}: {self.measures[name].size}" for name in few]
 
     def changed(self, most: int) -> list[ClassDifference]:
         """At most `most` classes with the smallest p-values; classes without a changed sample are excluded."""

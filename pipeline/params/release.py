@@ -111,8 +111,8 @@ class GateParams(Section):
     """Promotion gate: a rule per measure, and the floor for the first model.
 
     all: mean over classes, weighted by target_prior. coverage: how far the prediction sets of the release stay below the wanted
-    coverage, over all classes and over each shot group. floor: smallest balanced accuracy if there is no champion.
-    latency_ratio: largest allowed latency of challenger / champion; null for no limit.
+    coverage. ece, nll, coverage: over all test images and over each shot group that has enough of them. floor: least balanced
+    accuracy if there is no champion. latency_ratio: largest allowed latency of challenger / champion; null for no limit.
     """
 
     target_prior: Literal["balanced", "train"] = "balanced"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from models.prior import GROUPS
+from pipeline.evaluation.comparison import is_group_of_rule
 from pipeline.evaluation.run_comparison import Comparison, as_json
 from pipeline.report import figures
 from pipeline.report.page import render_page
@@ -22,7 +23,7 @@ def render_comparison(comparison: Comparison, command: str) -> str:
     content = as_json(comparison)
     classes: list[dict[str, Any]] = sorted(content["classes"], key=lambda row: -row["train_count"])
     measures = [
-        {"measure": NAMES.get(name, name.replace("coverage", NAMES["coverage"] + ",", 1))} | values
+        {"measure": _title(name), "group_of_rule": is_group_of_rule(name)} | values
         for name, values in content["measures"].items()
     ]
     changed = [row for row in classes if row["won"] or row["lost"]]
@@ -42,6 +43,11 @@ def render_comparison(comparison: Comparison, command: str) -> str:
         better=[row for row in by_change[::-1][:SHOWN] if row["difference"] > 0],
         significant=sum(row["q"] <= 1 - comparison.confidence for row in classes),
     )  # fmt: skip
+
+
+def _title(measure: str) -> str:
+    kind, _, group = measure.partition(" ")
+    return NAMES.get(kind, kind) + (group and f", {group}")
 
 
 def _short(value: Any) -> Any:

@@ -1,11 +1,22 @@
 """Measures of benchmarks.answer_quality: AUROC and FPR95 against scikit-learn and pytorch-ood, and the classes left out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from benchmarks.answer_quality import detection, fitted, leave_out, set_rows, unknown_scores
+from benchmarks.answer_quality import (
+    LEAST_WEIGHTS,
+    chosen_weight,
+    detection,
+    fitted,
+    leave_out,
+    set_rows,
+    unknown_scores,
+    weight_rows,
+)
 from models.decisions import familiarity
 from tests.support.clusters import clusters
 
@@ -53,3 +64,22 @@ def test_left_out_classes_are_renumbered_and_their_images_are_less_familiar():
     rows = set_rows(fitted(splits, {}, 0), splits)
     assert set(rows) == {"standard", "one threshold", "served", "a threshold per class"}
     assert all(row["all"] >= 0.8 and 1 <= row["size"] <= 6 for row in rows.values())
+
+
+def test_the_weight_of_an_own_quantile_is_chosen_without_test_images():
+    counts = [150, 120, 60, 40, 25, 15]
+    splits = {"train": split_of(counts, 0), "validation": split_of([10] * 6, 1), "test": split_of([30] * 6, 2)}
+    fit = fitted(splits, {}, 0)
+    rows = weight_rows(fit, splits)
+    without = replace(fit, logits={name: values for name, values in fit.logits.items() if name != "test"})
+    assert weight_rows(without, {"validation": splits["validation"]}) == rows and list(rows) == list(LEAST_WEIGHTS)
+    sizes = [row["size"] for row in rows.values()]
+    assert sizes == sorted(sizes)  # nine images are just enough for a quantile of their own, which is their least score
+
+
+def test_the_smallest_sets_that_cover_each_group_are_chosen():
+    def row(few, size):
+        return {"many": 0.95, "few": few, "size": size}
+
+    assert chosen_weight({0.0: row(0.88, 2), 0.25: row(0.891, 3), 0.5: row(0.95, 4)}) == 0.25
+    assert chosen_weight({0.0: row(0.5, 2), 0.25: row(0.7, 3)}) == 0.25

@@ -11,12 +11,18 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, log_loss
 
+from pipeline.answers.calibration import calibration_tables
 from pipeline.commands.app import main
 from pipeline.evaluation.comparison import compare, mcnemar, paired_interval
 from pipeline.evaluation.gate import decide
-from pipeline.evaluation.metrics import expected_calibration_error, prediction_metrics, resampled_ece
+from pipeline.evaluation.metrics import (
+    adjusted_probabilities,
+    expected_calibration_error,
+    prediction_metrics,
+    resampled_ece,
+)
 from pipeline.evaluation.predictions import COVERAGE_NOTE, Contender, GateError, Predictions, Sets, load_predictions
 from pipeline.params import GateParams
 from tests.support.gate_answers import FAST, LABELS, C, answering, answers_of, contender, prior_of
@@ -224,6 +230,65 @@ def test_coverage_counts_only_below_what_is_wanted_and_the_group_that_misses_it_
     share = few[LABELS >= C - 2].mean()
     assert missing["coverage few"].challenger == pytest.approx(0.9 - share)
     assert missing["coverage few"].champion == pytest.approx(max(0, 0.9 - exact[LABELS >= C - 2].mean()))
+
+
+def probable(confidence, seed, labels=LABELS, groups=("many", "medium", "few")):
+    """Predictions that are right for 70 % of the images and have `confidence`; 0.7 outside `groups`."""
+    random, names = np.random.default_rng(seed), np.array(prior_of().groups)
+    predicted = np.where(random.random(len(labels)) < 0.7, labels, (labels + 1) % C)
+    top = np.where(np.isin(names[labels], groups), confidence, 0.7)[:, None]
+    p = np.where(np.arange(C) == predicted[:, None], top, (1 - top) / (C - 1))
+    return Predictions([str(i) for i in range(len(labels))], labels, p, prior_of())
+
+
+@pytest.mark.parametrize("target", ["balanced", "train"])
+def test_calibration_of_each_group_is_that_of_the_tables_in_the_decision(target):  # pragma: allowlist secret
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(len(UNEQUAL), C)) + 2 * np.eye(C)[UNEQUAL]
+    p = adjusted_probabilities(logits, np.array(prior_of().log_prior), float(target == "train"))
+    run = Predictions([str(i) for i in range(len(UNEQUAL))], UNEQUAL, p, prior_of())
+    measures = compare(run, run, GateParams(resamples=100, target_prior=target), 15)
+    tables = calibration_tables(logits, UNEQUAL, prior_of(), 1.0, 15)[target]["before"]
+    for error, group in itertools.product(("ece", "nll"), ("many", "medium", "few")):
+        assert measures[f"{error} {group}"].challenger == pytest.approx(tables[group][error])
+    assert measures["nll"].challenger == pytest.approx(log_loss(UNEQUAL, p))
+
+
+@pytest.mark.parametrize(("error", "margin"), [("ece", 0.15), ("nll", 0.3)])
+def test_overconfidence_on_few_only_refuses_by_the_rule_of_the_whole(tmp_path, error, margin):
+    few, plain = probable(0.98, 0, groups=("few",)), probable(0.7, 0)
+    rule = GateParams.model_validate({"resamples": 200, "few": {"rule": "none"}, error: {"rule": "beyond_noise"}})
+    measures = compare(few, plain, rule, 15)
+    refused = [name for name, measure in measures.items() if measure.passed is False]
+    assert refused == [error, f"{error} few"] and measures[f"{error} many"].difference == pytest.approx(0, abs=1e-12)
+    wide = GateParams.model_validate(
+        {"resamples": 200, "few": {"rule": "none"}, error: {"rule": "estimate", "margin": margin}}
+    )
+    assert [name for name, each in compare(few, plain, wide, 15).items() if each.passed is False] == [f"{error} few"]
+    logits = {name: np.log(each.probabilities) for name, each in (("few", few), ("plain", plain))}
+    runs = [contender(tmp_path / name, values) for name, values in logits.items()]
+    assert any(reason.startswith(f"{error} few ") for reason in decide(*runs, rule, 15, None).reasons)
+    assert decide(*runs, GateParams(resamples=100), 15, None).promote  # off by default
+
+
+def test_a_group_with_few_images_is_named_and_not_judged(tmp_path):
+    rules = {
+        "few": {"rule": "none"},
+        "ece": {"rule": "estimate", "margin": 0.15},
+        "nll": {"rule": "estimate", "margin": 0.3},
+    }
+    params = GateParams.model_validate({"resamples": 100, **rules})
+    over, plain = (np.log(probable(p, 0, UNEQUAL, ("few",)).probabilities) for p in (0.98, 0.7))
+    runs = [
+        contender(tmp_path / str(i), values, labels=UNEQUAL, ids=range(len(UNEQUAL)))
+        for i, values in enumerate((over, plain))
+    ]
+    decision = decide(*runs, params, 15, tmp_path / "decision.json")
+    assert decision.promote and not decision.undecided
+    written = json.loads((tmp_path / "decision.json").read_text())["not_judged"]
+    assert [line.partition(":")[0] for line in written] == ["ece few", "nll few"] and "70 test images" in written[0]
+    assert decision.measures["ece few"].passed is None and decision.measures["ece few"].difference > 0.15
+    assert decision.measures["ece medium"].passed
 
 
 @pytest.mark.parametrize(
