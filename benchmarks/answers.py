@@ -81,9 +81,8 @@ class Side:
         """Send requests for `seconds` after a warm-up."""
         before = cpu_seconds(self.server)
         result: TurnResult = serving_load.run(self.load, seconds)
-        images = result.rate * seconds * (1 + serving_load.WARM_UP)
         own, inference = (
-            (now - then) / images * 1e6 for now, then in zip(cpu_seconds(self.server), before, strict=True)
+            (now - then) / result.images * 1e6 for now, then in zip(cpu_seconds(self.server), before, strict=True)
         )
         return result.rate, own, inference
 
@@ -92,7 +91,7 @@ def load_on(server: TritonServer, release: Release, extras: Extras | None, defau
     """A load on `classifier`: one JPEG file per request, under the prior `train`."""
     row, inputs = np.array([b"train"], dtype=np.object_), {} if extras is None else extras.inputs(None)
     photos = itertools.islice(itertools.cycle(release.photos), 96)
-    calls = [image_call([photo], "prior", row, None, inputs, defaults) for photo in photos]
+    calls = [image_call([photo], "prior", row, None, inputs, defaults, packed=True) for photo in photos]
     return Load(port_of(server.http_url), [as_http(call) for call in calls], 1, release.network.users)
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.encoder_projects plankton --data DIR --encoder efficientnet_lite0 --size 112
 
 The folder of a project is WORK/<data set>-<encoder>-<size>. Finished stages are not repeated; an interrupted `embed`
-resumes.
+resumes. Its params.yaml, for `tailor methods compare`, has the student with a contrast term.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import yaml
 from benchmarks.accuracy import merged
 from models.networks.encoders import ENCODERS
 from pipeline import embed, prior, split
-from pipeline.params import Params, parse_params
+from pipeline.params import PARAMS_FILE, Params, parse_params
 from pipeline.params.recipe import apply_recipe
 from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT
 
@@ -130,7 +130,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     params = project_params(options.data_set, options.data, options.encoder, options.size, options.views)
-    prepare(params, project_folder(options.work, options.data_set, params))
+    folder = project_folder(options.work, options.data_set, params)
+    prepare(params, folder)
+    content = yaml.safe_dump(gml_params(params).model_dump(mode="json"))
+    (folder / PARAMS_FILE).write_text(content, encoding="utf-8")
     return 0
 
 

@@ -1,11 +1,12 @@
 """Markdown table of a comparison of methods, for docs/results.md; with --steps, cost of a step and the cost goals.
 
-    tailor methods compare --methods all --seeds 3
+    tailor methods compare --methods all --seeds 3 --equal-cost gml
     python -m benchmarks.methods comparison/comparison.json
     python -m benchmarks.methods --steps
 
-Percent; an interval of the differences is in brackets. Cost: trained images of one seed with the teacher, in thousands, and
-multiply-accumulates relative to the first method.
+Percent; intervals are in brackets. `from the first`: paired difference from the highest accuracy. Cost: trained images of one
+seed with the teacher, in thousands, and multiply-accumulates relative to the first method. `equal cost`: with as many epochs
+as cost the multiply-accumulates of the method that --equal-cost names. Below the table stands where GML is (--of).
 """
 
 from __future__ import annotations
@@ -19,29 +20,84 @@ from typing import Any
 MEASURES = ("all", "many", "medium", "few")
 
 
-def table(content: dict[str, Any]) -> str:
-    """Return the table. content: comparison.json."""
-    reference = content["reference"]
-    heads = [*MEASURES, "ECE", f"all, against {reference}", "images trained, k", "MACs", "s a run"]
+def table(content: dict[str, Any], of: str = "gml") -> str:
+    """Return the table and the place of method `of`. content: comparison.json."""
+    reference, equal = content["reference"], content["equal_cost"]
+    heads = [
+        *MEASURES,
+        "ECE",
+        f"all, against {reference}",
+        "all, from the first",
+        "images trained, k",
+        "MACs",
+        "s a run",
+    ]
+    if equal:
+        heads += ["epochs at equal cost", "all", "few", f"all, against {reference}", "all, from the first"]
     lines = [f"| method | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
-    rows = content["methods"]
+    rows, again = content["methods"], {row["method"]: row for row in equal["methods"]} if equal else {}
     base = next((row["cost"]["macs"] for row in rows if row["cost"]), None)
     for row in rows:
-        cells = [_percent(row["accuracy"][name]["value"]) for name in MEASURES]
-        cells += [_percent(row["ece"]["mean"]), _difference(row["difference"].get("all"))]
+        cells = [
+            _interval(row["accuracy"]["all"]),
+            *(_percent(row["accuracy"][name]["value"]) for name in MEASURES[1:]),
+        ]
+        cells += [_percent(row["ece"]["mean"]), _difference(row["difference"].get("all")), _difference(row["behind"])]
         cost = row["cost"]
         cells += [f"{cost['trained'] / 1000:,.0f}", f"{cost['macs'] / base:.2f}"] if cost and base else ["", ""]
-        lines.append(f"| `{row['method']}` | {' | '.join(cells)} | {row['seconds']:,.0f} |")
+        cells += [f"{row['seconds']:,.0f}", *(_at_equal_cost(again.get(row["method"])) if equal else [])]
+        lines.append(f"| `{row['method']}` | {' | '.join(cells)} |")
     counts, images = (
         content["classes"],
         f"{content['training_images']:,} training and {content['test_images']:,} test images",
     )
     groups = ", ".join(f"{counts[name]} {name}" for name in MEASURES[1:])
+    places = [f"At equal epochs {place(rows, of)}"]
+    places += [f"At the cost of {equal['method']} {place(equal['methods'], of)}"] if equal else []
+    missing = [f"Missing: {len(content['missing'])} runs."] if content["missing"] else []
     return (
         f"`{content['command']}`\n\n{images}; classes: {groups}; seeds {', '.join(map(str, content['seeds']))}.\n\n"
-        + "\n".join(lines)
+        + "\n".join([*lines, "", *places, *missing])
         + "\n"
     )
+
+
+def place(rows: list[dict[str, Any]], name: str) -> str:
+    """Sentence on where a method is: first, within the spread of the first, or behind it. rows: of comparison.json.
+
+    Within the spread: the interval of the paired difference from the method with the highest accuracy contains 0.
+    """
+    first = next((row for row in rows if row["behind"] is None), None)
+    row = next((row for row in rows if row["method"] == name), None)
+    if row is None or first is None:
+        return f"{name} has no result."
+    if row is first:
+        others = [each for each in rows if each["behind"]]
+        if not others:
+            return f"{name} is the only method."
+        second = max(others, key=lambda each: each["behind"]["value"])
+        return f"{name} is first; {second['method']}, the second, is at {_difference(second['behind'])} points from it."
+    where = (
+        "not first but within the spread of the first"
+        if row["behind"]["high"] >= 0
+        else "neither first nor within its spread"
+    )
+    better = sum(each["accuracy"]["all"]["value"] > row["accuracy"]["all"]["value"] for each in rows)
+    return (
+        f"{name} is {where}, {first['method']}: {_difference(row['behind'])} points, place {better + 1} of {len(rows)}."
+    )
+
+
+def _at_equal_cost(row: dict[str, Any] | None) -> list[str]:
+    if row is None:
+        return [""] * 5
+    cells = [_interval(row["accuracy"]["all"]), _percent(row["accuracy"]["few"]["value"])]
+    return [str(row["epochs"]), *cells, _difference(row["difference"].get("all")), _difference(row["behind"])]
+
+
+def _interval(estimate: dict[str, float | None]) -> str:
+    value, low, high = (_percent(estimate[key]) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})" if value != "n/a" else value
 
 
 def _percent(share: float | None) -> str:
@@ -61,13 +117,16 @@ def main(arguments: list[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("comparison", type=Path, nargs="?", help="comparison.json of `tailor methods compare`")
     what.add_argument("--steps", action="store_true", help="measure a step of each contrast method (minutes)")
+    parser.add_argument(
+        "--of", default="gml", metavar="NAME", help="method whose place is stated (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     if options.steps:
         from benchmarks.method_steps import report
 
         print(report(), end="")
         return 0
-    print(table(json.loads(options.comparison.read_text(encoding="utf-8"))), end="")
+    print(table(json.loads(options.comparison.read_text(encoding="utf-8")), options.of), end="")
     return 0
 
 

@@ -27,11 +27,15 @@ class LoadError(Exception):
 
 @dataclass
 class TurnResult:
-    """Result of one turn: images per second, latencies (ms) of the requests, the generator's share of one core."""
+    """Result of one turn: images per second, latencies (ms) of the requests, the generator's share of one core.
+
+    images: all of the turn and its warm-up; 0 if not counted.
+    """
 
     rate: float
     latencies: np.ndarray = field(repr=False)
     own_share: float
+    images: int = 0
 
     def quantile(self, share: float) -> float:
         return float(np.quantile(self.latencies, share))
@@ -149,7 +153,7 @@ def run(load: Load, seconds: float) -> TurnResult:
     # counted one: with fixed bounds a batch at a bound would be counted in full or not at all.
     span = counted[-1, 0] - (before[-1] if len(before) else began)
     took = span if span > seconds / 2 else max(seconds, responses[-1, 0] - began)
-    return TurnResult(len(counted) * load.images / took, counted[:, 1] * 1000, own_share)
+    return TurnResult(len(counted) * load.images / took, counted[:, 1] * 1000, own_share, len(responses) * load.images)
 
 
 def _loop(wires: Sequence[Wire], requests: Iterator[bytes], ends: float, rate: float | None) -> np.ndarray:

@@ -14,6 +14,7 @@ mean at least 1 - 2a for every prior; the report lists the measured coverage.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ def cheapest(
     else:
         expected = probabilities @ costs
     best = expected.argmin(axis=1)
-    cost: Floats = np.maximum(np.take_along_axis(expected, best[:, None], axis=1)[:, 0], 0)
+    cost: Floats = np.maximum(expected.min(axis=1), 0)
     if ask is not None:
         best, cost = np.where(ask < cost, ASK, best), np.minimum(cost, ask)
     return best, cost
@@ -164,7 +165,10 @@ class Typicality:
 
     def __init__(self, scores: Mapping[str, Sequence[float]], groups: Sequence[str]) -> None:
         self.groups = np.asarray(groups)
-        self.sorted = {group: np.sort(np.asarray(values, dtype=np.float64)) for group, values in scores.items()}
+        # Lists: for the few images of a request, bisect takes a tenth of the time of numpy's calls.
+        self.sorted = {
+            group: np.sort(np.asarray(values, dtype=np.float64)).tolist() for group, values in scores.items()
+        }
 
     def __call__(self, density: Floats, predicted: NDArray[np.integer[Any]]) -> Floats:
         """Share of the validation images that are at most as familiar, (1 + rank) / (1 + n), float64 [N].
@@ -174,7 +178,7 @@ class Typicality:
         1 / f - 1 validation images it is never at most f.
         """
         share = np.ones(len(density))
-        for group, values in self.sorted.items():
-            rows = self.groups[predicted] == group
-            share[rows] = (1 + np.searchsorted(values, density[rows], side="right")) / (1 + len(values))
+        for row, (group, value) in enumerate(zip(self.groups[predicted].tolist(), density.tolist(), strict=True)):
+            if values := self.sorted.get(group):
+                share[row] = (1 + bisect_right(values, value)) / (1 + len(values))
         return share

@@ -42,11 +42,15 @@ def noise_contrastive_losses(exponent: Tensor, log_z: Tensor, samples: int) -> T
 
     exponent: [B,K+1], v . m / T, the own sample first; log_z: [] log Z; samples: number N of rows in the memory.
     """
-    log_x = exponent - log_z
-    share = (exponent.shape[1] - 1) / samples
-    # In log space: exp(exponent) overflows float32 at temperatures below 0.0113.
-    log_total = torch.logaddexp(log_x, log_x.new_full((), math.log(share + EPSILON)))
-    return log_total.sum(1) - log_x[:, 0] - (exponent.shape[1] - 1) * math.log(share)
+    negatives = exponent.shape[1] - 1
+    share = negatives / samples
+    limit = math.log(share + EPSILON)
+    # log(x + c) = log c + log(1 + exp d): exp(exponent) overflows float32 at temperatures below 0.0113. On the CPU exp and log
+    # are vectorised and log1p is not, so that logaddexp and softplus take twice as long as this sum.
+    d = exponent - (log_z + limit)
+    distance = d.abs()
+    log_total = (d + distance).sum(1) / 2 + (1 + (-distance).exp()).log().sum(1)
+    return log_total - (exponent[:, 0] - log_z) + ((negatives + 1) * limit - negatives * math.log(share))
 
 
 class CRD(ContrastTerm):
@@ -124,7 +128,7 @@ class CRD(ContrastTerm):
         # A number below 2**31 times the images of other classes, over 2**31: below that number of images.
         position = (shared + turn[:, None]).bitwise_and_(2**31 - 1).mul_(len(self.order) - own).bitwise_right_shift_(31)
         position += own * (position >= self.starts[target][:, None])
-        return self.order[position]
+        return self.order.index_select(0, position.flatten()).view_as(position)
 
     def losses(self, student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
         """Loss of each sample, [B]: student and teacher embeddings [B,P], rows int64 [B,K+1], the own sample first."""

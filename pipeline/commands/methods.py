@@ -35,6 +35,7 @@ Examples:
   tailor methods compare --methods cross_entropy,gml,crt --seeds 3
   tailor methods compare --methods all --seeds 5 --budget 30m
   tailor methods compare --methods project,gml,my-recipe.yaml --against project
+  tailor methods compare --methods balanced_softmax,bcl,gml --equal-cost gml
 
 `all` is every listed method that applies to the project, `project` is params.yaml as it is, and a name that ends in .yaml is
 an overlay of your own. After an interruption the same command resumes. Exit status 1 if a run failed."""
@@ -86,6 +87,10 @@ def compare(
         str | None,
         typer.Option(metavar="TIME", help="Start no run that would end later: 90s, 30m or 2h; no limit if not given."),
     ] = None,
+    equal_cost: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Train each method again, with as many epochs as cost what NAME costs."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the networks, the page and the JSON.")] = Path("comparison"),
     params: ParamsOption = PARAMS_FILE,
     debug: Debug = False,
@@ -100,18 +105,21 @@ def compare(
     from pipeline.params import load_params
 
     chosen, limit = find_methods([name.strip() for name in methods.split(",") if name.strip()]), budget_seconds(budget)
+    named = [each.name for each in chosen]
+    for option, name in (("--against", against), ("--equal-cost", equal_cost)):
+        if name and name not in named:
+            raise ParamsError(f"{option} is {name!r}; expected one of --methods: {', '.join(named)}")
     reference = next((each for each in chosen if each.name == against), chosen[0])
-    if against and reference.name != against:
-        raise ParamsError(
-            f"--against is {against!r}; expected one of --methods: {', '.join(each.name for each in chosen)}"
-        )
     recipe = load_params(params)
+    if equal_cost and recipe.student.tune != "none":
+        raise ParamsError(f"--equal-cost: the cost is not known with student.tune {recipe.student.tune}; leave it out")
     project = load_project(recipe)
-    comparison = Comparison(project, chosen, [recipe.seed + number for number in range(seeds)])
-    leave_out(comparison, project, given=set(methods.split(",")))
+    comparison = Comparison(project, chosen, [recipe.seed + number for number in range(seeds)], equal_cost)
+    leave_out(comparison, project, given={*methods.split(","), equal_cost or ""})
     if reference not in comparison.methods:
         reference = comparison.methods[0]
     command = f"tailor methods compare --methods {shlex.quote(methods)} --seeds {seeds} --against {reference.name}"
+    command += f" --equal-cost {equal_cost}" if equal_cost else ""
 
     def save() -> None:
         write_json(output / "comparison.json", as_json(comparison, reference.name, command))
@@ -124,8 +132,7 @@ def compare(
         print(f"left out: {line}")
     for line in missing_lines(comparison.missing):
         print(f"missing: {line}")
-    done = sum(map(len, comparison.runs.values()))
-    print(f"methods compare: {counted(done, 'run')} → {output / 'comparison.html'}")
+    print(f"methods compare: {counted(comparison.done, 'run')} → {output / 'comparison.html'}")
     return int(comparison.failed)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,15 +12,14 @@ import torch
 
 from pipeline.data.class_prior import Prior, load_prior
 from pipeline.data.split_tables import read_split
-from pipeline.evaluation.intervals import Estimate
 from pipeline.features.stored import stored_encoder
 from pipeline.methods.catalogue import Method, params_of
-from pipeline.methods.cost import Cost, Served, training_cost
-from pipeline.methods.estimates import class_weights, clipped, estimate
+from pipeline.methods.cost import Cost, with_macs
+from pipeline.methods.estimates import class_weights
 from pipeline.methods.networks import (
-    RECORD,
     Network,
     Trained,
+    fits,
     network_of,
     predictions,
     read_record,
@@ -39,6 +36,7 @@ from serving.shared.terminal import counted
 
 NETWORKS = "networks"
 SPLITS = ("train", "validation", "test")
+NO_COST = "not started, because its run at equal epochs has no result or its cost is unknown"
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,13 @@ class Project:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run of a method: its seed, predicted classes int [N], calibration error, records of its networks."""
+    """A finished run of a method.
+
+    epochs: of the student. predicted: predicted classes int [N]. ece: calibration error. networks: records of its networks.
+    """
 
     seed: int
+    epochs: int
     predicted: np.ndarray
     ece: float
     networks: list[Trained]
@@ -72,35 +74,45 @@ class Missing:
 
 @dataclass
 class Comparison:
-    """Runs by method, in the order of the methods, the runs that are missing, and the methods that do not apply."""
+    """Runs by method, in the order of the methods, the runs that are missing, and the methods that do not apply.
+
+    equal_cost: name of the method whose cost the second runs have, with other epochs; None for no second runs, `equal`.
+    """
 
     project: Project
     methods: list[Method]
     seeds: list[int]
+    equal_cost: str | None = None
     runs: dict[str, list[Run]] = field(default_factory=dict)
+    equal: dict[str, list[Run]] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
     left_out: list[Missing] = field(default_factory=list)
     failed: bool = False
 
+    @property
+    def planned(self) -> int:
+        """Number of runs of the whole comparison."""
+        return len(self.methods) * len(self.seeds) * (2 if self.equal_cost else 1)
+
+    @property
+    def done(self) -> int:
+        """Number of runs that have a result."""
+        return sum(map(len, (*self.runs.values(), *self.equal.values())))
+
 
 @dataclass(frozen=True)
-class Row:
-    """A method in the table.
+class Planned:
+    """A run before it is made. network: None if its epochs are not known. equal: it is one at equal cost."""
 
-    accuracy: measure (all, many, medium, few) → estimate. difference: the same against the reference, over the seeds of
-    both; empty for the reference. ece: mean over seeds, and their standard deviation or None. seconds, cost: of one seed,
-    with the teacher.
-    """
-
+    seed: int
     method: Method
-    seeds: list[int]
-    accuracy: dict[str, Estimate]
-    difference: dict[str, Estimate]
-    ece: float
-    ece_std: float | None
-    seconds: float
-    cost: Cost | None
-    served: Served
+    network: Network | None
+    equal: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name in messages."""
+        return f"{self.method.name} at equal cost" if self.equal else self.method.name
 
 
 def load_project(params: Params) -> Project:
@@ -146,105 +158,78 @@ def compare_methods(
     the time of finished runs; None for no limit. report: called with a line for each run; save: called after each run.
     """
     root, started = folder / NETWORKS, time.monotonic()
-    total = len(comparison.methods) * len(comparison.seeds)
-    for number, (seed, method, network) in enumerate(planned_runs(comparison), 1):
-        head = f"{number:>{len(str(total))}}/{total}  seed {seed}  {method.name}"
+    total = comparison.planned
+    for number, run in enumerate(planned_runs(comparison), 1):
+        head, network = f"{number:>{len(str(total))}}/{total}  seed {run.seed}  {run.name}", run.network
         left = None if budget is None else budget - (time.monotonic() - started)
-        finished = read_record(network, root) is not None
-        if left is not None and not finished and not _fits(network, root, left):
-            comparison.missing.append(Missing(method.name, seed, "budget"))
+        finished = network is not None and read_record(network, root) is not None
+        if network is None:
+            comparison.missing.append(Missing(run.name, run.seed, NO_COST))
+            report(f"{head}: {NO_COST}")
+            continue
+        if left is not None and not finished and not fits(network, root, left):
+            comparison.missing.append(Missing(run.name, run.seed, "budget"))
             report(f"{head}: not started, it would exceed the budget")
             continue
         try:
-            run = _run(method, network, root, comparison.project.prior)
+            result = _run(run.method, network, root, comparison.project.prior)
         except DataError:  # the data of all methods
             raise
         except StageError as error:
-            comparison.missing.append(Missing(method.name, seed, str(error)))
+            comparison.missing.append(Missing(run.name, run.seed, str(error)))
             comparison.failed = True
             report(f"{head}: failed: {error}")
             continue
-        comparison.runs.setdefault(method.name, []).append(run)
-        row = summarise(comparison, method, [run], None)
-        shares = "  ".join(
-            f"{name} {value.value:.1%}" for name, value in row.accuracy.items() if value.value is not None
-        )
-        report(f"{head}: {shares}  {'trained before' if finished else counted(round(row.seconds), 'second')}")
+        (comparison.equal if run.equal else comparison.runs).setdefault(run.method.name, []).append(result)
+        shares = "  ".join(f"{name} {value:.1%}" for name, value in accuracies(comparison.project, result).items())
+        seconds = sum(each.seconds for each in result.networks)
+        epochs = f"{counted(result.epochs, 'epoch')}  " if run.equal else ""
+        report(f"{head}: {shares}  {epochs}{'trained before' if finished else counted(round(seconds), 'second')}")
         save()
 
 
-def planned_runs(comparison: Comparison) -> Iterator[tuple[int, Method, Network]]:
-    """Seed, method and network of every run, in order. Output that only slows the training down is switched off."""
+def accuracies(project: Project, run: Run) -> dict[str, float]:
+    """Mean of the class accuracies of a run, of all classes and of each shot group that has test images."""
+    tested = np.bincount(project.labels, minlength=len(project.prior.classes))
+    correct = np.bincount(project.labels, run.predicted == project.labels, len(tested)) / np.maximum(tested, 1)
+    weights = class_weights(project.prior.groups, tested)
+    return {name: float(share @ correct) for name, share in weights.items() if share.any()}
+
+
+def planned_runs(comparison: Comparison) -> Iterator[Planned]:
+    """Every run, in order: all methods of a seed, the same at equal cost, then the next seed.
+
+    A run at equal cost has its epochs from the cost of the run before it, which is made when the next one is asked for.
+    """
     for seed in comparison.seeds:
         for method in comparison.methods:
-            params = params_of(method, comparison.project.params)
-            engine = params.engine.model_copy(update={"tensorboard": False})
-            params = params.model_copy(update={"seed": seed, "engine": engine})
-            yield seed, method, network_of(params, comparison.project.data)
+            yield Planned(seed, method, network_of(_params(comparison, method, seed), comparison.project.data))
+        for method in comparison.methods if comparison.equal_cost else []:
+            costs, aim = (_costs(comparison, name, seed) for name in (method.name, comparison.equal_cost))
+            network = None
+            if costs and aim:
+                params = with_macs(_params(comparison, method, seed), costs, sum(cost.macs for cost in aim.values()))
+                network = network_of(params, comparison.project.data)
+            yield Planned(seed, method, network, equal=True)
+
+
+def _params(comparison: Comparison, method: Method, seed: int) -> Params:
+    """Params of a run. Output that only slows the training down is switched off."""
+    params = params_of(method, comparison.project.params)
+    engine = params.engine.model_copy(update={"tensorboard": False})
+    return params.model_copy(update={"seed": seed, "engine": engine})
+
+
+def _costs(comparison: Comparison, name: str | None, seed: int) -> dict[str, Cost] | None:
+    """Cost of each stage of a method's run at equal epochs; None without a run or with an unknown cost."""
+    run = next((each for each in comparison.runs.get(name or "", []) if each.seed == seed), None)
+    costs = {each.stage: each.cost for each in run.networks if each.cost} if run else {}
+    return costs if run and len(costs) == len(run.networks) else None
 
 
 def _run(method: Method, network: Network, root: Path, prior: Prior) -> Run:
     train_network(network, root)
     predicted = predictions(method, network, root, prior)
     records = [record for each in network.chain if (record := read_record(each, root))]
-    return Run(network.params.seed, predicted.predicted, predicted.ece, records)
-
-
-def _fits(network: Network, root: Path, left: float) -> bool:
-    """Whether the unfinished networks of a run are expected to end within `left` seconds.
-
-    A network takes as long as one of the same recipe; else its multiply-accumulates at the speed of finished networks of
-    its stage. Without any, it is taken to fit.
-    """
-    if left <= 0:
-        return False
-    finished = [
-        (content["recipe"], content["stage"], max(content["wall"], content["seconds"]), content["cost"])
-        for path in sorted(root.glob(f"*/{RECORD}.json"))
-        for content in [json.loads(path.read_text(encoding="utf-8"))]
-    ]
-    needed = 0.0
-    for each in network.chain:
-        if read_record(each, root):
-            continue
-        same = [wall for recipe, _, wall, _ in finished if recipe == each.recipe]
-        stage = [(wall, cost["macs"]) for _, stage, wall, cost in finished if stage == each.stage and cost]
-        if same:
-            needed += statistics.median(same)
-        elif stage and each.stage == "classifier":
-            needed += max(wall for wall, _ in stage)
-        elif stage and (cost := training_cost(each.params, each.stage, load_prior(), stored_encoder(each.params))):
-            needed += cost.macs * statistics.median(wall / max(macs, 1) for wall, macs in stage)
-    return needed <= left
-
-
-def rows_of(comparison: Comparison, reference: str) -> list[Row]:
-    """Rows of the methods that have a run, in order. reference: name of the method that the differences are against."""
-    against = comparison.runs.get(reference)
-    return [
-        summarise(comparison, method, runs, None if method.name == reference else against)
-        for method in comparison.methods
-        if (runs := comparison.runs.get(method.name))
-    ]
-
-
-def summarise(comparison: Comparison, method: Method, runs: list[Run], against: list[Run] | None) -> Row:
-    """Row of a method from its runs. against: runs of the reference; None for no differences."""
-    labels, groups = comparison.project.labels, comparison.project.prior.groups
-    weights = class_weights(groups, np.bincount(labels, minlength=len(groups)))
-    correct = {run.seed: (run.predicted == labels).astype(float) for run in runs}
-    accuracy = {
-        name: clipped(estimate(np.stack([*correct.values()]), labels, share)) for name, share in weights.items()
-    }
-    others = {run.seed: (run.predicted == labels).astype(float) for run in against or []}
-    paired = [correct[seed] - others[seed] for seed in correct if seed in others]
-    difference = {name: estimate(np.stack(paired), labels, share) for name, share in weights.items()} if paired else {}
-    errors, networks = [run.ece for run in runs], runs[0].networks
-    costs = [network.cost for network in networks]
-    return Row(
-        method, list(correct), accuracy, difference, statistics.fmean(errors),
-        statistics.stdev(errors) if len(errors) > 1 else None,
-        statistics.fmean(sum(network.seconds for network in run.networks) for run in runs),
-        None if None in costs else sum((cost for cost in costs if cost), Cost(0, 0, 0)),
-        networks[-1].served,
-    )  # fmt: skip
+    params = network.params
+    return Run(params.seed, params.student.epochs, predicted.predicted, predicted.ece, records)

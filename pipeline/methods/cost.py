@@ -113,3 +113,25 @@ def served_size(folder: Path, stage: str) -> tuple[Served, int]:
         model(torch.zeros(1, *shape))
     parameters = sum(weight.numel() for weight in model.parameters())
     return Served(parameters, counter.get_total_flops() // 2), model.feature_dim
+
+
+def with_macs(params: Params, costs: dict[str, Cost], macs: int) -> Params:
+    """Params with other epochs, so that training costs at most `macs` multiply-accumulates.
+
+    costs: stage → its cost with `params`. Teacher and student get the same factor, rounded down to whole epochs and at least
+    one; a second stage keeps its steps, which are taken off `macs`. Each schedule is stretched with the epochs.
+    """
+    trained = sum(cost.macs for stage, cost in costs.items() if stage != "classifier")
+    factor = (macs - sum(cost.macs for cost in costs.values()) + trained) / max(trained, 1)
+    sections = {name: _with_epochs(getattr(params, name), factor) for name in costs if name != "classifier"}
+    return params.model_copy(update=sections)
+
+
+def _with_epochs(section: Any, factor: float) -> Any:
+    """Section teacher or student with `factor` times the epochs; warm-up and milestones move to the nearest epoch."""
+    epochs = max(int(section.epochs * factor), 1)
+    factor, schedule = epochs / section.epochs, section.schedule
+    warmup = max(round(schedule.warmup_epochs * factor), min(schedule.warmup_epochs, 1))
+    milestones = sorted({max(round(milestone * factor), 1) for milestone in schedule.milestones})
+    stretched = schedule.model_copy(update={"warmup_epochs": warmup, "milestones": milestones})
+    return section.model_copy(update={"epochs": epochs, "schedule": stretched})

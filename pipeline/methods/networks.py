@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,6 +128,34 @@ def train_network(network: Network, root: Path) -> Trained:
     record = Trained(network.recipe, network.stage, seconds, wall, cost, served)
     write_json(folder / f"{RECORD}.json", asdict(record))
     return record
+
+
+def fits(network: Network, root: Path, left: float) -> bool:
+    """Whether the unfinished networks of a run are expected to end within `left` seconds.
+
+    A network takes as long as one of the same recipe; else its multiply-accumulates at the speed of finished networks of
+    its stage. Without any, it is taken to fit.
+    """
+    if left <= 0:
+        return False
+    finished = [
+        (content["recipe"], content["stage"], max(content["wall"], content["seconds"]), content["cost"])
+        for path in sorted(root.glob(f"*/{RECORD}.json"))
+        for content in [json.loads(path.read_text(encoding="utf-8"))]
+    ]
+    needed = 0.0
+    for each in network.chain:
+        if read_record(each, root):
+            continue
+        same = [wall for recipe, _, wall, _ in finished if recipe == each.recipe]
+        stage = [(wall, cost["macs"]) for _, stage, wall, cost in finished if stage == each.stage and cost]
+        if same:
+            needed += statistics.median(same)
+        elif stage and each.stage == "classifier":
+            needed += max(wall for wall, _ in stage)
+        elif stage and (cost := training_cost(each.params, each.stage, load_prior(), stored_encoder(each.params))):
+            needed += cost.macs * statistics.median(wall / max(macs, 1) for wall, macs in stage)
+    return needed <= left
 
 
 def _run_stage(network: Network, output: Path, root: Path) -> None:

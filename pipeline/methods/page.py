@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.evaluation.intervals import CONFIDENCE, Estimate
-from pipeline.methods.comparison import Comparison, Missing, Row, rows_of
+from pipeline.methods.comparison import Comparison, Missing
 from pipeline.methods.estimates import MEASURES
+from pipeline.methods.rows import Row, rows_of
 from pipeline.report.figures import Figure, axis, escape_label, layout, straight_line
 from pipeline.report.page import render_page
 from serving.shared.terminal import counted
@@ -35,15 +36,26 @@ def as_json(comparison: Comparison, reference: str, command: str) -> dict[str, A
         "test_images": len(project.labels), "training_images": sum(project.prior.counts),
         "classes": {name: project.prior.groups.count(name) for name in MEASURES[1:]} | {"all": len(project.prior.classes)},
         "note": NOT_CHOSEN, "complete": not comparison.missing,
-        "methods": [_row_json(row) for row in rows], "missing": [asdict(entry) for entry in comparison.missing],
+        "methods": [_row_json(row) for row in rows], "equal_cost": _equal_json(comparison, reference),
+        "missing": [asdict(entry) for entry in comparison.missing],
         "left_out": [asdict(entry) for entry in comparison.left_out],
     }  # fmt: skip
+
+
+def _equal_json(comparison: Comparison, reference: str) -> dict[str, Any] | None:
+    rows = rows_of(comparison, reference, equal=True)
+    return (
+        {"method": comparison.equal_cost, "methods": [_row_json(row) for row in rows]}
+        if comparison.equal_cost
+        else None
+    )
 
 
 def _row_json(row: Row) -> dict[str, Any]:
     method = row.method
     return {
         "method": method.name, "kind": method.kind, "paper": method.paper, "predicts": method.predicts, "seeds": row.seeds,
+        "epochs": row.epochs, "behind": asdict(row.behind) if row.behind else None,
         "accuracy": {name: asdict(value) for name, value in row.accuracy.items()},
         "difference": {name: asdict(value) for name, value in row.difference.items()},
         "ece": {"mean": row.ece, "std": row.ece_std}, "seconds": row.seconds,
@@ -58,14 +70,13 @@ def render_methods(comparison: Comparison, reference: str, command: str) -> str:
     figures = {"cost": cost_chart(rows)} if any(row.cost for row in rows) else {}
     if any(row.difference for row in rows):
         figures["differences"] = differences_chart(rows, reference)
-    done = sum(map(len, comparison.runs.values()))
-    planned = len(comparison.methods) * len(comparison.seeds)
     return render_page(
         "methods.html.jinja", {"figures": figures}, rows=rows, best=best, reference=reference, command=command,
         measures=MEASURES, project=project, params=project.params, comparison=comparison, note=NOT_CHOSEN,
         groups={name: project.prior.groups.count(name) for name in MEASURES[1:]}, confidence=100 * CONFIDENCE,
         images=sum(project.prior.counts), figures=figures, short=short, interval=interval,
-        done=done, running=planned - done - len(comparison.missing), names=names,
+        done=comparison.done, running=comparison.planned - comparison.done - len(comparison.missing), names=names,
+        equal=rows_of(comparison, reference, equal=True),
         unfinished=missing_lines(comparison.missing), left_out=missing_lines(comparison.left_out), counted=counted,
         surer=[row for row in rows if row.difference and (row.difference["all"].low or 0) > 0],
         worse=[row for row in rows if row.difference and (row.difference["all"].high or 0) < 0],

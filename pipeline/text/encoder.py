@@ -67,8 +67,7 @@ def checked_file(source: str, sha256: str | None, download: bool, key: str = "te
 
 def not_installed(text: TextParams, error: ImportError) -> ParamsError:
     """The error for a package of the encoder that is not installed."""
-    packages = {"open_clip": "run `pip install open-clip-torch`", "transformers": "run `pip install transformers`"}
-    how = packages.get(str(error.name), install_command("text", "cpu"))
+    how = "run `pip install transformers`" if error.name == "transformers" else install_command("text", "cpu")
     return ParamsError(f"text.encoder is {text.encoder}, but the package {error.name} is not installed; {how}")
 
 

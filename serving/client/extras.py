@@ -18,6 +18,7 @@ from serving.shared.errors import InputError
 
 Costs = Mapping[str, float] | Sequence[float] | Sequence[Sequence[float]] | NDArray[Any]
 MAX_FILE_BYTES = 16 * 1024 * 1024
+PACKED = "extras"  # output of a current release with the values of all outputs below except EXPLAIN, as JSON
 DECISION = ("decision", "decision_index", "expected_cost")
 NODE = ("node", "node_probability")
 # A release may lack each of them.

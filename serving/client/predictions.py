@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from serving.client.extras import DECISION, EXPLAIN, NODE, PACKED
 from serving.shared.errors import ServingError
 from serving.shared.terminal import csv_cell
+from serving.transport.messages import Answer
 
 
 @dataclass(frozen=True)
@@ -163,3 +169,45 @@ def as_rows(
 def best_classes(answer: Prediction, top: int | None) -> list[tuple[str, int, float]]:
     """Return name, index and probability of the best `top` classes (None: all in the response)."""
     return list(zip(answer.classes, answer.indexes, answer.probabilities, strict=True))[:top]
+
+
+def extra_parts(answer: Answer, row: int) -> dict[str, Any]:
+    """The fields of Prediction for the extras that a response has."""
+    parts: dict[str, Any] = {}
+    values = _extra_values(answer, row)
+    if "set" in values:
+        parts["set"] = tuple(values["set"])
+    if "decision" in values:
+        name, index, cost = (values[each] for each in DECISION)
+        parts["decision"] = Decision(name or None, None if index < 0 else int(index), float(cost))
+    if "unknown" in values:
+        parts["unknown"], parts["typicality"] = bool(values["unknown"]), float(values["typicality"])
+    if "node" in values:
+        name, probability = (values[each] for each in NODE)
+        parts["node"] = TaxonomyNode(name or None, float(probability))
+    if "nearest" in answer.outputs:
+        names, classes, cosines = (answer.outputs[each][row] for each in EXPLAIN[:3])
+        files = answer.outputs["nearest_image"][row] if "nearest_image" in answer.outputs else [b""] * len(names)
+        parts["nearest"] = tuple(
+            NearestImage(name.decode(), label.decode(), float(cosine), bytes(file) or None)
+            for name, label, cosine, file in zip(names, classes, cosines, files, strict=True)
+            if name
+        )
+    if "activation_map" in answer.outputs:
+        parts["activation_map"] = tuple(map(tuple, answer.outputs["activation_map"][row].tolist()))
+    if "activation_crop" in answer.outputs:
+        parts["activation_crop"] = float(answer.outputs["activation_crop"][row][0])
+    return parts
+
+
+def _extra_values(answer: Answer, row: int) -> dict[str, Any]:
+    """The values of the extras of a row by output: from JSON, or from the separate outputs of an older release."""
+    if PACKED in answer.outputs:
+        # As in the separate outputs, numbers are those of a float32.
+        return dict(json.loads(answer.outputs[PACKED][row][0], parse_float=np.float32))
+    names = (*DECISION, *NODE, "unknown", "typicality")
+    values = {name: answer.outputs[name][row][0] for name in names if name in answer.outputs}
+    values |= {name: values[name].decode() for name in ("decision", "node") if name in values}
+    if "set" in answer.outputs:
+        values["set"] = [name.decode() for name in answer.outputs["set"][row] if name]
+    return values

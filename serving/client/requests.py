@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from serving.client.class_maps import Segmentation, segmentations, upright_size
-from serving.client.extras import DECISION, EXPLAIN, NODE, Extras, outputs_of, row_bytes
+from serving.client.extras import EXPLAIN, PACKED, Extras, outputs_of, row_bytes
 from serving.client.images import blank_image, header_pixels
-from serving.client.predictions import Decision, ModelStatus, NearestImage, Prediction, Status, TaxonomyNode
+from serving.client.predictions import ModelStatus, Prediction, Status, extra_parts
 from serving.client.priors import Prior, as_text, parse_prior, vector_of
 from serving.repository.manifest import Limits
 from serving.shared.errors import InputError, ServingError
@@ -46,6 +46,7 @@ class RequestSequence:
         self._inputs: dict[str, int] | None = None
         self._release: int | None = None
         self._outputs: tuple[str, ...] = ()  # of extras, which the release has a default for
+        self._packed = False  # whether to request the output PACKED instead of those
 
     def predict(
         self, encoded: Sequence[bytes], prior: Prior, version: int | None, extras: Extras | None = None
@@ -86,18 +87,20 @@ class RequestSequence:
         answers: Sequence[Answer] = []
         if not encoded:
             return answers
-        for _ in range(2):
+        for _ in range(3):
             rows, default = yield from self.limits()
             name, row = yield from self._prior_input(default if parsed is None else parsed)
             wanted = yield from self._extra_inputs(extras)
             answers = yield [
-                image_call(chunk, name, row, version, wanted, self._outputs, outputs, self.model)
+                image_call(chunk, name, row, version, wanted, self._outputs, outputs, self.model, self._packed)
                 for chunk in chunks(encoded, rows, row_bytes(row, *wanted.values()))
             ]
             # A new release may change the classes and the default prior: repeat requests built from the old values.
             changed = version is None and self._release_changed(answers)
             named = isinstance(parsed, dict) or (extras is not None and extras.names_needed)
-            if not (changed and (parsed is None or named)):
+            if self._packed and (wanted or self._outputs) and any(PACKED not in each.outputs for each in answers):
+                self._packed = False  # a version that an older Tailor wrote has only the separate outputs
+            elif not (changed and (parsed is None or named)):
                 break
         return answers
 
@@ -142,6 +145,7 @@ class RequestSequence:
                         self._inputs = {tensor["name"]: int(tensor["dims"][-1]) for tensor in inputs}
                     outputs = config.get("parameters", {}).get("default_outputs", {}).get("string_value", "")
                     self._outputs = tuple(filter(None, outputs.split(",")))
+                    self._packed = any(tensor["name"] == PACKED for tensor in config.get("output", []))
                     self._limits = (rows, None if default is None else float(default))
         return self._limits
 
@@ -293,16 +297,21 @@ def image_call(
     defaults: Sequence[str] = (),
     outputs: Mapping[str, int] = MappingProxyType(OUTPUTS),
     model: str = CLASSIFIER,
+    packed: bool = False,
 ) -> Infer:
     """Build a request to a model: encoded images, and the input `name` with `row` (the prior) for each image.
 
     extras: rows of further inputs; the request names their outputs. defaults: further outputs that the response may have.
+    packed: request the output PACKED instead of these.
     """
     inputs = {"image": np.array(encoded, dtype=np.object_).reshape(-1, 1)}
     rows = dict(extras) if row is None else {name: row, **extras}
     inputs |= {each: np.repeat(values[None], len(encoded), axis=0) for each, values in rows.items()}
-    requested = {**outputs, **outputs_of(extras)}
-    optional = tuple(name for name in defaults if name not in outputs_of(extras))
+    further = outputs_of(extras)
+    optional = tuple(name for name in defaults if name not in further)
+    if packed and (further or optional):
+        further, optional = {}, (PACKED,)
+    requested = {**outputs, **further}
     optional += EXPLAIN if "explain" in extras else ()
     return Infer(model, inputs, requested, "" if version is None else str(version), optional)
 
@@ -331,34 +340,5 @@ def _predictions(answer: Answer) -> Iterator[Prediction]:
             tuple(int(index) for index in indexes),
             tuple(float(probability) for probability in probabilities),
             answer.version,
-            **_extra_parts(answer, row),
+            **extra_parts(answer, row),
         )
-
-
-def _extra_parts(answer: Answer, row: int) -> dict[str, Any]:
-    """The fields of Prediction for the extras that a response has."""
-    parts: dict[str, Any] = {}
-    if "set" in answer.outputs:
-        parts["set"] = tuple(name.decode() for name in answer.outputs["set"][row] if name)
-    if "decision" in answer.outputs:
-        name, index, cost = (answer.outputs[each][row][0] for each in DECISION)
-        parts["decision"] = Decision(name.decode() or None, None if index < 0 else int(index), float(cost))
-    if "unknown" in answer.outputs:
-        parts["unknown"] = bool(answer.outputs["unknown"][row][0])
-        parts["typicality"] = float(answer.outputs["typicality"][row][0])
-    if "node" in answer.outputs:
-        name, probability = (answer.outputs[each][row][0] for each in NODE)
-        parts["node"] = TaxonomyNode(name.decode() or None, float(probability))
-    if "nearest" in answer.outputs:
-        names, classes, cosines = (answer.outputs[each][row] for each in EXPLAIN[:3])
-        files = answer.outputs["nearest_image"][row] if "nearest_image" in answer.outputs else [b""] * len(names)
-        parts["nearest"] = tuple(
-            NearestImage(name.decode(), label.decode(), float(cosine), bytes(file) or None)
-            for name, label, cosine, file in zip(names, classes, cosines, files, strict=True)
-            if name
-        )
-    if "activation_map" in answer.outputs:
-        parts["activation_map"] = tuple(map(tuple, answer.outputs["activation_map"][row].tolist()))
-    if "activation_crop" in answer.outputs:
-        parts["activation_crop"] = float(answer.outputs["activation_crop"][row][0])
-    return parts

@@ -12,6 +12,7 @@ from serving.repository.release import Release
 from serving.shared.errors import ServingError
 from serving.shared.names import STUDENT
 from serving.shared.priority import throttled
+from serving.transport.retries import Retries
 from serving.transport.sync_transport import Transport
 
 
@@ -33,12 +34,14 @@ def check_golden(client: Client, release: Release, pause: bool = True) -> None:
             )
 
 
-def check_student(url: str, release: Release, timeout: float, pause: bool = True) -> None:
+def check_student(
+    url: str, release: Release, timeout: float, pause: bool = True, retries: Retries | None = None
+) -> None:
     """Send the golden requests of a release to `student`, which the classifier of a small network does not use.
 
     pause: as in check_golden. Raises ServingError if one fails or is answered wrongly.
     """
-    with closing(Transport(url, timeout)) as transport:
+    with closing(Transport(url, timeout, retries)) as transport:
         for golden in throttled(release.golden) if pause else release.golden:
             call = StudentCall(release.manifest, golden)
             output = transport.infer(STUDENT, call.inputs, {call.output: 0}, str(release.version))[0][call.output]

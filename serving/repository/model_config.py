@@ -28,6 +28,7 @@ EXTRA_INPUTS = {
     "coverage": DataType.TYPE_FP32, "costs": DataType.TYPE_STRING, "ask": DataType.TYPE_FP32,
     "false_alarms": DataType.TYPE_FP32, "level": DataType.TYPE_FP32, "explain": DataType.TYPE_UINT8,
 }  # fmt: skip
+# New names last: an older config gets them appended, and signatures compare the order.
 EXTRA_OUTPUTS = {
     "set": DataType.TYPE_STRING, "set_size": DataType.TYPE_INT32, "decision": DataType.TYPE_STRING,
     "decision_index": DataType.TYPE_INT32, "expected_cost": DataType.TYPE_FP32,
@@ -35,7 +36,7 @@ EXTRA_OUTPUTS = {
     "node": DataType.TYPE_STRING, "node_probability": DataType.TYPE_FP32,
     "nearest": DataType.TYPE_STRING, "nearest_class": DataType.TYPE_STRING, "nearest_cosine": DataType.TYPE_FP32,
     "nearest_image": DataType.TYPE_STRING, "activation_map": DataType.TYPE_FP32,
-    "activation_crop": DataType.TYPE_FP32,
+    "activation_crop": DataType.TYPE_FP32, "extras": DataType.TYPE_STRING,
 }  # fmt: skip
 # Outputs whose size differs between requests; all others have one value a row.
 EXTRA_DIMS = {

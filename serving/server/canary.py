@@ -17,13 +17,15 @@ from serving.server.leftovers import inference_processes
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import ServingError
 from serving.shared.names import STUDENT, models_of
-from serving.transport.failures import DeadlineExceeded, RequestRejected
+from serving.transport.failures import DeadlineExceeded, ProcessUnhealthy
+from serving.transport.retries import Retries
 
 # An inference process that uses less than this share of a core is idle. Its threads wake once a second, which takes up
 # to 0.0005 of a core. A classifier that waits for a slow student uses little more than decoding takes.
 IDLE_SHARE = 0.005
 TICKS = 0.02  # seconds: two clock ticks, the least CPU time that counts as work
 METRICS_TIMEOUT = 5.0  # seconds
+RETRIES = Retries(unhealthy=False)
 # Triton's error when an inference process (its stub), named by model and instance, does not react for a second.
 UNHEALTHY = re.compile(r"Stub process '(\w+)_\d+_\d+' is not healthy")
 
@@ -64,7 +66,7 @@ class GoldenRequestCheck:
         ServerOverloaded, and ServingError when a response is wrong or a request failed for another reason.
         """
         busy = None
-        with Client(self.server.http_url, timeout=self.timeout) as client:
+        with Client(self.server.http_url, timeout=self.timeout, retries=RETRIES) as client:
             for model, version, send in self._requests(client):
                 try:
                     self._check(model, version, send)
@@ -74,13 +76,14 @@ class GoldenRequestCheck:
             raise busy
 
     def _requests(self, client: Client) -> list[tuple[str, int, Callable[[], None]]]:
-        releases, url = self.server.releases, self.server.http_url
+        releases = self.server.releases
+        student = partial(check_student, self.server.http_url, timeout=self.timeout, retries=RETRIES)
         return [
             *(
                 (release.manifest.image_model, release.version, partial(check_golden, client, release))
                 for release in releases
             ),
-            *((STUDENT, release.version, partial(check_student, url, release, self.timeout)) for release in releases),
+            *((STUDENT, release.version, partial(student, release)) for release in releases),
         ]
 
     def _check(self, model: str, version: int, send: Callable[[], None]) -> None:
@@ -109,7 +112,7 @@ class GoldenRequestCheck:
                     f"{model} {version} is overloaded: {others:.0f} requests answered, but {error}"
                 ) from error
             raise
-        except RequestRejected as error:
+        except ProcessUnhealthy as error:
             if unhealthy := UNHEALTHY.search(str(error)):
                 raise ProcessHangs(str(error), unhealthy[1]) from error
             raise

@@ -12,6 +12,9 @@ from serving.transport.messages import InvalidResponse
 REASON_LENGTH = 500
 # Statuses of a gateway or server that is starting, stopping or overloaded; the request itself is valid.
 UNAVAILABLE = (502, 503)
+# Triton's errors where an inference process does not react for a second: it hangs, has exited, or got no processor time on
+# a busy machine. Over HTTP their status is 500, over gRPC INTERNAL.
+NO_REACTION = ("is not healthy", "health mutex")
 ADVICE = {
     401: "give credentials with --header 'Authorization: ...' (in Python: token= or headers=)",
     403: "this address or these credentials are not allowed to send this request",
@@ -36,6 +39,10 @@ class Unavailable(ServingError):
     def __init__(self, message: str, pause: float | None = None) -> None:
         super().__init__(message)
         self.pause = pause
+
+
+class ProcessUnhealthy(Unavailable):
+    """An inference process did not react for a second. Another one of the model may answer a retry."""
 
 
 class DeadlineExceeded(ServingError):
@@ -63,6 +70,11 @@ def decode_response(url: str, decode: Callable[..., Any], *response: Any) -> Any
         raise not_triton(url, str(error)) from error
 
 
+def unhealthy(url: str, reason: str) -> ProcessUnhealthy:
+    """Return the error for an inference process that does not react. reason: Triton's message."""
+    return ProcessUnhealthy(f"{url} is not available: {reason} It hangs, has exited, or the machine is overloaded")
+
+
 def deadline_exceeded(url: str, budget: float) -> DeadlineExceeded:
     """Return the error for a call whose deadline has passed. budget: its timeout in seconds."""
     return DeadlineExceeded(f"{url} did not answer within {budget:g} s; try again or allow a longer timeout")
@@ -78,6 +90,8 @@ def check_http_status(url: str, status: int, headers: dict[str, str], body: byte
     if status == 200:
         return
     reason = _triton_reason(body)
+    if status == 500 and reason and any(text in reason for text in NO_REACTION):
+        raise unhealthy(url, reason)
     if status in UNAVAILABLE:
         raise Unavailable(f"{url} is not available: {reason or f'HTTP {status}'}", _retry_after(headers))
     if status in (408, 499, 504):
@@ -98,6 +112,8 @@ def grpc_error(url: str, error: Any, budget: float) -> ServingError:
     code, details = error.code().name, _one_line(error.details() or "")
     if code == "DEADLINE_EXCEEDED":
         return deadline_exceeded(url, budget)
+    if code == "INTERNAL" and any(text in details for text in NO_REACTION):
+        return unhealthy(url, details)
     handshake = "handshake" in details.replace("tcp handshaker", "")  # "tcp handshaker": a broken connection, not TLS
     if code in UNREACHABLE and (handshake or "CERTIFICATE_VERIFY" in details):
         return tls_error(url, details)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import tenacity
 
 from serving.shared.errors import InputError
-from serving.transport.failures import Unavailable, deadline_exceeded
+from serving.transport.failures import ProcessUnhealthy, Unavailable, deadline_exceeded
 
 
 class Deadline:
@@ -38,16 +38,18 @@ class Deadline:
 class Retries:
     """Retry policy: at most `attempts` attempts, exponential backoff with full jitter.
 
-    Retried: no connection, a broken connection, UNAVAILABLE, HTTP 502 and 503. An inference changes no state on the
-    server, so a request whose response was lost is retried too. A rejected request (4xx, INVALID_ARGUMENT) and a passed
-    deadline are final. The random wait spreads the requests of all clients after a server restart; the server's
-    Retry-After is added when the deadline allows it.
-    first_wait, longest_wait: bounds of the wait in seconds.
+    Retried: no connection, a broken connection, UNAVAILABLE, HTTP 502 and 503, an inference process that did not react. An
+    inference changes no state on the server, so a request whose response was lost is retried too. A rejected request (4xx,
+    INVALID_ARGUMENT) and a passed deadline are final. The random wait spreads the requests of all clients after a server
+    restart; the server's Retry-After is added when the deadline allows it.
+    first_wait, longest_wait: bounds of the wait in seconds. unhealthy: False for a health check, which has to report an
+    inference process that did not react although another one would answer a retry.
     """
 
     attempts: int = 4
     first_wait: float = 0.1
     longest_wait: float = 2.0
+    unhealthy: bool = True
 
     def __post_init__(self) -> None:
         if self.attempts < 1 or not 0 <= self.first_wait <= self.longest_wait:
@@ -58,11 +60,14 @@ class Retries:
         # tenacity's clock starts now, later than that of the deadline.
         remaining = max(deadline.ends - time.monotonic(), 0.0)
         return {
-            "retry": tenacity.retry_if_exception_type(Unavailable),
+            "retry": tenacity.retry_if_exception(self._retried),
             "stop": tenacity.stop_after_attempt(self.attempts) | tenacity.stop_before_delay(remaining),
             "wait": self._wait,
             "retry_error_callback": _raise_last_error,
         }
+
+    def _retried(self, error: BaseException) -> bool:
+        return isinstance(error, Unavailable) and (self.unhealthy or not isinstance(error, ProcessUnhealthy))
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -78,4 +83,4 @@ def _raise_last_error(state: tenacity.RetryCallState) -> NoReturn:
     if state.attempt_number == 1:
         raise error
     attempts = f"tried {state.attempt_number} times in {state.seconds_since_start or 0:.1f} s"
-    raise Unavailable(f"{error}; {attempts}", error.pause) from error.__cause__
+    raise type(error)(f"{error}; {attempts}", error.pause) from error.__cause__

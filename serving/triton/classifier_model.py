@@ -136,10 +136,11 @@ class TritonPythonModel:
             "probability": probability.astype(np.float32),
         }
         responses, priors, start = [], Counter(), 0
-        further = self.extras.outputs(parsed, calibrated, every, order)
-        for request, extra in zip(parsed, further, strict=True):
+        parts = self.extras.parts(parsed, calibrated, every, order)
+        for request in parsed:
             end = start + len(request.images)
-            arrays = {name: values[start:end] for name, values in outputs.items()} | extra
+            arrays = {name: values[start:end] for name, values in outputs.items()}
+            arrays |= self.extras.arrays(request.extras, parts[start:end])
             if request.extras is not None and request.extras.explain is not None:
                 arrays |= self.explained(request, best[start:end, 0])
             tensors = [pb_utils.Tensor(name, values) for name, values in arrays.items()]
@@ -147,13 +148,20 @@ class TritonPythonModel:
             priors.update(request.priors)
             start = end
         self.metrics.count_images(priors, best[:, 0], probability[:, 0])
-        if unknown := [extra["unknown"] for extra in further if "unknown" in extra]:
-            self.metrics.count_unknown(np.concatenate(unknown))
-            if self.unknown_images:
-                for request, extra in zip(parsed, further, strict=True):
-                    if "unknown" in extra and extra["unknown"].any():
-                        self.unknown_images.offer(self.parser.image_files(request, extra["unknown"][:, 0]))
+        if unknown := [row["unknown"] for row in parts if "unknown" in row]:
+            self.metrics.count_unknown(len(unknown), sum(unknown))
+            if self.unknown_images and any(unknown):
+                self.keep_unknown(parsed, parts)
         return responses
+
+    def keep_unknown(self, parsed, parts):
+        """Offer the unknown images of a batch to their store. parts: of each row, from extras.py."""
+        alarms, start = np.array([row.get("unknown", False) for row in parts]), 0
+        for request in parsed:
+            end = start + len(request.images)
+            if alarms[start:end].any():
+                self.unknown_images.offer(self.parser.image_files(request, alarms[start:end]))
+            start = end
 
     def explained(self, request, best):
         """The outputs of explain.py for one parsed request, by one more run of the network. Raises StudentFailed."""

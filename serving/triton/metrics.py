@@ -83,10 +83,10 @@ class Metrics:
             self.count("tailor_confidence_sum", float(confidence.sum()))
             self.count("tailor_confidence_count", len(confidence))
 
-    def count_unknown(self, unknown):
-        """Count answers by whether the image is unknown, bool [n,1]."""
-        self.count("tailor_unknown_total", int(unknown.sum()), result="unknown")
-        self.count("tailor_unknown_total", int((~unknown).sum()), result="known")
+    def count_unknown(self, images, unknown):
+        """Count answers with `unknown`. images: all of them. unknown: those that resemble no class."""
+        self.count("tailor_unknown_total", unknown, result="unknown")
+        self.count("tailor_unknown_total", images - unknown, result="known")
 
     def count(self, family, number=1, **labels):
         """Add to a counter of FAMILIES."""

@@ -17,6 +17,7 @@ import pytest
 from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from serving.repository.model_config import EXTRA_OUTPUTS
 from serving.server.triton_server import TritonServer
 
 
@@ -48,7 +49,8 @@ class Response:
         return "an id"
 
     def requested_output_names(self) -> list[str]:
-        return ["logits", "feature"]
+        """All outputs of both models, as Triton returns for a request that lists none."""
+        return ["logits", "feature", "class", "index", "probability", *EXTRA_OUTPUTS]
 
     def has_error(self) -> bool:
         return self.error is not None

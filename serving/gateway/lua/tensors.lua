@@ -26,7 +26,7 @@ tensors.MODELS = {
         outputs = {
             class = {}, index = {}, probability = {},
             set = {}, set_size = {}, decision = {}, decision_index = {}, expected_cost = {},
-            unknown = {}, typicality = {}, node = {}, node_probability = {},
+            unknown = {}, typicality = {}, node = {}, node_probability = {}, extras = {},
             nearest = {}, nearest_class = {}, nearest_cosine = {}, nearest_image = {}, activation_map = {},
             activation_crop = {},
         },

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from models.contrast.crd import CRD
+from models.contrast.crd import CRD, noise_contrastive_losses
 from models.contrast.kcl import KPositiveContrast, k_positive_losses
 from models.contrast.memories import FifoQueue
 from models.contrast.paco import GPaCo, PaCo, parametric_losses
@@ -268,6 +268,21 @@ def test_crd_equals_the_golden_values_and_keeps_the_z_of_the_first_batch(tau, z,
     assert term.log_z.exp().tolist() == pytest.approx(z, rel=1e-12)
     term.losses(v2, v1, rows)
     assert term.log_z.exp().tolist() == pytest.approx(z, rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+def test_the_losses_of_crd_and_their_gradients_equal_a_sum_by_logaddexp_also_where_both_terms_are_equal(scale):
+    exponent = scale * torch.randn(4, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    log_z, limit = torch.tensor(2.0, dtype=torch.float64), math.log(29 / 50 + 1e-7)
+    exponent[0] = log_z + limit
+    given = [exponent.clone().requires_grad_() for _ in range(2)]
+    other = given[1] - log_z
+    sums = torch.logaddexp(other, torch.full_like(other, limit)).sum(1)
+    expected = sums - other[:, 0] - 29 * math.log(29 / 50)
+    losses = noise_contrastive_losses(given[0], log_z, 50)
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    slopes = [torch.autograd.grad(each.sum(), x)[0] for each, x in zip((losses, expected), given, strict=True)]
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("tau", [0.07, 0.005])

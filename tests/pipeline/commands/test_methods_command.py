@@ -115,6 +115,23 @@ def test_methods_are_trained_once_judged_on_the_test_split_and_reported(project,
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("project")
+def test_every_method_is_trained_again_at_the_cost_of_one_of_them(capsys) -> None:
+    names = ["cross_entropy", "crt", "gml"]
+    assert main([*COMPARE, ",".join(names), "--seeds", "1", "--equal-cost", "gml"]) == 0
+    equal, rows = result()["equal_cost"], result()["methods"]
+    assert equal["method"] == "gml" and [row["method"] for row in equal["methods"]] == names
+    macs = [row["cost"]["macs"] for row in equal["methods"]]
+    assert max(macs) == macs[2] == rows[2]["cost"]["macs"] and equal["methods"][2]["accuracy"] == rows[2]["accuracy"]
+    for row, before in zip(equal["methods"][:2], rows[:2], strict=True):
+        assert row["epochs"] > before["epochs"] == 2
+        # One more epoch would cost more than gml.
+        assert row["cost"]["macs"] + before["cost"]["macs"] / 2 > macs[2]
+    assert "6/6  seed 0  gml at equal cost: " in capsys.readouterr().out
+    assert "At the training cost of gml" in Path("comparison/comparison.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("project")
 def test_a_killed_comparison_keeps_its_finished_runs_and_resumes(monkeypatch, capsys) -> None:
     train, trained = student.run, []
 
@@ -183,6 +200,7 @@ REFUSED = {
     ("gml", "--budget", "soon"): "--budget is 'soon'; expected a time above 0 such as 90s, 30m or 2h",
     ("gml", "--budget", "0m"): "--budget is '0m'",
     ("gml", "--against", "crt"): "--against is 'crt'; expected one of --methods: gml",
+    ("gml", "--equal-cost", "crt"): "--equal-cost is 'crt'; expected one of --methods: gml",
     ("",): "--methods is empty",
 }
 

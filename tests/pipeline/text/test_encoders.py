@@ -1,7 +1,7 @@
-"""Encoders of open_clip and transformers with stand-ins for both packages, which the tests do not install.
+"""Encoders of open_clip and transformers with stand-ins for both packages.
 
 The stand-ins have only the functions that Tailor calls: one token for each letter, and its vector as the feature.
-test_tiny_clip.py uses the true packages, where they are installed.
+test_tiny_clip.py uses the true packages; transformers only where it is installed.
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from serving.client import requests
 from serving.client.extras import Extras, outputs_of, read_costs, row_bytes
 from serving.commands.app import main
 from serving.shared.errors import InputError
+from serving.transport.messages import Answer
 
 WRONG = [
     ({"coverage": 0}, "coverage is 0; expected a number above 0 and below 1"),
@@ -57,6 +59,27 @@ def test_parts_that_are_not_wanted_need_neither_input_nor_output() -> None:
     rows = Extras(coverage=0.9, costs={"bee": 5}).inputs(["ant", "bee"])
     assert set(rows) == {"coverage", "costs"} and rows["costs"].tolist() == [b"[1.0, 5.0]"]
     assert set(outputs_of(rows)) == {"set", "set_size", "decision", "decision_index", "expected_cost"}
+
+
+def test_a_version_without_the_packed_output_is_asked_again_for_separate_ones() -> None:
+    """As after a roll back to a version that an older Tailor wrote: its config lists the output, its code lacks it."""
+    sequence = requests.RequestSequence("http://server")
+    steps: Any = sequence.predict([b"image"], "train", None, Extras(coverage=0.9))
+    config = {
+        "max_batch_size": 8,
+        "input": [{"name": name, "dims": [1]} for name in ("image", "prior", "coverage")],
+        "output": [{"name": "extras"}],
+    }
+    next(steps)
+    [call] = steps.send([config])
+    assert set(call.outputs) == set(requests.OUTPUTS) and call.optional == ("extras",)
+    today = {name: np.zeros((1, 1), np.float32) for name in ("index", "probability")}
+    today["class"] = np.array([[b"ant"]], dtype=np.object_)
+    [call] = steps.send([Answer(today, 1)])
+    assert {"set", "set_size"} <= set(call.outputs) and not call.optional
+    with pytest.raises(StopIteration) as end:
+        steps.send([Answer(today | {"set": np.array([[b"ant", b"bee", b""]], dtype=np.object_)}, 1)])
+    assert end.value.value[0].set == ("ant", "bee")
 
 
 @pytest.mark.parametrize(

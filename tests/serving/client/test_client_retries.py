@@ -19,7 +19,13 @@ from serving.client.predictions import Prediction
 from serving.client.sync_client import Client
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError, ServingError
-from serving.transport.failures import DeadlineExceeded, RequestRejected, Unavailable
+from serving.transport.failures import (
+    DeadlineExceeded,
+    ProcessUnhealthy,
+    RequestRejected,
+    Unavailable,
+    grpc_error,
+)
 from serving.transport.retries import Deadline, Retries
 from tests.support.faulty_server import (
     FaultyGrpc,
@@ -86,6 +92,33 @@ def test_a_temporary_failure_is_retried_over_grpc(
     assert [method.rpartition("/")[2] for method, _ in handler.calls] == ["ModelConfig"] * 3 + ["ModelInfer"]
 
 
+def test_an_inference_process_that_does_not_react_is_unavailable_and_only_a_health_check_sees_it_at_once(
+    predict: Predict,
+) -> None:
+    """Triton answers 500 as for an error of the model; on a busy machine a process got no processor time for a second."""
+    hung = answers("500 Error", b'{"error": "Stub process \'classifier_0_1\' is not healthy."}')
+    for retries, attempts in ((QUICK, 4), (Retries(unhealthy=False), 1)):
+        with FaultyHttp(None, [hung], forever=True) as faulty:
+            with pytest.raises(ProcessUnhealthy, match=r"'classifier_0_1' is not healthy\. It hangs, has exited, or"):
+                predict(faulty.url, retries=retries)
+            assert len(faulty.requests) == attempts
+    error = grpc_error("grpc://server", Details("message: Stub process 'classifier_0_1' is not healthy."), 1.0)
+    assert isinstance(error, ProcessUnhealthy)
+
+
+class Details:
+    """A grpc.RpcError with code INTERNAL."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.INTERNAL
+
+    def details(self) -> str:
+        return self.text
+
+
 @pytest.mark.end_to_end
 def test_a_dropped_connection_is_opened_again(server: TritonServer) -> None:
     with FaultyHttp(http_target(server)) as proxy, Client(proxy.url, retries=QUICK) as client:
@@ -110,7 +143,7 @@ def test_the_last_error_has_the_number_of_attempts(predict: Predict) -> None:
         (answers("413 Too Large", b"<html>"), "HTTP 413; send fewer or smaller images"),
         (answers("429 Too Many", Retry_After=0), "HTTP 429; send fewer requests"),
         (answers("301 Moved", Location="http://elsewhere"), "moved to http://elsewhere; give that address"),
-        (answers("500 Error", b'{"error": "stub process is not healthy"}'), "stub process is not healthy"),
+        (answers("500 Error", b'{"error": "student 1 failed"}'), "refused: student 1 failed"),
     ],
 )
 def test_a_rejected_request_is_not_retried_over_http(predict: Predict, fault: Any, message: str) -> None:

@@ -17,8 +17,8 @@ from models.preprocess import preprocess
 from pipeline.onnx_export.explanations import packed, with_class, write_arrays
 from serving.client import Extras
 from serving.client.extras import EXPLAIN
-from serving.client.predictions import NearestImage
-from serving.client.requests import _extra_parts, image_call
+from serving.client.predictions import NearestImage, extra_parts
+from serving.client.requests import image_call
 from serving.repository.manifest import EXPLAIN_NAME, MANIFEST_NAME, STUDENT_NAME, Manifest, sha256_of
 from serving.repository.writer import publish, write_repository
 from serving.shared.errors import InputError, RepositoryError
@@ -185,7 +185,7 @@ def test_the_client_sends_a_number_and_reads_images_and_map() -> None:
         "nearest_cosine": np.array([[0.5, 0.0]], dtype=np.float32), "activation_map": np.array([[[0.5, 1.5]]]),
         "activation_crop": np.array([[0.875]], dtype=np.float32),
     }  # fmt: skip
-    assert _extra_parts(Answer(outputs, 1), 0) == {
+    assert extra_parts(Answer(outputs, 1), 0) == {
         "nearest": (NearestImage("a.jpg", "ant", 0.5),), "activation_map": ((0.5, 1.5),),
         "activation_crop": 0.875,
     }  # fmt: skip

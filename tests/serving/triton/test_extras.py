@@ -13,7 +13,9 @@ from scipy.special import logsumexp
 
 from models.decisions import SetThresholds, cheapest, prediction_set
 from models.prior import softmax
+from serving.client.predictions import extra_parts
 from serving.repository.writer import write_repository
+from serving.transport.messages import Answer
 from tests.support.stand_in import Response, Tensor, counted, request
 
 TEMPERATURE = 5.0
@@ -110,6 +112,44 @@ def test_the_release_has_defaults_and_a_request_replaces_them(classifier: Any) -
         assert default[name].tolist() == same[name].tolist()
     [free] = classifier.execute([asked([picture(1)], strength=[[0.0]], ask=[[0.0]])])
     assert free["decision_index"].tolist() == [[-1]] and free["decision"].tolist() == [[b""]]
+
+
+def listing(built: Response, *names: str) -> Response:
+    """Make a request list its outputs."""
+    built.requested_output_names = lambda: ["class", "index", "probability", *names]  # type: ignore[method-assign]
+    return built
+
+
+def test_the_packed_output_has_the_values_of_the_separate_ones_to_the_last_bit(classifier: Any) -> None:
+    images = [picture(seed) for seed in range(8)]
+    inputs = {"coverage": [[0.9]] * 8, "ask": [[2.5]] * 8, "false_alarms": [[0.2]] * 8}
+    costs = {"costs": json.dumps(MATRIX).encode()}
+    [separate] = classifier.execute([asked(images, costs, **inputs)])
+    batch = [listing(asked(images[start : start + 4], costs, **rows_of(inputs, start)), "extras") for start in (0, 4)]
+    packed = [row for response in classifier.execute(batch) for row in response["extras"]]
+    assert {each.name for each in separate.tensors} >= {"set_size", "decision_index", "typicality"}
+    outputs = {each.name: each.array for each in separate.tensors}
+    for row in range(8):
+        alone = Answer({"extras": np.array([packed[row]], dtype=np.object_)}, 1)
+        assert extra_parts(alone, 0) == extra_parts(Answer(outputs, 1), row)
+
+
+def rows_of(inputs: dict[str, Any], start: int) -> dict[str, Any]:
+    return {name: rows[start : start + 4] for name, rows in inputs.items()}
+
+
+@pytest.mark.parametrize("repository", [{**KEYS, "sets": KEYS["sets"] | {"coverage": 0.9}}], indirect=True)
+def test_a_default_costs_nothing_where_a_request_lists_other_outputs(
+    classifier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets, calls = classifier.extras.sets, []
+    monkeypatch.setattr(classifier.extras, "sets", lambda *batch: calls.append(len(batch[1])) or sets(*batch))
+    plain, sized, every = classifier.execute(
+        [listing(asked([picture(1)])), listing(asked([picture(2)]), "set_size"), listing(asked([picture(3)]), "extras")]
+    )
+    assert [each.name for each in plain.tensors] == ["class", "index", "probability"]
+    assert sized["set_size"][0][0] == len(names_of(sized, 0))
+    assert list(json.loads(every["extras"][0][0])) == ["set"] and sum(calls) == 2
 
 
 def test_an_unknown_image_is_less_familiar_than_the_wanted_share_of_validation_images(

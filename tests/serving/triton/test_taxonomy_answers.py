@@ -11,7 +11,7 @@ from conftest import CLASSES, COUNTS, Release, picture, write_export
 
 from models.prior import softmax
 from models.taxonomy import Taxonomy
-from serving.client.requests import _extra_parts
+from serving.client.predictions import extra_parts
 from serving.repository.manifest import Manifest
 from serving.repository.writer import write_repository
 from serving.shared.errors import InputError
@@ -48,7 +48,7 @@ def test_the_node_is_the_deepest_that_reaches_the_level_under_the_prior_of_each_
     np.testing.assert_allclose(response["node_probability"][:, 0], [node.probability for node in expected], rtol=1e-5)
     assert response["node"][-1][0] == b"root" and response["node"].dtype == np.object_
     answer = Answer({name: response[name] for name in ("node", "node_probability")}, 1)
-    assert _extra_parts(answer, 5)["node"].name == "root"
+    assert extra_parts(answer, 5)["node"].name == "root"
 
 
 def test_a_request_without_a_level_gets_the_outputs_of_today(classifier: Any) -> None:
