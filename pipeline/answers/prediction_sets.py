@@ -11,7 +11,7 @@ from models.decisions import SetThresholds, images_needed, largest_coverage, mem
 from models.prior import GROUPS, softmax
 from pipeline.data.class_prior import Prior
 
-INTERPOLATION = 0.5  # least weight of a class's own quantile (docs/answers.md has a table)
+INTERPOLATION = 0.75  # least weight of a class's own quantile, chosen on validation images (docs/answers.md)
 MAX_SCORES = 20_000  # in a manifest, 200 kB; of more validation images a part of each large class is used
 DIGITS = 6  # significant digits of a score
 REPORTED = 0.9  # coverage of the report if params name none
