@@ -54,7 +54,7 @@ def table(content: dict[str, Any], of: str = "gml") -> str:
     groups = ", ".join(f"{counts[name]} {name}" for name in MEASURES[1:])
     places = [f"At equal epochs {place(rows, of)}"]
     places += [f"At the cost of {equal['method']} {place(equal['methods'], of)}"] if equal else []
-    missing = [f"Missing: {len(content['missing'])} runs."] if content["missing"] else []
+    missing = ["Not complete: some runs have no result."] if not content["complete"] else []
     return (
         f"`{content['command']}`\n\n{images}; classes: {groups}; seeds {', '.join(map(str, content['seeds']))}.\n\n"
         + "\n".join([*lines, "", *places, *missing])
@@ -67,7 +67,7 @@ def place(rows: list[dict[str, Any]], name: str) -> str:
 
     Within the spread: the interval of the paired difference from the method with the highest accuracy contains 0.
     """
-    first = next((row for row in rows if row["behind"] is None), None)
+    first = max(rows, key=lambda row: row["accuracy"]["all"]["value"], default=None)
     row = next((row for row in rows if row["method"] == name), None)
     if row is None or first is None:
         return f"{name} has no result."
@@ -77,6 +77,8 @@ def place(rows: list[dict[str, Any]], name: str) -> str:
             return f"{name} is the only method."
         second = max(others, key=lambda each: each["behind"]["value"])
         return f"{name} is first; {second['method']}, the second, is at {_difference(second['behind'])} points from it."
+    if row["behind"] is None:
+        return f"{name} is not first and has no seed in common with the first, {first['method']}."
     where = (
         "not first but within the spread of the first"
         if row["behind"]["high"] >= 0
@@ -126,7 +128,16 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(report(), end="")
         return 0
-    print(table(json.loads(options.comparison.read_text(encoding="utf-8")), options.of), end="")
+    try:
+        content = json.loads(options.comparison.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        parser.error(f"{options.comparison}: {error}; expected comparison.json of `tailor methods compare`")
+    if not isinstance(content, dict) or "equal_cost" not in content:
+        parser.error(
+            f"{options.comparison}: no key equal_cost, as in a file of an older version; run `tailor methods compare` again, "
+            "which trains only what is not finished"
+        )
+    print(table(content, options.of), end="")
     return 0
 
 

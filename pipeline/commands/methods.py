@@ -104,7 +104,8 @@ def compare(
     from pipeline.methods.page import as_json, missing_lines, render_methods
     from pipeline.params import load_params
 
-    chosen, limit = find_methods([name.strip() for name in methods.split(",") if name.strip()]), budget_seconds(budget)
+    given = [name.strip() for name in methods.split(",") if name.strip()]
+    chosen, limit = find_methods(given), budget_seconds(budget)
     named = [each.name for each in chosen]
     for option, name in (("--against", against), ("--equal-cost", equal_cost)):
         if name and name not in named:
@@ -115,7 +116,7 @@ def compare(
         raise ParamsError(f"--equal-cost: the cost is not known with student.tune {recipe.student.tune}; leave it out")
     project = load_project(recipe)
     comparison = Comparison(project, chosen, [recipe.seed + number for number in range(seeds)], equal_cost)
-    leave_out(comparison, project, given={*methods.split(","), equal_cost or ""})
+    leave_out(comparison, project, given={*given, against or "", equal_cost or ""})
     if reference not in comparison.methods:
         reference = comparison.methods[0]
     command = f"tailor methods compare --methods {shlex.quote(methods)} --seeds {seeds} --against {reference.name}"

@@ -122,14 +122,15 @@ def with_macs(params: Params, costs: dict[str, Cost], macs: int) -> Params:
     one; a second stage keeps its steps, which are taken off `macs`. Each schedule is stretched with the epochs.
     """
     trained = sum(cost.macs for stage, cost in costs.items() if stage != "classifier")
-    factor = (macs - sum(cost.macs for cost in costs.values()) + trained) / max(trained, 1)
-    sections = {name: _with_epochs(getattr(params, name), factor) for name in costs if name != "classifier"}
+    left = macs - sum(cost.macs for cost in costs.values()) + trained
+    # In integers: 100 * (29 / 100) is 28.999999999999996.
+    epochs = {name: getattr(params, name).epochs * left // max(trained, 1) for name in costs if name != "classifier"}
+    sections = {name: _with_epochs(getattr(params, name), max(number, 1)) for name, number in epochs.items()}
     return params.model_copy(update=sections)
 
 
-def _with_epochs(section: Any, factor: float) -> Any:
-    """Section teacher or student with `factor` times the epochs; warm-up and milestones move to the nearest epoch."""
-    epochs = max(int(section.epochs * factor), 1)
+def _with_epochs(section: Any, epochs: int) -> Any:
+    """Section teacher or student with other epochs; warm-up and milestones move to the nearest epoch."""
     factor, schedule = epochs / section.epochs, section.schedule
     warmup = max(round(schedule.warmup_epochs * factor), min(schedule.warmup_epochs, 1))
     milestones = sorted({max(round(milestone * factor), 1) for milestone in schedule.milestones})

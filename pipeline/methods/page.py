@@ -35,7 +35,7 @@ def as_json(comparison: Comparison, reference: str, command: str) -> dict[str, A
         "command": command, "reference": reference, "seeds": comparison.seeds, "confidence": CONFIDENCE,
         "test_images": len(project.labels), "training_images": sum(project.prior.counts),
         "classes": {name: project.prior.groups.count(name) for name in MEASURES[1:]} | {"all": len(project.prior.classes)},
-        "note": NOT_CHOSEN, "complete": not comparison.missing,
+        "note": NOT_CHOSEN, "complete": comparison.done == comparison.planned,
         "methods": [_row_json(row) for row in rows], "equal_cost": _equal_json(comparison, reference),
         "missing": [asdict(entry) for entry in comparison.missing],
         "left_out": [asdict(entry) for entry in comparison.left_out],

@@ -10,6 +10,7 @@ from pipeline.methods.catalogue import find_methods
 from pipeline.methods.comparison import Comparison, Project, Run, planned_runs
 from pipeline.methods.cost import Cost, Served, with_macs
 from pipeline.methods.networks import Trained
+from pipeline.methods.page import as_json
 from pipeline.methods.rows import rows_of
 from tests.support.making import params as default_params
 
@@ -28,10 +29,12 @@ def costs(**macs: int) -> dict[str, Cost]:
         (costs(teacher=100, student=700), 2000),
         (costs(teacher=200, student=600), 301),
         (costs(student=200, classifier=50), 900),
+        (costs(student=100), 29),  # 100 * (29 / 100) < 29
     ],
 )
 def test_the_epochs_cost_what_is_given_and_one_more_would_cost_more(stages: dict[str, Cost], macs: int) -> None:
     params = default_params()
+    params = params.model_copy(update={"student": params.student.model_copy(update={"epochs": 100})})
     made = with_macs(params, stages, macs)
 
     def cost(extra: int) -> float:
@@ -89,3 +92,10 @@ def test_a_seed_is_run_at_equal_epochs_and_then_at_equal_cost() -> None:
     assert planned[3].network.params.student.epochs == 3 * epochs and planned[4].network is None
     assert planned[5].network.name == planned[2].network.name
     assert [run.seed for run in planned] == [0] * 6 + [1] * 6
+
+
+def test_a_comparison_without_all_its_runs_is_not_complete() -> None:
+    made = comparison({"bcl": [0.5, 0.6], "gml": [0.8, 0.9]})
+    assert not as_json(made, "bcl", "")["complete"]  # interrupted before the runs at equal cost
+    made.equal = made.runs
+    assert as_json(made, "bcl", "")["complete"]
