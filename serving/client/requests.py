@@ -91,14 +91,15 @@ class RequestSequence:
             rows, default = yield from self.limits()
             name, row = yield from self._prior_input(default if parsed is None else parsed)
             wanted = yield from self._extra_inputs(extras)
+            packed = self._packed and bool(outputs_of(wanted) or self._outputs)  # another thread may change _packed
             answers = yield [
-                image_call(chunk, name, row, version, wanted, self._outputs, outputs, self.model, self._packed)
+                image_call(chunk, name, row, version, wanted, self._outputs, outputs, self.model, packed)
                 for chunk in chunks(encoded, rows, row_bytes(row, *wanted.values()))
             ]
             # A new release may change the classes and the default prior: repeat requests built from the old values.
             changed = version is None and self._release_changed(answers)
             named = isinstance(parsed, dict) or (extras is not None and extras.names_needed)
-            if self._packed and (wanted or self._outputs) and any(PACKED not in each.outputs for each in answers):
+            if packed and any(PACKED not in each.outputs for each in answers):
                 self._packed = False  # a version that an older Tailor wrote has only the separate outputs
             elif not (changed and (parsed is None or named)):
                 break
@@ -309,7 +310,7 @@ def image_call(
     inputs |= {each: np.repeat(values[None], len(encoded), axis=0) for each, values in rows.items()}
     further = outputs_of(extras)
     optional = tuple(name for name in defaults if name not in further)
-    if packed and (further or optional):
+    if packed:
         further, optional = {}, (PACKED,)
     requested = {**outputs, **further}
     optional += EXPLAIN if "explain" in extras else ()
