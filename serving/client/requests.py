@@ -262,7 +262,7 @@ class RequestSequence:
         """Convert the exceptions of parsing a response that is not Triton's into ServingError."""
         try:
             yield
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise not_triton(self.url, f"its response for {source} is not Triton's") from error
 
     def _release_changed(self, answers: Sequence[Answer]) -> bool:

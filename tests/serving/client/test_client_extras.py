@@ -12,7 +12,7 @@ import pytest
 from serving.client import requests
 from serving.client.extras import Extras, outputs_of, read_costs, row_bytes
 from serving.commands.app import main
-from serving.shared.errors import InputError
+from serving.shared.errors import InputError, ServingError
 from serving.transport.messages import Answer
 
 WRONG = [
@@ -96,6 +96,16 @@ def test_a_request_for_reasons_alone_is_sent_once_and_without_the_packed_output(
     assert "extras" not in call.optional
     with pytest.raises(StopIteration):
         steps.send([Answer(TODAY, 1)])
+
+
+@pytest.mark.parametrize("text", [b"null", b'{"set": 3}', b'{"decision": "ant"}', b"\xff", b"[" * 100_000])
+def test_a_packed_output_that_is_damaged_is_an_error_of_the_server(text: bytes) -> None:
+    sequence = requests.RequestSequence("http://server")
+    steps: Any = sequence.predict([b"image"], "train", None, Extras(coverage=0.9))
+    next(steps)
+    steps.send([CONFIG])
+    with pytest.raises(ServingError, match="its response for classifier is not Triton's"):
+        steps.send([Answer(TODAY | {"extras": np.array([[text]], dtype=np.object_)}, 1)])
 
 
 @pytest.mark.parametrize(
