@@ -87,11 +87,12 @@ class RequestSequence:
         answers: Sequence[Answer] = []
         if not encoded:
             return answers
-        for _ in range(3):
+        for repeats in range(3):
             rows, default = yield from self.limits()
             name, row = yield from self._prior_input(default if parsed is None else parsed)
             wanted = yield from self._extra_inputs(extras)
-            packed = self._packed and bool(outputs_of(wanted) or self._outputs)  # another thread may change _packed
+            # Each version has the separate outputs: the last request lists them. Another thread may change _packed.
+            packed = repeats < 2 and self._packed and bool(outputs_of(wanted) or self._outputs)
             answers = yield [
                 image_call(chunk, name, row, version, wanted, self._outputs, outputs, self.model, packed)
                 for chunk in chunks(encoded, rows, row_bytes(row, *wanted.values()))

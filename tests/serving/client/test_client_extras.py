@@ -88,6 +88,17 @@ def test_a_version_without_the_packed_output_is_asked_again_for_separate_ones() 
         assert end.value.value[0].set == ("ant", "bee")
 
 
+def test_a_call_during_a_swap_gets_its_extras_from_a_version_without_the_packed_output() -> None:
+    sequence = requests.RequestSequence("http://server")
+    steps: Any = sequence.predict([b"image"], None, None, Extras(coverage=0.9))
+    next(steps)
+    steps.send([CONFIG])
+    for version in (5, 6):
+        steps.send([Answer(TODAY, version)])
+    [call] = steps.send([CONFIG])  # of a new version the config is read again; it lists the packed output
+    assert {"set", "set_size"} <= set(call.outputs) and not call.optional
+
+
 def test_a_request_for_reasons_alone_is_sent_once_and_without_the_packed_output() -> None:
     sequence = requests.RequestSequence("http://server")
     steps: Any = sequence.predict([b"image"], "train", None, Extras(explain=True))
