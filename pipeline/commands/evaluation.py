@@ -197,7 +197,8 @@ def print_comparison(comparison: Comparison, classes: int) -> None:
             )  # fmt: skip
         console.print(table)
     console.print(
-        "Differences are in percentage points; a smaller ece is better. all: mean over classes, weighted by the target prior. "
+        "Differences are in percentage points, of nll in hundredths of a nat; smaller ece, nll and coverage (what sets lack of "
+        "it) are better. all: mean over classes, weighted by the target prior. "
         "p: McNemar's test; q: p corrected for the number of classes. "
         "Intervals are over test images: another training seed differs by more.",
         highlight=False,

@@ -88,7 +88,7 @@ def compare(challenger: Predictions, champion: Predictions, params: GateParams, 
     target = np.array(champion.prior.p) if params.target_prior == "train" else np.ones(classes)
     weights_of_all = target[labels] / counts[labels]
     measures = {"all": _compare_accuracy(*correct, weights_of_all / weights_of_all.sum(), params, "all")}
-    sizes = {"all": sample_size(counts, target), "ece": SampleSize(len(labels), len(labels))}
+    sizes = {"all": sample_size(counts, target)} | dict.fromkeys(("ece", "nll"), SampleSize(len(labels), len(labels)))
     for name in GROUPS:
         members = groups[labels] == name
         weights = 1 / counts[labels[members]]
@@ -98,8 +98,8 @@ def compare(challenger: Predictions, champion: Predictions, params: GateParams, 
             sizes[name] = sample_size(counts[groups == name])
     measures |= _compare_calibration(challenger, champion, params, ece_bins)
     for name in GROUPS:
-        rows = groups[labels] == name
-        if rows.any():
+        if name in groups:
+            rows = groups[labels] == name
             calibration = _compare_calibration(challenger, champion, params, ece_bins, rows, weights_of_all[rows])
             measures |= {f"{error} {name}": measure for error, measure in calibration.items()}
             size = sample_size(counts[groups == name], target[groups == name])
@@ -121,6 +121,8 @@ def _compare_calibration(
 ) -> dict[str, Measure]:
     """Compare ECE and NLL of some test images. weights: of each, as in `calibration_tables`; None: all equal."""
     labels = champion.labels[rows]
+    if not len(labels):
+        return {"ece": _not_measured(params.ece), "nll": _not_measured(params.nll)}
     weights = np.ones(len(labels)) if weights is None else weights
     pair = [each.probabilities[rows] for each in (champion, challenger)]
     losses = [weights * -np.log(np.maximum(p[np.arange(len(labels)), labels], 1e-12)) for p in pair]
@@ -153,9 +155,10 @@ def _compare_coverage(
     labels, groups = challenger.labels, np.array(champion.prior.groups)
     measures, counts = {}, np.bincount(labels, minlength=len(groups))
     members = {"coverage": np.ones(len(labels), dtype=bool)}
-    members |= {f"coverage {name}": groups[labels] == name for name in GROUPS}
+    members |= {f"coverage {name}": groups[labels] == name for name in GROUPS if name in groups}
     for name, rows in members.items():
         if not rows.any():
+            measures[name] = _not_measured(params.coverage)
             continue
         share = weights[rows] if name == "coverage" else 1 / counts[labels[rows]]
         gaps = [_coverage_gap(sets, rows, share / share.mean()) for sets in (champion.sets, challenger.sets)]
@@ -181,7 +184,7 @@ def compare_areas(challenger: RunAreas, champion: RunAreas, params: GateParams) 
         classes = groups == name if name != "all" else np.ones(len(groups), dtype=bool)
         rule = getattr(params, name)
         if not classes.any():
-            measures[name] = Measure(None, None, None, None, None, None, rule.rule, rule.margin, None)
+            measures[name] = _not_measured(rule)
             continue
         before, after = champion.mean_iou(classes), challenger.mean_iou(classes)
         low, high = paired_interval(lambda index, b=before, a=after: a(index) - b(index), images, params)
@@ -227,13 +230,17 @@ def _add_sample_size(measure: Measure, size: SampleSize | None) -> Measure:
     return replace(measure, images=size.images, effective=size.effective, passed=passed)
 
 
+def _not_measured(rule: GateRule) -> Measure:
+    """A group without test samples has no value, so its rule cannot refuse."""
+    return Measure(None, None, None, None, None, None, rule.rule, rule.margin, None)
+
+
 def _compare_accuracy(
     champion: np.ndarray, challenger: np.ndarray, weights: np.ndarray, params: GateParams, name: str
 ) -> Measure:
     rule = getattr(params, name)
     if not len(weights):
-        # A group without test samples has no accuracy, so its rule cannot refuse.
-        return Measure(None, None, None, None, None, None, rule.rule, rule.margin, None)
+        return _not_measured(rule)
     change = (challenger.astype(np.float64) - champion) * weights * len(weights)
     low, high = paired_interval(lambda index: change[index].mean(axis=-1), len(change), params)
     p = mcnemar(champion, challenger, weights, params)

@@ -41,7 +41,7 @@ class Decision:
     not_judged: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{self.verdict}: {'; '.join(self.reasons)}"
+        return f"{self.verdict}: {'; '.join(self.reasons + [f'not judged: {line}' for line in self.not_judged])}"
 
     @property
     def verdict(self) -> str:

@@ -87,18 +87,20 @@ class RequestSequence:
         answers: Sequence[Answer] = []
         if not encoded:
             return answers
-        for _ in range(3):
+        for repeats in range(3):
             rows, default = yield from self.limits()
             name, row = yield from self._prior_input(default if parsed is None else parsed)
             wanted = yield from self._extra_inputs(extras)
+            # Each version has the separate outputs: the last request lists them. Another thread may change _packed.
+            packed = repeats < 2 and self._packed and bool(outputs_of(wanted) or self._outputs)
             answers = yield [
-                image_call(chunk, name, row, version, wanted, self._outputs, outputs, self.model, self._packed)
+                image_call(chunk, name, row, version, wanted, self._outputs, outputs, self.model, packed)
                 for chunk in chunks(encoded, rows, row_bytes(row, *wanted.values()))
             ]
             # A new release may change the classes and the default prior: repeat requests built from the old values.
             changed = version is None and self._release_changed(answers)
             named = isinstance(parsed, dict) or (extras is not None and extras.names_needed)
-            if self._packed and (wanted or self._outputs) and any(PACKED not in each.outputs for each in answers):
+            if packed and any(PACKED not in each.outputs for each in answers):
                 self._packed = False  # a version that an older Tailor wrote has only the separate outputs
             elif not (changed and (parsed is None or named)):
                 break
@@ -261,7 +263,7 @@ class RequestSequence:
         """Convert the exceptions of parsing a response that is not Triton's into ServingError."""
         try:
             yield
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise not_triton(self.url, f"its response for {source} is not Triton's") from error
 
     def _release_changed(self, answers: Sequence[Answer]) -> bool:
@@ -309,7 +311,7 @@ def image_call(
     inputs |= {each: np.repeat(values[None], len(encoded), axis=0) for each, values in rows.items()}
     further = outputs_of(extras)
     optional = tuple(name for name in defaults if name not in further)
-    if packed and (further or optional):
+    if packed:
         further, optional = {}, (PACKED,)
     requested = {**outputs, **further}
     optional += EXPLAIN if "explain" in extras else ()

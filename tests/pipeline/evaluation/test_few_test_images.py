@@ -169,7 +169,7 @@ def test_a_comparison_marks_each_measure_of_too_few_images(capsys):
     comparison = compare_runs(small, small, ("one", "two"), FAST, 15)
     content = as_json(comparison)
     assert content["measures"]["all"]["too_few"] and content["measures"]["few"]["images"] == 4
-    assert len(content["warnings"]) == len(comparison.warnings) == 5
+    assert len(content["warnings"]) == len(comparison.warnings) == 6
     print_comparison(comparison, 0)
     assert "warning: all: 12 test images, fewer than 100" in capsys.readouterr().out
     assert "Too few test images to compare" in render_comparison(comparison, "x")

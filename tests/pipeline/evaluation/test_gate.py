@@ -15,7 +15,7 @@ from sklearn.metrics import balanced_accuracy_score, log_loss
 
 from pipeline.answers.calibration import calibration_tables
 from pipeline.commands.app import main
-from pipeline.evaluation.comparison import compare, mcnemar, paired_interval
+from pipeline.evaluation.comparison import compare, mcnemar, not_judged, paired_interval
 from pipeline.evaluation.gate import decide
 from pipeline.evaluation.metrics import (
     adjusted_probabilities,
@@ -289,6 +289,31 @@ def test_a_group_with_few_images_is_named_and_not_judged(tmp_path):
     assert [line.partition(":")[0] for line in written] == ["ece few", "nll few"] and "70 test images" in written[0]
     assert decision.measures["ece few"].passed is None and decision.measures["ece few"].difference > 0.15
     assert decision.measures["ece medium"].passed
+    assert "not judged: ece few: 70 test images" in str(decision)
+
+
+def test_a_group_without_test_images_is_not_judged():
+    labels = np.repeat(np.arange(C - 2), 100)
+    run = replace(probable(0.7, 0, labels), sets=Sets(0.9, np.ones(len(labels), dtype=bool)))
+    rules = {name: {"rule": "estimate"} for name in ("ece", "nll", "coverage")}
+    measures = compare(run, run, GateParams.model_validate({"resamples": 100} | rules), 15)
+    lines = not_judged(measures)
+    assert [line.partition(":")[0] for line in lines] == ["ece few", "nll few", "coverage few"]
+    assert all("no test images" in line for line in lines)
+
+
+@pytest.mark.parametrize("error", ["ece", "nll"])
+def test_a_rule_of_calibration_does_not_decide_on_fewer_than_100_images(tmp_path, error):
+    labels = np.repeat(np.arange(C), [40, 20, 10, 10, 10, 9])
+    runs = [
+        contender(
+            tmp_path / str(p), np.log(probable(p, 0, labels).probabilities), labels=labels, ids=range(len(labels))
+        )
+        for p in (0.98, 0.7)
+    ]
+    rules = {"all": {"rule": "none"}, "few": {"rule": "none"}, error: {"rule": "estimate"}}
+    decision = decide(*runs, GateParams.model_validate({"resamples": 100} | rules), 15, None)
+    assert decision.undecided and decision.reasons[0].startswith(f"{error}: 99 test images")
 
 
 @pytest.mark.parametrize(

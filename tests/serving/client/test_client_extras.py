@@ -12,7 +12,7 @@ import pytest
 from serving.client import requests
 from serving.client.extras import Extras, outputs_of, read_costs, row_bytes
 from serving.commands.app import main
-from serving.shared.errors import InputError
+from serving.shared.errors import InputError, ServingError
 from serving.transport.messages import Answer
 
 WRONG = [
@@ -61,25 +61,62 @@ def test_parts_that_are_not_wanted_need_neither_input_nor_output() -> None:
     assert set(outputs_of(rows)) == {"set", "set_size", "decision", "decision_index", "expected_cost"}
 
 
+CONFIG = {
+    "max_batch_size": 8,
+    "input": [{"name": name, "dims": [1]} for name in ("image", "prior", "coverage", "explain")],
+    "output": [{"name": "extras"}],
+}
+TODAY = {name: np.zeros((1, 1), np.float32) for name in ("index", "probability")} | {
+    "class": np.array([[b"ant"]], dtype=np.object_)
+}
+SET = {"set": np.array([[b"ant", b"bee", b""]], dtype=np.object_)}
+
+
 def test_a_version_without_the_packed_output_is_asked_again_for_separate_ones() -> None:
     """As after a roll back to a version that an older Tailor wrote: its config lists the output, its code lacks it."""
     sequence = requests.RequestSequence("http://server")
-    steps: Any = sequence.predict([b"image"], "train", None, Extras(coverage=0.9))
-    config = {
-        "max_batch_size": 8,
-        "input": [{"name": name, "dims": [1]} for name in ("image", "prior", "coverage")],
-        "output": [{"name": "extras"}],
-    }
-    next(steps)
-    [call] = steps.send([config])
+    calls: list[Any] = [sequence.predict([b"image"], "train", None, Extras(coverage=0.9)) for _ in range(2)]
+    next(calls[0])
+    [call] = calls[0].send([CONFIG])
     assert set(call.outputs) == set(requests.OUTPUTS) and call.optional == ("extras",)
-    today = {name: np.zeros((1, 1), np.float32) for name in ("index", "probability")}
-    today["class"] = np.array([[b"ant"]], dtype=np.object_)
-    [call] = steps.send([Answer(today, 1)])
+    next(calls[1])  # of another thread, sent before the response to the first
+    for steps in calls:
+        [call] = steps.send([Answer(TODAY, 1)])
+        assert {"set", "set_size"} <= set(call.outputs) and not call.optional
+        with pytest.raises(StopIteration) as end:
+            steps.send([Answer(TODAY | SET, 1)])
+        assert end.value.value[0].set == ("ant", "bee")
+
+
+def test_a_call_during_a_swap_gets_its_extras_from_a_version_without_the_packed_output() -> None:
+    sequence = requests.RequestSequence("http://server")
+    steps: Any = sequence.predict([b"image"], None, None, Extras(coverage=0.9))
+    next(steps)
+    steps.send([CONFIG])
+    for version in (5, 6):
+        steps.send([Answer(TODAY, version)])
+    [call] = steps.send([CONFIG])  # of a new version the config is read again; it lists the packed output
     assert {"set", "set_size"} <= set(call.outputs) and not call.optional
-    with pytest.raises(StopIteration) as end:
-        steps.send([Answer(today | {"set": np.array([[b"ant", b"bee", b""]], dtype=np.object_)}, 1)])
-    assert end.value.value[0].set == ("ant", "bee")
+
+
+def test_a_request_for_reasons_alone_is_sent_once_and_without_the_packed_output() -> None:
+    sequence = requests.RequestSequence("http://server")
+    steps: Any = sequence.predict([b"image"], "train", None, Extras(explain=True))
+    next(steps)
+    [call] = steps.send([CONFIG])
+    assert "extras" not in call.optional
+    with pytest.raises(StopIteration):
+        steps.send([Answer(TODAY, 1)])
+
+
+@pytest.mark.parametrize("text", [b"null", b'{"set": 3}', b'{"decision": "ant"}', b"\xff", b"[" * 100_000])
+def test_a_packed_output_that_is_damaged_is_an_error_of_the_server(text: bytes) -> None:
+    sequence = requests.RequestSequence("http://server")
+    steps: Any = sequence.predict([b"image"], "train", None, Extras(coverage=0.9))
+    next(steps)
+    steps.send([CONFIG])
+    with pytest.raises(ServingError, match="its response for classifier is not Triton's"):
+        steps.send([Answer(TODAY | {"extras": np.array([[text]], dtype=np.object_)}, 1)])
 
 
 @pytest.mark.parametrize(
