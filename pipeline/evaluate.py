@@ -44,7 +44,7 @@ from pipeline.evaluation.segmentation import evaluate_networks
 from pipeline.features.stored import evaluation_inputs, stored_encoder
 from pipeline.model_io.checkpoint import BEST, load_config, load_model, student_folder
 from pipeline.model_io.devices import choose_device
-from pipeline.model_io.inference import EVALUATION_BATCH, outputs
+from pipeline.model_io.inference import EVALUATION_BATCH, class_maps, outputs
 from pipeline.params import ImageParams, Params
 from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report, render_segmentation_report
 from pipeline.report.analysis import write_plots
@@ -156,20 +156,24 @@ def _model_facts(
 def _mistakes(
     params: Params, test: AnyImages, logits: np.ndarray, prior: Prior, device: torch.device
 ) -> tuple[list[Mistake], AnyImages | None]:
-    """The most confident mistakes with their nearest training images, and the training split; none without serving.explain.
+    """The most confident mistakes with what serving.explain wants: nearest training images and activation maps.
 
-    logits: calibrated and balanced, of the test split.
+    Also returns the training split, or None if no training images are wanted. logits: of the test split, calibrated, balanced.
     """
-    most = params.serving.explain.images
-    if not most:
+    explain = params.serving.explain
+    if not explain.images and not explain.map:
         return [], None
-    train = evaluation_inputs(params, "train")["student"]
+    train = evaluation_inputs(params, "train")["student"] if explain.images else None
     model = load_model(*student_folder(params))[0].to(device)
 
     def features(images: AnyImages, rows: torch.Tensor) -> torch.Tensor:
         return outputs(model, images.batches(rows, EVALUATION_BATCH), params.image, device)[0]
 
-    return confident_mistakes(features, test, softmax(logits), train, prior.classes, most), train
+    def maps(rows: torch.Tensor, chosen: np.ndarray) -> np.ndarray | None:
+        return class_maps(model, test.pixels(rows), chosen, params.image, device)
+
+    wanted = maps if explain.map else None
+    return confident_mistakes(features, test, softmax(logits), train, prior.classes, explain.images, wanted), train
 
 
 def _evaluate_segmentation(params: Params, output: Path) -> Result:
