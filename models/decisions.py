@@ -193,7 +193,7 @@ def activation_maps(
     classifier is a cosine one; a linear one has M_c·f_p (CAM, Zhou et al., CVPR 2016). The mean over the positions is the
     balanced logit of the class without calibration and bias.
     """
-    values = np.einsum("nd,ndhw->nhw", matrix[chosen], cells.astype(np.float64))
+    values: Floats = np.einsum("nd,ndhw->nhw", matrix[chosen], cells.astype(np.float64))
     if unit:
         values /= np.linalg.norm(cells.mean(axis=(2, 3), dtype=np.float64), axis=1)[:, None, None]
     return values.astype(np.float32)

@@ -22,7 +22,7 @@ from pipeline.answers.prediction_sets import covered_columns
 from pipeline.answers.reasons import Mistake, confident_mistakes
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
-from pipeline.data.dataset import AnyImages
+from pipeline.data.dataset import AnyImages, evaluation_images
 from pipeline.data.split_tables import load_taxonomy, read_groups
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import (
@@ -41,8 +41,8 @@ from pipeline.evaluation.predictions import (
 )
 from pipeline.evaluation.runs import load_run
 from pipeline.evaluation.segmentation import evaluate_networks
-from pipeline.features.stored import evaluation_inputs, stored_encoder
-from pipeline.model_io.checkpoint import BEST, load_config, load_model, student_folder
+from pipeline.features.stored import evaluation_inputs, stored_encoder, takes_features
+from pipeline.model_io.checkpoint import BEST, attach_encoder, load_config, load_model, student_folder
 from pipeline.model_io.devices import choose_device
 from pipeline.model_io.inference import EVALUATION_BATCH, class_maps, outputs
 from pipeline.params import ImageParams, Params
@@ -164,13 +164,17 @@ def _mistakes(
     if not explain.images and not explain.map:
         return [], None
     train = evaluation_inputs(params, "train")["student"] if explain.images else None
-    model = load_model(*student_folder(params))[0].to(device)
+    folder, stage = student_folder(params)
+    model = load_model(folder, stage)[0].to(device)
 
     def features(images: AnyImages, rows: torch.Tensor) -> torch.Tensor:
         return outputs(model, images.batches(rows, EVALUATION_BATCH), params.image, device)[0]
 
     def maps(rows: torch.Tensor, chosen: np.ndarray) -> np.ndarray | None:
-        return class_maps(model, test.pixels(rows), chosen, params.image, device)
+        images = evaluation_images(params, "test") if takes_features(params, "student") else test
+        mapped, config = load_model(folder, stage)
+        attach_encoder(mapped, config, params, folder)
+        return class_maps(mapped.to(device), images.pixels(rows), chosen, params.image, device)
 
     wanted = maps if explain.map else None
     return confident_mistakes(features, test, softmax(logits), train, prior.classes, explain.images, wanted), train

@@ -61,8 +61,8 @@ def confident_mistakes(
     wrong = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:SHOWN]
     if not len(wrong):
         return []
-    wrong_maps = maps(torch.from_numpy(wrong), predicted[wrong]) if maps else None
     nearest = _nearest(features, test, wrong, train, classes, most) if train else [[] for _ in wrong]
+    wrong_maps = maps(torch.from_numpy(wrong), predicted[wrong]) if maps else None
     return [
         Mistake(
             int(row), classes[labels[row]], classes[predicted[row]], float(probabilities[row, predicted[row]]), near,
