@@ -43,8 +43,9 @@ from pipeline.evaluation.runs import load_run
 from pipeline.evaluation.segmentation import evaluate_networks
 from pipeline.features.stored import evaluation_inputs, stored_encoder, takes_features
 from pipeline.model_io.checkpoint import BEST, attach_encoder, load_config, load_model, student_folder
+from pipeline.model_io.class_maps import class_maps
 from pipeline.model_io.devices import choose_device
-from pipeline.model_io.inference import EVALUATION_BATCH, class_maps, outputs
+from pipeline.model_io.inference import EVALUATION_BATCH, outputs
 from pipeline.params import ImageParams, Params
 from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report, render_segmentation_report
 from pipeline.report.analysis import write_plots

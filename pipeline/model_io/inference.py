@@ -1,4 +1,4 @@
-"""Inference of a trained network on a split: features, logits, accuracy, class-activation maps."""
+"""Inference of a trained network on a split: features, logits, accuracy."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.decisions import activation_maps
 from models.distributed import rank, rank_count
-from models.networks.backbones import NoFeatureMapError
-from models.networks.cosine_classifier import ImageClassifier, LinearHead
+from models.networks.cosine_classifier import ImageClassifier
 from pipeline.data.dataset import AnyImages, normalise
 from pipeline.params import ImageParams
 from pipeline.shared.errors import StageError
 
 EVALUATION_BATCH = 512
-MAP_TOLERANCE = 1e-4  # largest difference of a value of the unit feature from the mean of the map
 
 
 class NotFiniteError(StageError):
@@ -113,47 +110,3 @@ def accuracy(
     if bad:
         raise NotFiniteError(int(bad), len(data))
     return right / len(data)
-
-
-def class_rows(model: ImageClassifier) -> tuple[np.ndarray, bool] | None:
-    """Matrix float32 [C,D] of which the logits are the product with the feature, without a bias; whether with the unit feature.
-
-    None for a student with another classifier.
-    """
-    if model.memory is not None or not model.cosine:
-        return None
-    if isinstance(head := model.classifier, LinearHead):
-        plain = head.centre is None and head.gate_weight is None
-        return (head.weight.detach().cpu().numpy().astype(np.float32), True) if plain else None
-    folded = model.folded()
-    if folded is None or folded.parts > 1:
-        return None
-    return folded.matrix.cpu().numpy().astype(np.float32), folded.parts == 1
-
-
-def is_mean(unit: np.ndarray, cells: np.ndarray) -> bool:
-    """Whether features of length 1 [n,D] have the direction of the mean over the positions of their map [n,D,h,w]."""
-    mean = cells.mean(axis=(2, 3), dtype=np.float64)
-    return bool(np.abs(mean / np.linalg.norm(mean, axis=1, keepdims=True) - unit).max() <= MAP_TOLERANCE)
-
-
-@torch.inference_mode()
-def class_maps(
-    model: ImageClassifier, images: Tensor, chosen: np.ndarray, image: ImageParams, device: torch.device
-) -> np.ndarray | None:
-    """Class-activation map of class chosen[i] for uint8 image i of [n,3,H,W], float32 [n,h,w]; model in eval mode.
-
-    None for a network without an exact map, as in a release: its classifier is not one matrix (class_rows), or its feature is
-    not the mean of a map.
-    """
-    found = class_rows(model)
-    if found is None or images.ndim != 4:  # stored features have no positions
-        return None
-    try:
-        outputs, maps = model.backbone.with_map(normalise(images.to(device), image))
-    except NoFeatureMapError:
-        return None
-    cells = maps.float().cpu().numpy()
-    if not is_mean(torch.nn.functional.normalize(outputs.float(), dim=1).cpu().numpy(), cells):
-        return None
-    return activation_maps(found[0], cells, chosen, found[1])

@@ -15,7 +15,8 @@ from models.networks.cosine_classifier import ImageClassifier
 from models.networks.memory import choose_rows
 from models.preprocess import decode
 from pipeline.data.dataset import AnyImages
-from pipeline.model_io.inference import EVALUATION_BATCH, class_rows, is_mean
+from pipeline.model_io.class_maps import class_rows, is_mean
+from pipeline.model_io.inference import EVALUATION_BATCH
 from pipeline.params import ExplainParams
 from pipeline.shared.artifacts import write_file
 from pipeline.shared.errors import StageError

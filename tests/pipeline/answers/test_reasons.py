@@ -16,7 +16,7 @@ from models.networks.cosine_classifier import CosineClassifier, ImageClassifier,
 from models.prior import softmax
 from pipeline.answers.reasons import NEAREST, SHOWN, confident_mistakes
 from pipeline.data.dataset import Images, normalise
-from pipeline.model_io.inference import class_maps
+from pipeline.model_io.class_maps import class_maps
 from tests.support.generated_run import HOSTILE, made_report, params
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from models.networks.backbones import NoFeatureMapError, build_backbone
 from models.networks.cosine_classifier import ImageClassifier, LinearClassifier, LinearHead, linear_head
 from pipeline.data.dataset import Images
-from pipeline.model_io.inference import class_rows
+from pipeline.model_io.class_maps import class_rows
 from pipeline.onnx_export import explanations
 from pipeline.onnx_export.explanations import check_map, write_explanations
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
