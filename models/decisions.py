@@ -1,4 +1,4 @@
-"""Decisions from logits: the class of least expected cost, prediction sets that hold for every prior, unknown images.
+"""Decisions from logits: the class of least expected cost, prediction sets that hold for every prior, unknown images, maps.
 
 Imports only numpy, because the served classifier imports a copy of this file.
 
@@ -182,3 +182,18 @@ class Typicality:
             if values := self.sorted.get(group):
                 share[row] = (1 + bisect_right(values, value)) / (1 + len(values))
         return share
+
+
+def activation_maps(
+    matrix: NDArray[np.floating[Any]], cells: NDArray[np.floating[Any]], chosen: NDArray[np.integer[Any]], unit: bool
+) -> NDArray[np.float32]:
+    """Class-activation map of class chosen[i] for each image i, float32 [n,h,w]: M_c·f_p / |f| at position p.
+
+    matrix: the class matrix M [C,D]. cells: the map f_p of features [n,D,h,w], with the mean f, the feature. unit: whether the
+    classifier is a cosine one; a linear one has M_c·f_p (CAM, Zhou et al., CVPR 2016). The mean over the positions is the
+    balanced logit of the class without calibration and bias.
+    """
+    values: Floats = np.einsum("nd,ndhw->nhw", matrix[chosen], cells.astype(np.float64))
+    if unit:
+        values /= np.linalg.norm(cells.mean(axis=(2, 3), dtype=np.float64), axis=1)[:, None, None]
+    return values.astype(np.float32)

@@ -22,7 +22,7 @@ from pipeline.answers.prediction_sets import covered_columns
 from pipeline.answers.reasons import Mistake, confident_mistakes
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
-from pipeline.data.dataset import AnyImages
+from pipeline.data.dataset import AnyImages, evaluation_images
 from pipeline.data.split_tables import load_taxonomy, read_groups
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import (
@@ -41,8 +41,9 @@ from pipeline.evaluation.predictions import (
 )
 from pipeline.evaluation.runs import load_run
 from pipeline.evaluation.segmentation import evaluate_networks
-from pipeline.features.stored import evaluation_inputs, stored_encoder
-from pipeline.model_io.checkpoint import BEST, load_config, load_model, student_folder
+from pipeline.features.stored import evaluation_inputs, stored_encoder, takes_features
+from pipeline.model_io.checkpoint import BEST, attach_encoder, load_config, load_model, student_folder
+from pipeline.model_io.class_maps import class_maps
 from pipeline.model_io.devices import choose_device
 from pipeline.model_io.inference import EVALUATION_BATCH, outputs
 from pipeline.params import ImageParams, Params
@@ -156,20 +157,28 @@ def _model_facts(
 def _mistakes(
     params: Params, test: AnyImages, logits: np.ndarray, prior: Prior, device: torch.device
 ) -> tuple[list[Mistake], AnyImages | None]:
-    """The most confident mistakes with their nearest training images, and the training split; none without serving.explain.
+    """The most confident mistakes with what serving.explain wants: nearest training images and activation maps.
 
-    logits: calibrated and balanced, of the test split.
+    Also returns the training split, or None if no training images are wanted. logits: of the test split, calibrated, balanced.
     """
-    most = params.serving.explain.images
-    if not most:
+    explain = params.serving.explain
+    if not explain.images and not explain.map:
         return [], None
-    train = evaluation_inputs(params, "train")["student"]
-    model = load_model(*student_folder(params))[0].to(device)
+    train = evaluation_inputs(params, "train")["student"] if explain.images else None
+    folder, stage = student_folder(params)
+    model = load_model(folder, stage)[0].to(device)
 
     def features(images: AnyImages, rows: torch.Tensor) -> torch.Tensor:
         return outputs(model, images.batches(rows, EVALUATION_BATCH), params.image, device)[0]
 
-    return confident_mistakes(features, test, softmax(logits), train, prior.classes, most), train
+    def maps(rows: torch.Tensor, chosen: np.ndarray) -> np.ndarray | None:
+        images = evaluation_images(params, "test") if takes_features(params, "student") else test
+        mapped, config = load_model(folder, stage)
+        attach_encoder(mapped, config, params, folder)
+        return class_maps(mapped.to(device), images.pixels(rows), chosen, params.image, device)
+
+    wanted = maps if explain.map else None
+    return confident_mistakes(features, test, softmax(logits), train, prior.classes, explain.images, wanted), train
 
 
 def _evaluate_segmentation(params: Params, output: Path) -> Result:

@@ -1,4 +1,4 @@
-"""Reasons of wrong answers for the report: the training images that are most similar to the most confident mistakes."""
+"""Reasons of wrong answers for the report: most similar training images and activation maps of the most confident mistakes."""
 
 from __future__ import annotations
 
@@ -27,34 +27,60 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image with a wrong answer: its row in the test split, both classes, the probability of the wrong one."""
+    """A test image with a wrong answer: its row in the test split, both classes, the probability of the wrong one.
+
+    map: class-activation map of the wrong class, float32 [h,w]; None without one.
+    """
 
     row: int
     actual: str
     predicted: str
     probability: float
     nearest: list[Neighbour]
+    map: np.ndarray | None = None
 
 
 def confident_mistakes(
     features: Callable[[AnyImages, Tensor], Tensor],
     test: AnyImages,
     probabilities: np.ndarray,
-    train: AnyImages,
+    train: AnyImages | None,
     classes: list[str],
     most: int,
+    maps: Callable[[Tensor, np.ndarray], np.ndarray | None] | None = None,
 ) -> list[Mistake]:
     """The SHOWN wrong answers of highest probability, each with its NEAREST training images, most similar first.
 
     features: from images and their rows to features [n,D] of the student. probabilities: [N,C] of the test images, as served.
     most: training images that are compared (serving.explain.images), at least one of each class; all classes have the same
-    largest number of them, as in the feature index of a release.
+    largest number of them, as in the feature index of a release. train: None for mistakes without training images. maps: from
+    rows of the test images and a class for each to activation maps [n,h,w], or to None for a network without them.
     """
     labels, predicted = test.labels.numpy(), probabilities.argmax(1)
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:SHOWN]
     if not len(wrong):
         return []
+    nearest = _nearest(features, test, wrong, train, classes, most) if train else [[] for _ in wrong]
+    wrong_maps = maps(torch.from_numpy(wrong), predicted[wrong]) if maps else None
+    return [
+        Mistake(
+            int(row), classes[labels[row]], classes[predicted[row]], float(probabilities[row, predicted[row]]), near,
+            None if wrong_maps is None else wrong_maps[index],
+        )
+        for index, (row, near) in enumerate(zip(wrong, nearest, strict=True))
+    ]  # fmt: skip
+
+
+def _nearest(
+    features: Callable[[AnyImages, Tensor], Tensor],
+    test: AnyImages,
+    wrong: np.ndarray,
+    train: AnyImages,
+    classes: list[str],
+    most: int,
+) -> list[list[Neighbour]]:
+    """The nearest training images of each row of `wrong`; arguments as of `confident_mistakes`."""
     chosen = choose_rows(train.labels, len(classes), max(most, len(classes)))
     ours, theirs = (
         F.normalize(features(images, rows), dim=1)
@@ -62,12 +88,9 @@ def confident_mistakes(
     )
     cosines, nearest = (ours @ theirs.T).topk(min(NEAREST, len(chosen)), dim=1)
     return [
-        Mistake(
-            int(row), classes[labels[row]], classes[predicted[row]], float(probabilities[row, predicted[row]]),
-            [
-                Neighbour(int(chosen[index]), classes[int(train.labels[chosen[index]])], float(cosine))
-                for index, cosine in zip(indexes, values, strict=True)
-            ],
-        )
-        for row, indexes, values in zip(wrong, nearest.tolist(), cosines.tolist(), strict=True)
-    ]  # fmt: skip
+        [
+            Neighbour(int(chosen[index]), classes[int(train.labels[chosen[index]])], float(cosine))
+            for index, cosine in zip(indexes, values, strict=True)
+        ]
+        for indexes, values in zip(nearest.tolist(), cosines.tolist(), strict=True)
+    ]

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from models.networks.backbones import NoFeatureMapError
-from models.networks.cosine_classifier import ImageClassifier, LinearHead
+from models.networks.cosine_classifier import ImageClassifier
 from models.networks.memory import choose_rows
 from models.preprocess import decode
 from pipeline.data.dataset import AnyImages
+from pipeline.model_io.class_maps import class_rows, is_mean
 from pipeline.model_io.inference import EVALUATION_BATCH
 from pipeline.params import ExplainParams
 from pipeline.shared.artifacts import write_file
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     import onnxruntime
 
 MAX_BYTES = 256 * 2**20  # of rows and thumbnails; the classifier holds them in memory, once per instance
-TOLERANCE = 1e-4  # largest difference of a value of the unit feature from the mean of the map
 NO_MAP = "set serving.explain.map: false"
 
 
@@ -38,22 +38,6 @@ def check_map(model: ImageClassifier, precision: str) -> None:
             "serving.explain.map is true, but the student has no single cosine or linear classifier (a memory, experts, a "
             f"centred or gated head have none); {NO_MAP}"
         )
-
-
-def class_rows(model: ImageClassifier) -> tuple[np.ndarray, bool] | None:
-    """Matrix float32 [C,D] of which the logits are the product with the feature, without a bias; whether with the unit feature.
-
-    None for a student with another classifier.
-    """
-    if model.memory is not None or not model.cosine:
-        return None
-    if isinstance(head := model.classifier, LinearHead):
-        plain = head.centre is None and head.gate_weight is None
-        return (head.weight.detach().numpy().astype(np.float32), True) if plain else None
-    folded = model.folded()
-    if folded is None or folded.parts > 1:
-        return None
-    return folded.matrix.numpy().astype(np.float32), folded.parts == 1
 
 
 def write_explanations(
@@ -164,8 +148,6 @@ def _check_mean(session: onnxruntime.InferenceSession, examples: AnyImages) -> t
     pixels = examples.pixels(torch.arange(min(2, len(examples)))).numpy()
     inputs = {"image": pixels, "strength": np.zeros((len(pixels), 1), np.float32)}
     feature, cells = session.run(["feature", "feature_map"], inputs)
-    mean = cells.mean(axis=(2, 3), dtype=np.float64)
-    unit = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    if not np.abs(unit - feature).max() <= TOLERANCE:
+    if not is_mean(feature, cells):
         raise StageError(f"serving.explain.map is true, but {NoFeatureMapError.MESSAGE}; {NO_MAP}")
     return cells.shape[2], cells.shape[3]

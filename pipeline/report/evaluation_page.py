@@ -12,7 +12,7 @@ import yaml
 from models.calibration import MINIMUM_IMAGES
 from models.sample_size import ADVICE, from_json
 from pipeline.answers.fit import Answers
-from pipeline.answers.reasons import Mistake
+from pipeline.answers.reasons import Mistake, Neighbour
 from pipeline.data.class_prior import Prior
 from pipeline.evaluation.metrics import GROUPS
 from pipeline.evaluation.segmentation import SegmentationEvaluation, legend
@@ -20,7 +20,7 @@ from pipeline.evaluation.shifted_priors import SETS
 from pipeline.report import figures
 from pipeline.report.analysis import Analysis
 from pipeline.report.learning_figures import confusion_heatmap, learning_curves
-from pipeline.report.page import render_page, thumbnail
+from pipeline.report.page import activation_uri, render_page, thumbnail
 
 COLUMNS = ("class", "group", "train_count", "test_count", "student_balanced", "student_train", "teacher_balanced")
 FORMATS = ("text", "text", "count", "count", "percent", "percent", "percent")  # of page.js
@@ -101,11 +101,19 @@ def render_report(evaluation: Evaluation) -> str:
         model_facts=evaluation.model_facts, notes=evaluation.notes, provenance=evaluation.provenance, few=few,
         answers=evaluation.answers, taxonomy=evaluation.taxonomy, least_validation=MINIMUM_IMAGES, advice=ADVICE,
         curves=list(curves),
-        mistakes=[(each, [(thumbnail(evaluation.train_image(near.row)), near) for near in each.nearest])
-                  for each in evaluation.mistakes if evaluation.train_image],
+        mistakes=[_pictures(evaluation, each) for each in evaluation.mistakes],
         test_images=count_test_images(classes), params=recipe,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), command=COMMAND,
     )  # fmt: skip
+
+
+def _pictures(evaluation: Evaluation, mistake: Mistake) -> tuple[Mistake, str | None, list[tuple[str, Neighbour]]]:
+    """A mistake with data URIs of its activation map, None without one, and of its nearest training images."""
+    drawn, image = None, evaluation.recipe["image"]
+    if mistake.map is not None:
+        drawn = activation_uri(evaluation.encoded(mistake.row), mistake.map, image["size"] / image["resize_to"])
+    get = evaluation.train_image
+    return mistake, drawn, [(thumbnail(get(near.row)), near) for near in mistake.nearest] if get else []
 
 
 def render_segmentation_report(

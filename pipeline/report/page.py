@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from models.label_map_image import activation_overlay
 from models.preprocess import decode
 from pipeline.evaluation.intervals import Estimate
 
@@ -92,6 +94,16 @@ def thumbnail(data: bytes) -> str:
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, "WEBP", lossless=enlarged, quality=100 if enlarged else 72, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def activation_uri(data: bytes, values: np.ndarray, crop: float) -> str:
+    """Data URI of the part of an image that the network sees, SIDE pixels wide and high, under its activation map [h,w].
+
+    crop: as of `models.label_map_image.activation_overlay`.
+    """
+    stream = io.BytesIO()
+    activation_overlay(data, values, crop, SIDE).save(stream, "WEBP", quality=72, method=4)
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 

@@ -6,10 +6,7 @@ import base64
 import io
 from html import escape
 
-import numpy as np
-from PIL import Image
-
-from models.preprocess import decode, resize
+from models.label_map_image import activation_overlay
 from models.prior import parse_number
 from serving.client.extras import Extras
 from serving.client.predictions import Prediction
@@ -62,17 +59,7 @@ def reasons_html(prediction: Prediction, image: bytes) -> str:
 
 
 def overlay(image: bytes, prediction: Prediction) -> str:
-    """The part of the image that the network sees, under the activation map: a PNG in base64.
-
-    The map is scaled from its least to its largest value. The part is the centre crop of the network's test view.
-    """
-    resize_to = round(SIDE / (prediction.activation_crop or 1.0))
-    pixels = resize(decode(image, resize_to=resize_to).convert("RGB"), SIDE, resize_to)
-    square = Image.fromarray(pixels.transpose(1, 2, 0))
-    values = np.asarray(prediction.activation_map, dtype=np.float64)
-    values = (values - values.min()) / (np.ptp(values) or 1.0)
-    opacity = Image.fromarray((160 * values).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    square.paste((220, 20, 20), (0, 0, SIDE, SIDE), opacity)
-    stream = io.BytesIO()
-    square.save(stream, "PNG")
+    """The part of the image that the network sees, under the activation map of the prediction: a PNG in base64."""
+    stream, crop = io.BytesIO(), prediction.activation_crop or 1.0
+    activation_overlay(image, prediction.activation_map or (), crop, SIDE).save(stream, "PNG")
     return base64.b64encode(stream.getvalue()).decode("ascii")

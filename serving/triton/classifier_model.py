@@ -45,7 +45,7 @@ class TritonPythonModel:
         live = live_prior.LivePrior(folder.parents[1], manifest["classes"], self.prior)
         siblings = sibling("decisions"), sibling("taxonomy")
         explain = sibling("explain")
-        self.explanations = explain.open_explanations(folder, manifest, self.names)
+        self.explanations = explain.open_explanations(folder, manifest, self.names, siblings[0].activation_maps)
         most = explain.MOST if self.explanations else 0
         self.extras = sibling("extras").Extras(manifest, self.names, request_parser, self.prior, *siblings, most)
         self.parser = request_parser.RequestParser(

@@ -4,9 +4,8 @@ Runs in the inference process, with numpy. explain.npz beside this file has the 
 [K,D] of length 1, row_class int32 [K], names of the images, thumbnails or none, and for a map the class matrix [C,D]. The
 rows stay in memory as float16; a request converts CHUNK of them at a time.
 
-Nearest: the largest cosines of the feature of an image with the rows. Map of class c at position p: M_c·f_p / |f|, with the
-class matrix M, the map f_p of features and its mean f, the feature (CAM, Zhou et al., CVPR 2016, for a cosine classifier). A
-linear classifier has M_c·f_p. Its mean over the positions is the balanced logit of the class without calibration and bias.
+Nearest: the largest cosines of the feature of an image with the rows. decisions.py, a copy of the module of `models`, has the
+arithmetic of the map.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ CHUNK = 16384  # rows that are compared at once
 OUTPUTS = ("nearest", "nearest_class", "nearest_cosine")
 
 
-def open_explanations(folder, manifest, names):
+def open_explanations(folder, manifest, names, maps):
     """The Explanations of a version folder, or None if its release has none. names: of the classes, bytes by index.
+    maps: `activation_maps` of decisions.py.
 
     Raises TritonModelException in one line for a file that is not the one in the manifest, or belongs to another graph.
     """
@@ -46,18 +46,18 @@ def open_explanations(folder, manifest, names):
         raise pb_utils.TritonModelException(
             f"{path}: is the feature index of graph {graph[:12]}..., this version has {served[:12]}...; export again"
         )
-    return Explanations(arrays, names, manifest["image"]["size"] / manifest["image"]["resize_to"])
+    return Explanations(arrays, names, manifest["image"]["size"] / manifest["image"]["resize_to"], maps)
 
 
 class Explanations:
     """Nearest images and maps of one release.
 
     arrays: of explain.npz, by name. names: of the classes, bytes by index. crop: side of the network's centre crop, as a share
-    of the shorter side of an image.
+    of the shorter side of an image. maps: `activation_maps` of decisions.py.
     """
 
-    def __init__(self, arrays, names, crop):
-        self.crop = np.float32(crop)
+    def __init__(self, arrays, names, crop, maps):
+        self.crop, self.maps = np.float32(crop), maps
         self.rows, self.matrix, self.names = arrays["rows"], arrays.get("matrix"), names
         self.row_names = texts_of(arrays, "names")
         self.row_classes = names[arrays["row_class"]]
@@ -73,7 +73,7 @@ class Explanations:
         if len(self.rows):
             arrays |= self.nearest(np.asarray(wanted), network[0])
         if self.matrix is not None:
-            arrays["activation_map"] = self.maps(network[1], best)
+            arrays["activation_map"] = self.maps(self.matrix, network[1], best, self.unit)
             arrays["activation_crop"] = np.full((len(best), 1), self.crop)
         return arrays
 
@@ -96,13 +96,6 @@ class Explanations:
         if self.thumbnails is not None:
             arrays["nearest_image"] = np.where(shown, self.thumbnails[order], b"")
         return arrays
-
-    def maps(self, cells, best):
-        """The map of the best class of each row, float32 [n,h,w]. cells: the map of features, [n,D,h,w]."""
-        values = np.einsum("nd,ndhw->nhw", self.matrix[best], cells.astype(np.float64))
-        if self.unit:
-            values /= np.linalg.norm(cells.mean(axis=(2, 3), dtype=np.float64), axis=1)[:, None, None]
-        return values.astype(np.float32)
 
 
 def texts_of(arrays, name):

@@ -6,10 +6,12 @@ import copy
 import json
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 
 import pipeline.classifier
+import pipeline.evaluate
 import pipeline.prior
 import pipeline.split
 import pipeline.student
@@ -18,7 +20,7 @@ import pipeline.training.run
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.dataset import load_images
 from pipeline.model_io.checkpoint import load_model
-from pipeline.shared.artifacts import CLASSIFIER, STUDENT, TEACHER
+from pipeline.shared.artifacts import CLASSIFIER, EVALUATION, STUDENT, TEACHER
 from pipeline.shared.errors import ParamsError
 from pipeline.training.run import model_config, stage_seed, train_network
 from tests.support.making import data_params, folder, params
@@ -198,3 +200,16 @@ def test_the_pretraining_by_rotations_gives_the_first_weights_and_is_not_repeate
     pipeline.student.run(recipe)
     printed = capsys.readouterr().out
     assert printed.count("epoch 2/2") == 1 and "pretraining by rotations" in printed and not left.exists()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_report_of_a_cnn_draws_the_maps_of_its_mistakes_only_where_serving_wants_them(made, wanted):
+    changed = made(teacher={"serving.explain.map": wanted})
+    for stage in (pipeline.teacher, pipeline.student, pipeline.evaluate):
+        stage.run(changed)
+    table = pyarrow.parquet.read_table(EVALUATION / "predictions.parquet")
+    wrong = sum(map(int.__ne__, table["label"].to_pylist(), table["predicted_balanced"].to_pylist()))
+    assert wrong > 0
+    page = (EVALUATION / "report.html").read_text(encoding="utf-8")
+    assert page.count('alt="activation map of') == (min(wrong, 8) if wanted else 0)
+    assert "most similar training images" not in page

@@ -48,7 +48,9 @@ def made_logits(labels: np.ndarray, prior: Prior, seed: int, skill: float = 4.0)
 
 
 @lru_cache
-def made_report(classes: int, per_class: int, validation: bool = True, champion: bool = False) -> str:
+def made_report(
+    classes: int, per_class: int, validation: bool = True, champion: bool = False, heat_map: bool = True
+) -> str:
     """Return the report of generated predictions, built as in `evaluate`."""
     prior, recipe = made_prior(classes), params()
     labels = np.repeat(np.arange(classes), per_class)
@@ -92,7 +94,8 @@ def made_report(classes: int, per_class: int, validation: bool = True, champion:
     sizes = SplitSizes(sum(prior.counts), len(labels), len(labels))
     provenance = Provenance("2026-11-28 04:00 UTC", "0123abc+changes", made_histories(validation))
     facts, about = data_facts(recipe.data, recipe.image, prior, sizes), facts_of_the_model(prior)
-    mistake = Mistake(0, prior.classes[0], prior.classes[1], 0.9, [Neighbour(1, prior.classes[0], 0.75)])
+    heat = np.array([[0, 1], [1, 3]], dtype=np.float32) if heat_map else None
+    mistake = Mistake(0, prior.classes[0], prior.classes[1], 0.9, [Neighbour(1, prior.classes[0], 0.75)], heat)
     return render_report(
         Evaluation(
             found, metrics, rows, samples, prior, png, facts, about, recipe.model_dump(mode="json"),

@@ -1,12 +1,23 @@
 """Reasons of wrong answers: the most confident mistakes and their nearest training images, against a plain loop."""
 
-import numpy as np
-import torch
+import base64
+import io
+import re
 
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from models.networks.backbones import Backbone
+from models.networks.cosine_classifier import CosineClassifier, ImageClassifier, LinearClassifier, LinearHead
 from models.prior import softmax
 from pipeline.answers.reasons import NEAREST, SHOWN, confident_mistakes
-from pipeline.data.dataset import Images
-from tests.support.generated_run import HOSTILE, made_report
+from pipeline.data.dataset import Images, normalise
+from pipeline.model_io.class_maps import class_maps
+from tests.support.generated_run import HOSTILE, made_report, params
 
 
 class NoFiles:
@@ -55,3 +66,79 @@ def test_the_report_shows_them_with_names_as_text():
     section = section[: section.index("</section>")]
     assert "Most confident mistakes" in section and "training image of" in section and "0.75" in section
     assert HOSTILE[0] not in section and "&lt;script&gt;" in section
+
+
+CPU, IMAGE = torch.device("cpu"), params().image
+
+
+def small_network(head, *last):
+    """A convolution, then `last`, then the head, for 3 classes."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), *last)
+    return ImageClassifier(Backbone(layers, 6), 3, 0.1 if head is CosineClassifier else 1.0, head=head).eval()
+
+
+def pooled(head):
+    return small_network(head, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+PIXELS = torch.randint(0, 256, (4, 3, 12, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("head", [CosineClassifier, LinearClassifier])
+def test_a_map_is_the_evidence_at_each_position_and_its_mean_the_logit(head):
+    model, chosen = pooled(head), np.array([2, 0, 1, 2])
+    found = class_maps(model, PIXELS, chosen, IMAGE, CPU)
+    convolution, weight = model.backbone.network[0], model.classifier.weight.detach()
+    with torch.no_grad():
+        cells = F.conv2d(normalise(PIXELS, IMAGE), convolution.weight, convolution.bias, stride=2).clamp_min(0)
+        logits = model(normalise(PIXELS, IMAGE))[1].numpy()
+    assert found.shape == (4, *cells.shape[2:]) and found.dtype == np.float32
+    for row, c in enumerate(chosen):
+        matrix, length = weight[c], 1.0
+        if head is CosineClassifier:
+            matrix, length = weight[c] / weight[c].norm() / 0.1, cells[row].mean((1, 2)).norm()
+        expected = sum(matrix[d] * cells[row, d] for d in range(6)) / length
+        np.testing.assert_allclose(found[row], expected.numpy(), atol=1e-5)
+        bias = 0.0 if head is CosineClassifier else float(model.classifier.bias[c].detach())
+        assert found[row].mean() == pytest.approx(logits[row, c] - bias, abs=1e-5)
+
+
+def test_a_network_without_a_spatial_last_map_or_a_single_matrix_has_none():
+    chosen = np.zeros(4, dtype=int)
+    flat = small_network(CosineClassifier, nn.Flatten(), nn.LazyLinear(6))
+    not_the_mean = small_network(CosineClassifier, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 6))
+    gated = pooled(CosineClassifier)
+    gated.classifier = LinearHead(6, 3, gated=True)
+    with torch.no_grad():
+        flat.backbone(torch.zeros(1, 3, 12, 10))
+    for model in (flat, not_the_mean, gated):
+        assert class_maps(model, PIXELS, chosen, IMAGE, CPU) is None
+    assert class_maps(pooled(CosineClassifier), torch.zeros(4, 6), chosen, IMAGE, CPU) is None  # stored features
+
+
+def test_each_mistake_has_the_map_of_its_wrong_class_also_without_training_images():
+    labels = np.array([0, 1, 2])
+    tested, asked = images_of(np.eye(3), labels), []
+
+    def maps(rows, chosen):
+        asked.append((rows.tolist(), chosen.tolist()))
+        return np.stack([np.full((2, 2), 10 * row + c) for row, c in zip(rows.tolist(), chosen, strict=True)])
+
+    p = np.array([[0.1, 0.6, 0.3], [0.0, 1.0, 0.0], [0.9, 0.1, 0.0]])
+    found = confident_mistakes(features, tested, p, None, ["a", "b", "c"], 0, maps)
+    assert asked == [([2, 0], [0, 1])] and [each.nearest for each in found] == [[], []]
+    assert [float(each.map[0, 0]) for each in found] == [20.0, 1.0]
+    without = confident_mistakes(features, tested, p, None, ["a", "b", "c"], 0, lambda _rows, _chosen: None)
+    assert [each.map for each in without] == [None, None]
+
+
+def test_the_report_draws_the_map_in_96_pixels_and_has_no_column_without_one():
+    drawn, plain = made_report(12, 20), made_report(12, 20, heat_map=False)
+    assert "activation map" not in plain
+    assert 0 < len(drawn) - len(plain) < 8000  # of one map
+    [uri] = re.findall(r'<img src="data:image/webp;base64,([^"]+)"[^>]*alt="activation map of', drawn)
+    picture = Image.open(io.BytesIO(base64.b64decode(uri))).convert("RGB")
+    assert picture.size == (96, 96)
+    low, high = (np.array(picture.getpixel(place), dtype=int) for place in ((3, 3), (92, 92)))
+    assert (high - low)[0] > (high - low)[1:].max()  # red where the map is large

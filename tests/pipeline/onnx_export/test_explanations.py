@@ -12,8 +12,9 @@ from torch import nn
 from models.networks.backbones import NoFeatureMapError, build_backbone
 from models.networks.cosine_classifier import ImageClassifier, LinearClassifier, LinearHead, linear_head
 from pipeline.data.dataset import Images
+from pipeline.model_io.class_maps import class_rows
 from pipeline.onnx_export import explanations
-from pipeline.onnx_export.explanations import check_map, class_rows, write_explanations
+from pipeline.onnx_export.explanations import check_map, write_explanations
 from pipeline.onnx_export.graph import ServedStudent, to_onnx
 from pipeline.onnx_export.release import open_session
 from pipeline.params import ExplainParams
