@@ -158,7 +158,9 @@ def test_a_model_that_open_clip_would_look_up_elsewhere_is_refused_without_netwo
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("open_clip.factory.download_pretrained_from_hf", lambda *_, **__: pytest.fail("a download"))
-    with pytest.raises(ParamsError, match=f"^text.model is '{model}', which open_clip does not have; expected one such"):
+    with pytest.raises(
+        ParamsError, match=f"^text.model is '{model}', which open_clip does not have; expected one such"
+    ):
         open_encoder(TextParams(encoder="open_clip", model=model, file=str(tmp_path)))
 
 
