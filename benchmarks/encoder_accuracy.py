@@ -151,7 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{options.encoder} at {options.size} pixels, frozen; {len(data.train):,} training, {len(data.validation):,} "
         f"validation and {len(data.test):,} test images; classes: {groups}. {os.cpu_count()} CPU cores, torch "
         f"{torch.__version__}, Python {platform.python_version()}. {NOTES[options.data_set]}\n\n"
-        f"{table(results, options.split, options.against)}\nSeeds {', '.join(map(str, options.seeds))}; last epoch; {options.split}.\n"
+        f"{table(results, options.split, options.against)}\n"
+        f"Seeds {', '.join(map(str, options.seeds))}; last epoch; {options.split}.\n"
     )
     publish(report, output)
     return 0

@@ -70,8 +70,8 @@ DATA_SETS: dict[str, dict[str, Any]] = {
 }
 # Of a report on the data set: whether the encoder was trained on its classes.
 NOTES = {
-    "tiny-imagenet-lt": "The encoder was trained on ImageNet, which has these classes: the figures profit from pretraining more "
-    "than those of CIFAR-10 and plankton, whose images are not of ImageNet.",
+    "tiny-imagenet-lt": "The encoder was trained on ImageNet, which has these classes: the figures profit from pretraining "
+    "more than those of CIFAR-10 and plankton, whose images are not of ImageNet.",
     "cifar10-if100": "The encoder was trained on ImageNet, which does not have these images.",
     "plankton": "The encoder was trained on ImageNet, which does not have these images.",
 }
