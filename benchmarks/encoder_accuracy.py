@@ -88,15 +88,15 @@ def copy_text(source: Path, classes: list[str]) -> TextFeatures:
     return text
 
 
-def table(results: dict[str, list[dict[str, Any]]], split: str = "test") -> str:
-    """Markdown table, a row per method: percent, mean ± std over seeds; paired differences of `all` to L_cls."""
-    heads = [*COLUMNS, "images at train", "all, against L_cls", "s a run"]
+def table(results: dict[str, list[dict[str, Any]]], split: str = "test", against: str = "L_cls") -> str:
+    """Markdown table, a row per method: percent, mean ± std over seeds; paired differences of `all` to row `against`."""
+    heads = [*COLUMNS, "images at train", f"all, against {against}", "s a run"]
     lines = [f"| method | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
     for name, runs in results.items():
         cells = [format_mean_std([run[split][column] for run in runs]) for column in (*COLUMNS, "images")]
-        base = [run[split]["all"] for run in results.get("L_cls", [])]
+        base = [run[split]["all"] for run in results.get(against, [])]
         values = [run[split]["all"] for run in runs] * (len(base) if len(runs) == 1 else 1)
-        paired = name != "L_cls" and base and len(values) == len(base)
+        paired = name != against and base and len(values) == len(base)
         differences = [own - other for own, other in zip(values, base, strict=True)] if paired else []
         cells.append(format_difference(differences) if differences else "")
         lines.append(f"| {name} | {' | '.join(cells)} | {statistics.median(run['seconds'] for run in runs):,.0f} |")
@@ -118,12 +118,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--tuned", action="store_true", help="adds the rows that train the encoder's last blocks")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="default: %(default)s")
+    parser.add_argument(
+        "--against", metavar="ROW", default="L_cls", help="row of the differences (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="a Markdown file for the table")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     available = [*rows(), *(text_rows() if options.text else []), *(tuned_rows() if options.tuned else [])]
     known = [row.name for row in available]
-    if unknown := set(options.rows or known) - set(known):
+    chosen = options.rows or known
+    if options.against != "L_cls" and options.against not in chosen:
+        parser.error(f"--against: {options.against!r} is not a row of the table; expected {', '.join(chosen)}")
+    if unknown := set(chosen) - set(known):
         parser.error(f"--rows: {sorted(unknown)[0]!r} is unknown; expected {', '.join(known)}")
     params = project_params(options.data_set, options.data, options.encoder, options.size, options.views)
     folder = project_folder(options.work, options.data_set, params)
@@ -134,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         class_prior, results = load_prior(), {}
         text = copy_text(source, class_prior.classes) if source else None
         data = Features(*splits, class_prior, text)
-        for row in [row for row in available if row.name in (options.rows or known)]:
+        for row in [row for row in available if row.name in chosen]:
             if row.name == "zero-shot" and text.features.shape[1] != data.test.encoder["width"]:
                 continue
             seeds = options.seeds if row.sections else [options.seeds[0]]
@@ -145,7 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{options.encoder} at {options.size} pixels, frozen; {len(data.train):,} training, {len(data.validation):,} "
         f"validation and {len(data.test):,} test images; classes: {groups}. {os.cpu_count()} CPU cores, torch "
         f"{torch.__version__}, Python {platform.python_version()}. {NOTES[options.data_set]}\n\n"
-        f"{table(results, options.split)}\nSeeds {', '.join(map(str, options.seeds))}; last epoch; {options.split}.\n"
+        f"{table(results, options.split, options.against)}\n"
+        f"Seeds {', '.join(map(str, options.seeds))}; last epoch; {options.split}.\n"
     )
     publish(report, output)
     return 0

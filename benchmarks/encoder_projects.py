@@ -70,10 +70,10 @@ DATA_SETS: dict[str, dict[str, Any]] = {
 }
 # Of a report on the data set: whether the encoder was trained on its classes.
 NOTES = {
-    "tiny-imagenet-lt": "Tiny-ImageNet's classes are classes of ImageNet, on which the encoder was trained: these figures "
-    "profit from pretraining, those of CIFAR-10 and plankton do not.",
-    "cifar10-if100": "CIFAR-10 and plankton are not ImageNet; Tiny-ImageNet's classes are, and its figures profit from it.",
-    "plankton": "Plankton and CIFAR-10 are not ImageNet; Tiny-ImageNet's classes are, and its figures profit from it.",
+    "tiny-imagenet-lt": "The encoder was trained on ImageNet, which has these classes: the figures profit from pretraining "
+    "more than those of CIFAR-10 and plankton, whose images are not of ImageNet.",
+    "cifar10-if100": "The encoder was trained on ImageNet, which does not have these images.",
+    "plankton": "The encoder was trained on ImageNet, which does not have these images.",
 }
 
 

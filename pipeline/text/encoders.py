@@ -35,9 +35,10 @@ def _open_clip(text: TextParams) -> TextEncoder:
         raise not_installed(text, error) from None
     from pipeline.model_io.pretrained import read_weights
 
-    config = open_clip.get_model_config(text.model)
-    if config is None:
+    # Its other names are addresses: `hf-hub:` would use the network whatever text.download is, `local-dir:` a folder.
+    if text.model not in open_clip.list_models():
         raise ParamsError(f"text.model is {text.model!r}, which open_clip does not have; expected one such as RN50")
+    config = open_clip.get_model_config(text.model)
     if foreign := {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys():
         raise ParamsError(
             f"text.model is {text.model!r}, whose {foreign.pop()} open_clip would download; use encoder transformers or onnx"

@@ -114,6 +114,16 @@ def test_an_unknown_row_is_a_usage_error(arguments, capsys):
     assert "'gmll' is unknown; expected kNN, LogisticRegression balanced" in capsys.readouterr().err
 
 
+def test_differences_are_paired_with_the_chosen_row(arguments, capsys):
+    runs = {name: [{"test": dict.fromkeys(("all", "many", "medium", "few", "images"), value + seed / 10), "seconds": 1}
+                   for seed in range(3)] for name, value in (("L_cls", 0.5), ("GML", 0.4))}  # fmt: skip
+    lines = encoder_accuracy.table(runs, against="GML").splitlines()
+    assert "all, against GML" in lines[0] and "+10.00" in lines[2] and lines[3].endswith("|  | 1 |")
+    with pytest.raises(SystemExit):
+        encoder_accuracy.main([*arguments, "--rows", "L_cls", "--against", "GML"])
+    assert "--against: 'GML' is not a row of the table; expected L_cls" in capsys.readouterr().err
+
+
 def separable(sizes, seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))

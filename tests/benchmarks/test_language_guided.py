@@ -1,6 +1,7 @@
 """VL-LTR's second stage: its logits against numpy in float64, and that it learns from sentences."""
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -11,17 +12,24 @@ def unit(rows, width, seed):
     return F.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def test_logits_of_sentences_equal_the_formula_with_classes_of_different_lengths():
-    sentences, row_class, images = unit(5, 4, 0), torch.tensor([0, 0, 0, 1, 2]), unit(6, 4, 1)
-    model = LanguageGuided(4, sentences, row_class)
+@pytest.mark.parametrize("width", [4, 7])
+def test_logits_of_sentences_equal_the_formula_with_classes_of_different_lengths(width):
+    sentences, row_class, images = unit(5, 4, 0), torch.tensor([0, 0, 0, 1, 2]), unit(6, width, 1)
+    model = LanguageGuided(width, sentences, row_class)
+    if width == 4:
+        assert torch.equal(model.query.weight, torch.eye(4)) and torch.equal(model.key.weight, torch.eye(4))
+    torch.nn.init.normal_(model.query.weight, generator=torch.Generator().manual_seed(2))
+    torch.nn.init.normal_(model.key.weight, generator=torch.Generator().manual_seed(3))
     _, logits = model(images)
+    query, key = (layer.weight.detach().double().numpy() for layer in (model.query, model.key))
     for image, row in zip(images.double().numpy(), logits.detach().numpy(), strict=True):
         for label in range(3):
             own = sentences[row_class == label].double().numpy()
-            weights = np.exp(own @ image / 2)  # W_q and W_k are the identity; √D is 2
+            weights = np.exp(own @ key.T @ query @ image / 2)  # √D is 2
             vector = (weights / weights.sum()) @ own
-            expected = vector @ image / np.linalg.norm(vector) / np.linalg.norm(image) / 0.07
-            assert abs(row[label] - expected) < 1e-5
+            compared = image if width == 4 else query @ image
+            expected = vector @ compared / np.linalg.norm(vector) / np.linalg.norm(compared) / 0.07
+            assert abs(row[label] - expected) < 1e-4
 
 
 def test_probabilities_sum_to_one_and_weigh_the_sentences_four_times_the_network():

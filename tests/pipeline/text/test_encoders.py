@@ -70,7 +70,10 @@ def _network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Letters:
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     configs = {"RN50": {"text_cfg": {}}, "coca": {"text_cfg": {"hf_model_name": "roberta"}}}
     clip = SimpleNamespace(
-        get_model_config=configs.get, create_model=lambda *_, **__: Letters(), get_tokenizer=lambda _: Tokenizer()
+        list_models=lambda: list(configs),
+        get_model_config=configs.get,
+        create_model=lambda *_, **__: Letters(),
+        get_tokenizer=lambda _: Tokenizer(),
     )
     monkeypatch.setitem(sys.modules, "open_clip", clip)  # type: ignore[arg-type]
     loaded = network, {"missing_keys": set[str]()}

@@ -153,6 +153,17 @@ def test_an_open_clip_model_trains_with_raw_centres_and_its_zero_shot_accuracy_i
     )
 
 
+@pytest.mark.parametrize("model", ["hf-hub:owner/name", "local-dir:/nowhere", "RN7", ""])
+def test_a_model_that_open_clip_would_look_up_elsewhere_is_refused_without_network(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("open_clip.factory.download_pretrained_from_hf", lambda *_, **__: pytest.fail("a download"))
+    with pytest.raises(
+        ParamsError, match=f"^text.model is '{model}', which open_clip does not have; expected one such"
+    ):
+        open_encoder(TextParams(encoder="open_clip", model=model, file=str(tmp_path)))
+
+
 def test_weights_of_another_open_clip_model_are_refused(tmp_path: Path) -> None:
     write_open_clip(tmp_path)
     section = TextParams(encoder="open_clip", model="tiny-clip", file=str(tmp_path / "images.safetensors"))
