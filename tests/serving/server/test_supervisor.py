@@ -19,6 +19,7 @@ from serving.server.leftovers import SHARED_MEMORY, inference_processes, process
 from serving.server.running import find_running
 from serving.server.supervisor import SupervisionLimits
 from serving.shared.errors import ServingError
+from serving.transport.retries import Retries
 from tests.support.supervised import SHORT_LIMITS, Watched, failures_under_load
 
 pytestmark = pytest.mark.end_to_end
@@ -196,7 +197,8 @@ def test_endless_computation_is_distinguished_from_load_and_replaced(repository:
 
         def lost(seconds: float) -> None:
             time.sleep(seconds)
-            with Client(watched.server.http_url, timeout=60) as client, pytest.raises(ServingError):
+            once = Retries(attempts=1)  # the new process would answer a retry
+            with Client(watched.server.http_url, timeout=60, retries=once) as client, pytest.raises(ServingError):
                 client.predict([picture(1)])
 
         with ThreadPoolExecutor(3) as pool:
