@@ -267,6 +267,8 @@ def test_wrong_costs_are_named_by_their_key_alone(tmp_path, costs, message):
 
 
 def test_maps_with_a_float16_graph_are_rejected_before_any_stage_runs():
-    with pytest.raises(ParamsError, match=r"serving\.explain\.map is true, but export\.precision is float16; set map to"):
+    with pytest.raises(
+        ParamsError, match=r"serving\.explain\.map is true, but export\.precision is float16; set map to"
+    ):
         params({"serving.explain.map": True, "export.precision": "float16"})
     assert params({"serving.explain.map": True}).serving.explain.map
