@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 ASK = -1  # decision of `cheapest` that asks a person
 ROUNDING = 1e-12  # of a sum of weights
+LEAST_LENGTH = 1e-12  # a shorter feature is not divided by its length, as in torch.nn.functional.normalize
 LARGEST_COST = float(np.finfo(np.float32).max)  # the expected cost in a response is float32
 
 
@@ -191,9 +192,10 @@ def activation_maps(
 
     matrix: the class matrix M [C,D]. cells: the map f_p of features [n,D,h,w], with the mean f, the feature. unit: whether the
     classifier is a cosine one; a linear one has M_c·f_p (CAM, Zhou et al., CVPR 2016). The mean over the positions is the
-    balanced logit of the class without calibration and bias.
+    balanced logit of the class without calibration and bias. A map of zeros stays zero.
     """
     values: Floats = np.einsum("nd,ndhw->nhw", matrix[chosen], cells.astype(np.float64))
     if unit:
-        values /= np.linalg.norm(cells.mean(axis=(2, 3), dtype=np.float64), axis=1)[:, None, None]
+        lengths = np.linalg.norm(cells.mean(axis=(2, 3), dtype=np.float64), axis=1)
+        values /= np.maximum(lengths, LEAST_LENGTH)[:, None, None]
     return values.astype(np.float32)

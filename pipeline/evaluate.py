@@ -22,7 +22,7 @@ from pipeline.answers.prediction_sets import covered_columns
 from pipeline.answers.reasons import Mistake, confident_mistakes
 from pipeline.command_line import stage_main
 from pipeline.data.class_prior import Prior, load_prior
-from pipeline.data.dataset import AnyImages, evaluation_images
+from pipeline.data.dataset import AnyImages, evaluation_images, normalise
 from pipeline.data.split_tables import load_taxonomy, read_groups
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import (
@@ -43,9 +43,9 @@ from pipeline.evaluation.runs import load_run
 from pipeline.evaluation.segmentation import evaluate_networks
 from pipeline.features.stored import evaluation_inputs, stored_encoder, takes_features
 from pipeline.model_io.checkpoint import BEST, attach_encoder, load_config, load_model, student_folder
-from pipeline.model_io.class_maps import class_maps
 from pipeline.model_io.devices import choose_device
 from pipeline.model_io.inference import EVALUATION_BATCH, outputs
+from pipeline.onnx_export.activation_map import maps_of_classes
 from pipeline.params import ImageParams, Params
 from pipeline.report import Evaluation, Provenance, analyse_predictions, render_report, render_segmentation_report
 from pipeline.report.analysis import write_plots
@@ -172,10 +172,14 @@ def _mistakes(
         return outputs(model, images.batches(rows, EVALUATION_BATCH), params.image, device)[0]
 
     def maps(rows: torch.Tensor, chosen: np.ndarray) -> np.ndarray | None:
-        images = evaluation_images(params, "test") if takes_features(params, "student") else test
+        images = test
+        if takes_features(params, "student"):  # of the few rows alone, the pixels are read
+            stream = params.stream.model_copy(update={"mode": "on"})
+            images = evaluation_images(params.model_copy(update={"stream": stream}), "test")
         mapped, config = load_model(folder, stage)
         attach_encoder(mapped, config, params, folder)
-        return class_maps(mapped.to(device), images.pixels(rows), chosen, params.image, device)
+        pixels = normalise(images.pixels(rows).to(device), params.image)
+        return maps_of_classes(mapped.to(device), pixels, chosen)
 
     wanted = maps if explain.map else None
     return confident_mistakes(features, test, softmax(logits), train, prior.classes, explain.images, wanted), train

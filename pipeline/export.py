@@ -89,12 +89,12 @@ def run(params: Params, output: Path = EXPORT, repository: Path = REPOSITORY) ->
     model, config = load_model(student, stage)
     check_image(config, params.image, student)
     attach_encoder(model, config, params, student)
-    image, export, serving = params.image, params.export, params.serving
+    image, serving = params.image, params.serving
     held_out = evaluation_images(params, "validation")
     examples = held_out if len(held_out) else evaluation_images(params, "train")
     shift, explain = prior.balanced_shift(config.adjustment).tolist(), serving.explain
     if explain.map:
-        check_map(model, export.precision)
+        check_map(model)
     served = ServedStudent(model, image.mean, image.std, prior.log_prior, shift, with_map=explain.map).eval()
     trained = TrainedNetwork(model, image, prior.log_prior, shift)
     with whole_folder(output) as folder:

@@ -15,8 +15,8 @@ from models.networks.cosine_classifier import ImageClassifier
 from models.networks.memory import choose_rows
 from models.preprocess import decode
 from pipeline.data.dataset import AnyImages
-from pipeline.model_io.class_maps import class_rows, is_mean
 from pipeline.model_io.inference import EVALUATION_BATCH
+from pipeline.onnx_export.activation_map import class_rows, is_mean
 from pipeline.params import ExplainParams
 from pipeline.shared.artifacts import write_file
 from pipeline.shared.errors import StageError
@@ -29,10 +29,8 @@ MAX_BYTES = 256 * 2**20  # of rows and thumbnails; the classifier holds them in 
 NO_MAP = "set serving.explain.map: false"
 
 
-def check_map(model: ImageClassifier, precision: str) -> None:
-    """Raise StageError unless the logits of a model are one matrix product with its feature, and the graph is float32."""
-    if precision != "float32":
-        raise StageError(f"serving.explain.map is true, but export.precision is {precision}; {NO_MAP}")
+def check_map(model: ImageClassifier) -> None:
+    """Raise StageError unless the logits of a model are one matrix product with its feature."""
     if class_rows(model) is None:
         raise StageError(
             "serving.explain.map is true, but the student has no single cosine or linear classifier (a memory, experts, a "

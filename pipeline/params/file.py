@@ -73,6 +73,11 @@ class Params(Section):
                 "frozen, so that L_GML trains no weight of the student; set student.adapter above 0, or student.tune"
             )
         _check_sampling(self)
+        if self.serving.explain.map and self.export.precision != "float32":
+            raise ValueError(
+                f"serving.explain.map is true, but export.precision is {self.export.precision}; set map to false, or "
+                "precision to float32"
+            )
         if self.student.memory and self.classifier.kind != "none":
             raise ValueError(
                 f"classifier.kind is {self.classifier.kind}, but student.memory is set; a second stage refits a "

@@ -16,7 +16,7 @@ from models.networks.cosine_classifier import CosineClassifier, ImageClassifier,
 from models.prior import softmax
 from pipeline.answers.reasons import NEAREST, SHOWN, confident_mistakes
 from pipeline.data.dataset import Images, normalise
-from pipeline.model_io.class_maps import class_maps
+from pipeline.onnx_export.activation_map import maps_of_classes
 from tests.support.generated_run import HOSTILE, made_report, params
 
 
@@ -68,7 +68,7 @@ def test_the_report_shows_them_with_names_as_text():
     assert HOSTILE[0] not in section and "&lt;script&gt;" in section
 
 
-CPU, IMAGE = torch.device("cpu"), params().image
+IMAGE = params().image
 
 
 def small_network(head, *last):
@@ -88,7 +88,7 @@ PIXELS = torch.randint(0, 256, (4, 3, 12, 10), dtype=torch.uint8, generator=torc
 @pytest.mark.parametrize("head", [CosineClassifier, LinearClassifier])
 def test_a_map_is_the_evidence_at_each_position_and_its_mean_the_logit(head):
     model, chosen = pooled(head), np.array([2, 0, 1, 2])
-    found = class_maps(model, PIXELS, chosen, IMAGE, CPU)
+    found = maps_of_classes(model, normalise(PIXELS, IMAGE), chosen)
     convolution, weight = model.backbone.network[0], model.classifier.weight.detach()
     with torch.no_grad():
         cells = F.conv2d(normalise(PIXELS, IMAGE), convolution.weight, convolution.bias, stride=2).clamp_min(0)
@@ -104,6 +104,25 @@ def test_a_map_is_the_evidence_at_each_position_and_its_mean_the_logit(head):
         assert found[row].mean() == pytest.approx(logits[row, c] - bias, abs=1e-5)
 
 
+@pytest.mark.parametrize("head", [CosineClassifier, LinearClassifier])
+def test_an_image_without_any_activation_has_a_map_of_zeros_and_the_others_keep_theirs(head):
+    model, images = pooled(head), normalise(PIXELS, IMAGE)
+    with torch.no_grad():
+        model.backbone.network[0].bias.fill_(-1e-3)
+    images[1], chosen = 0, np.array([2, 0, 1, 2])
+    found = maps_of_classes(model, images, chosen)
+    assert not found[1].any() and found[[0, 2, 3]].any(axis=(1, 2)).all() and np.isfinite(found).all()
+
+
+def test_a_map_of_one_cell_is_the_logit():
+    model, images = pooled(CosineClassifier), normalise(PIXELS, IMAGE)[:, :, :3, :4]
+    found = maps_of_classes(model, images, np.arange(4) % 3)
+    with torch.no_grad():
+        logits = model(images)[1].numpy()
+    assert found.shape == (4, 1, 1)
+    np.testing.assert_allclose(found[:, 0, 0], logits[np.arange(4), np.arange(4) % 3], atol=1e-5)
+
+
 def test_a_network_without_a_spatial_last_map_or_a_single_matrix_has_none():
     chosen = np.zeros(4, dtype=int)
     flat = small_network(CosineClassifier, nn.Flatten(), nn.LazyLinear(6))
@@ -113,8 +132,8 @@ def test_a_network_without_a_spatial_last_map_or_a_single_matrix_has_none():
     with torch.no_grad():
         flat.backbone(torch.zeros(1, 3, 12, 10))
     for model in (flat, not_the_mean, gated):
-        assert class_maps(model, PIXELS, chosen, IMAGE, CPU) is None
-    assert class_maps(pooled(CosineClassifier), torch.zeros(4, 6), chosen, IMAGE, CPU) is None  # stored features
+        assert maps_of_classes(model, normalise(PIXELS, IMAGE), chosen) is None
+    assert maps_of_classes(pooled(CosineClassifier), torch.zeros(4, 6), chosen) is None  # stored features
 
 
 def test_each_mistake_has_the_map_of_its_wrong_class_also_without_training_images():

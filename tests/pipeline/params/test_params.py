@@ -264,3 +264,11 @@ def test_a_duplicate_key_is_rejected_with_its_line(tmp_path):
 def test_wrong_costs_are_named_by_their_key_alone(tmp_path, costs, message):
     refused = refusal_of(tmp_path, {"serving.costs": yaml.safe_load(costs)})
     assert refused.startswith(message) and "function" not in refused
+
+
+def test_maps_with_a_float16_graph_are_rejected_before_any_stage_runs():
+    with pytest.raises(
+        ParamsError, match=r"serving\.explain\.map is true, but export\.precision is float16; set map to"
+    ):
+        params({"serving.explain.map": True, "export.precision": "float16"})
+    assert params({"serving.explain.map": True}).serving.explain.map

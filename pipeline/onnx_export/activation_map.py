@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from models.decisions import activation_maps
+from models.decisions import LEAST_LENGTH, activation_maps
 from models.networks.backbones import NoFeatureMapError
 from models.networks.cosine_classifier import ImageClassifier, LinearHead
-from pipeline.data.dataset import normalise
-from pipeline.params import ImageParams
 
 TOLERANCE = 1e-4  # largest difference of a value of the unit feature from the mean of the map
 
 
-def class_rows(model: ImageClassifier) -> tuple[np.ndarray, bool] | None:
+def class_rows(model: ImageClassifier) -> tuple[NDArray[Any], bool] | None:
     """Matrix float32 [C,D] of which the logits are the product with the feature, without a bias; whether with the unit feature.
 
     None for a student with another classifier.
@@ -32,17 +33,23 @@ def class_rows(model: ImageClassifier) -> tuple[np.ndarray, bool] | None:
     return folded.matrix.cpu().numpy().astype(np.float32), folded.parts == 1
 
 
-def is_mean(unit: np.ndarray, cells: np.ndarray) -> bool:
-    """Whether features of length 1 [n,D] have the direction of the mean over the positions of their map [n,D,h,w]."""
+def is_mean(unit: NDArray[Any], cells: NDArray[Any]) -> bool:
+    """Whether features of length 1 [n,D] have the direction of the mean over the positions of their map [n,D,h,w].
+
+    A map of zeros has the feature 0.
+    """
     mean = cells.mean(axis=(2, 3), dtype=np.float64)
-    return bool(np.abs(mean / np.linalg.norm(mean, axis=1, keepdims=True) - unit).max() <= TOLERANCE)
+    lengths = np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), LEAST_LENGTH)
+    return bool(np.abs(mean / lengths - unit).max() <= TOLERANCE)
 
 
 @torch.inference_mode()
-def class_maps(
-    model: ImageClassifier, images: Tensor, chosen: np.ndarray, image: ImageParams, device: torch.device
-) -> np.ndarray | None:
-    """Class-activation map of class chosen[i] for uint8 image i of [n,3,H,W], float32 [n,h,w]; model in eval mode.
+def maps_of_classes(
+    model: ImageClassifier, images: Tensor, chosen: NDArray[np.integer[Any]]
+) -> NDArray[np.float32] | None:
+    """Class-activation map of class chosen[i] for the normalised image i of [n,3,H,W], float32 [n,h,w].
+
+    model: in eval mode, on the device of the images.
 
     None for a network without an exact map, as in a release: its classifier is not one matrix (class_rows), or its feature is
     not the mean of a map.
@@ -51,7 +58,7 @@ def class_maps(
     if found is None or images.ndim != 4:  # stored features have no positions
         return None
     try:
-        outputs, maps = model.backbone.with_map(normalise(images.to(device), image))
+        outputs, maps = model.backbone.with_map(images)
     except NoFeatureMapError:
         return None
     cells = maps.float().cpu().numpy()
