@@ -29,6 +29,7 @@ from benchmarks.serving_load import Load, TurnResult
 from benchmarks.serving_releases import Release, release_of
 from benchmarks.serving_sections import as_http, port_of
 from models.prior import GROUPS
+from pipeline.answers.prediction_sets import INTERPOLATION
 from serving.client.extras import Extras
 from serving.client.requests import image_call
 from serving.repository.manifest import load_manifest
@@ -52,7 +53,7 @@ def with_defaults(export: Path, folder: Path) -> Path:
     classes = len(content["classes"])
     content["calibration"] = {"temperature": 1.0, "images": IMAGES, "effective": float(IMAGES)}
     scores = random.uniform(size=(classes, IMAGES // classes)).round(4).tolist()
-    content["sets"] = {"scores": scores, "interpolation": 0.5, "coverage": 0.9}
+    content["sets"] = {"scores": scores, "interpolation": INTERPOLATION, "coverage": 0.9}
     content["unknown"] = {
         "scores": {g: random.normal(size=IMAGES // 3).tolist() for g in GROUPS},
         "false_alarms": 0.05,

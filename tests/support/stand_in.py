@@ -44,13 +44,14 @@ class TritonError:
 class Response:
     tensors: list[Tensor] = field(default_factory=list)
     error: TritonError | None = None
+    listed: list[str] | None = None  # outputs that a request lists
 
     def request_id(self) -> str:
         return "an id"
 
     def requested_output_names(self) -> list[str]:
-        """All outputs of both models, as Triton returns for a request that lists none."""
-        return ["logits", "feature", "class", "index", "probability", *EXTRA_OUTPUTS]
+        """The listed outputs; all outputs of both models, as Triton returns for a request that lists none."""
+        return self.listed or ["logits", "feature", "class", "index", "probability", *EXTRA_OUTPUTS]
 
     def has_error(self) -> bool:
         return self.error is not None

@@ -1,6 +1,6 @@
 """Text towers of CLIP in the true packages, with tiny random models that the tests build; no network, no downloaded file.
 
-open_clip is in the lock. transformers is not: two tests alone would need its 129 MB, so they are skipped without it.
+open_clip is in the lock. transformers is not: two tests alone would need this large package, so they are skipped without it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ IMAGE_MODEL, SIDE = "test_vit", 160  # of timm, 0.3 million parameters; its last
 
 def write_transformers(root: Path) -> Any:
     """Write a CLIP of transformers with its tokenizer, one token for each word; returns the model."""
-    transformers = pytest.importorskip("transformers", reason="129 MB for two tests; pip install transformers")
+    transformers = pytest.importorskip("transformers", reason="too large for the lock; pip install transformers")
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

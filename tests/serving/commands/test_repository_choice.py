@@ -130,7 +130,9 @@ def test_serve_starts_with_the_promoted_release() -> None:
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        _, http, _ = process.stdout.readline().split()
+        ready = process.stdout.readline()
+        assert ready, process.communicate()[1]
+        _, http, _ = ready.split()
         assert process.stdout.readline().startswith("metrics http://")
         assert process.stdout.readline() == "repository releases\n"
         with Client(http) as client:

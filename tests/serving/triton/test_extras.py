@@ -116,7 +116,7 @@ def test_the_release_has_defaults_and_a_request_replaces_them(classifier: Any) -
 
 def listing(built: Response, *names: str) -> Response:
     """Make a request list its outputs."""
-    built.requested_output_names = lambda: ["class", "index", "probability", *names]  # type: ignore[method-assign]
+    built.listed = ["class", "index", "probability", *names]
     return built
 
 
