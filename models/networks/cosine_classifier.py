@@ -46,7 +46,7 @@ class UnitRows(torch.autograd.Function):
     """F.normalize(matrix, dim=1) of a matrix [C,D] with the same values and the same gradient in half of the passes over it.
 
     Autograd's gradient of norm, clamp and division reads and writes the matrix ten times, which made training on stored
-    features slower (docs/experiments.md, 2026-11-29).
+    features slower (docs/experiments-encoders.md, 2026-11-29).
     """
 
     @staticmethod

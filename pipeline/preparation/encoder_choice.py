@@ -37,7 +37,7 @@ MANY = 20_000
 # TRAINING_SECONDS: teacher and student, for each training image.
 START_SECONDS, TRAINING_SECONDS = 100, 0.005
 # From 8 * LARGE_EIGHTH training images the teacher's batch is LARGE_BATCH: half of the time at the same validation accuracy
-# (docs/experiments.md, 2026-11-29). The student's stays: with an adapter its learning rate would be too high.
+# (docs/experiments-encoders.md, 2026-11-29). The student's stays: with an adapter its learning rate would be too high.
 LARGE_EIGHTH, LARGE_BATCH = 2048, 512
 WHY = "pretrained features need fewer images than training from scratch"
 
