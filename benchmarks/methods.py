@@ -2,6 +2,7 @@
 
     tailor methods compare --methods all --seeds 3 --equal-cost gml
     python -m benchmarks.methods comparison/comparison.json
+    python -m benchmarks.methods monday.json tuesday.json     # other seeds of the same comparison
     python -m benchmarks.methods --steps
 
 Percent; intervals are in brackets. `from the first`: paired difference from the highest accuracy. Cost: trained images of one
@@ -16,6 +17,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.method_seeds import join
 
 MEASURES = ("all", "many", "medium", "few")
 
@@ -54,9 +57,10 @@ def table(content: dict[str, Any], of: str = "gml") -> str:
     groups = ", ".join(f"{counts[name]} {name}" for name in MEASURES[1:])
     places = [f"At equal epochs {place(rows, of)}"]
     places += [f"At the cost of {equal['method']} {place(equal['methods'], of)}"] if equal else []
+    alone = "; intervals over seeds alone" if content.get("files", 1) > 1 else ""
     missing = ["Not complete: some runs have no result."] if not content["complete"] else []
     return (
-        f"`{content['command']}`\n\n{images}; classes: {groups}; seeds {', '.join(map(str, content['seeds']))}.\n\n"
+        f"`{content['command']}`\n\n{images}; classes: {groups}; seeds {', '.join(map(str, content['seeds']))}{alone}.\n\n"
         + "\n".join([*lines, "", *places, *missing])
         + "\n"
     )
@@ -113,11 +117,36 @@ def _difference(estimate: dict[str, float] | None) -> str:
     return f"{value} ({low} to {high})"
 
 
+def _content(path: Path) -> dict[str, Any]:
+    """Content of a comparison.json. Raises OSError and ValueError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{error}; expected comparison.json of `tailor methods compare`") from None
+    rows = content.get("methods", [{}]) if isinstance(content, dict) else [{}]
+    for key, missing in (
+        ("equal_cost", "equal_cost" not in content),
+        ("by_seed", any("by_seed" not in row for row in rows)),
+    ):
+        if missing:
+            raise ValueError(
+                f"no key {key}, as in a file of an older version; run `tailor methods compare` again, which trains only what "
+                "is not finished"
+            )
+    return dict(content)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("comparison", type=Path, nargs="?", help="comparison.json of `tailor methods compare`")
+    what.add_argument(
+        "comparison",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="comparison.json of `tailor methods compare`; several: other seeds",
+    )
     what.add_argument("--steps", action="store_true", help="measure a step of each contrast method (minutes)")
     parser.add_argument(
         "--of", default="gml", metavar="NAME", help="method whose place is stated (default: %(default)s)"
@@ -128,15 +157,16 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(report(), end="")
         return 0
+    contents = []
+    for path in options.comparison:
+        try:
+            contents.append(_content(path))
+        except (OSError, ValueError) as error:
+            parser.error(f"{path}: {error}")
     try:
-        content = json.loads(options.comparison.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        parser.error(f"{options.comparison}: {error}; expected comparison.json of `tailor methods compare`")
-    if not isinstance(content, dict) or "equal_cost" not in content:
-        parser.error(
-            f"{options.comparison}: no key equal_cost, as in a file of an older version; run `tailor methods compare` again, "
-            "which trains only what is not finished"
-        )
+        content = contents[0] if len(contents) == 1 else join(contents)
+    except ValueError as error:
+        parser.error(f"{', '.join(map(str, options.comparison))}: {error}")
     print(table(content, options.of), end="")
     return 0
 

@@ -31,12 +31,10 @@ def estimate(values: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> Est
     included = weights[labels] > 0
     if not included.any():
         return NO_ESTIMATE
-    values, labels, classes = values[:, included], labels[included], len(weights)
+    by_seed = seed_values(values, labels, weights)
+    values, labels = values[:, included], labels[included]
     seeds, images = values.shape
-    tested = np.bincount(labels, minlength=classes)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = np.stack([np.bincount(labels, row, classes) for row in values]) / tested
-    by_seed = np.nan_to_num(means) @ weights
+    tested = np.bincount(labels, minlength=len(weights))
     value = float(by_seed.mean())
     between = float(by_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
     within = _variance_of_images(values.mean(0), labels, weights, tested)
@@ -48,6 +46,13 @@ def estimate(values: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> Est
     freedom = total**2 / ((between**2 / (seeds - 1) if seeds > 1 else 0.0) + within**2 / max(images - 1, 1))
     half = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * total**0.5
     return Estimate(value, value - half, value + half)
+
+
+def seed_values(values: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted mean of class means of each seed, float64 [S]. Arguments as in `estimate`."""
+    tested = np.bincount(labels, minlength=len(weights))
+    sums = np.stack([np.bincount(labels, row, len(weights)) for row in values])
+    return np.asarray((sums / np.maximum(tested, 1)) @ weights)
 
 
 def _variance_of_images(values: np.ndarray, labels: np.ndarray, weights: np.ndarray, tested: np.ndarray) -> float:

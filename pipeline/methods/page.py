@@ -57,7 +57,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "method": method.name, "kind": method.kind, "paper": method.paper, "predicts": method.predicts, "seeds": row.seeds,
         "epochs": row.epochs, "behind": asdict(row.behind) if row.behind else None,
         "accuracy": {name: asdict(value) for name, value in row.accuracy.items()},
-        "difference": {name: asdict(value) for name, value in row.difference.items()},
+        "by_seed": row.by_seed, "difference": {name: asdict(value) for name, value in row.difference.items()},
         "ece": {"mean": row.ece, "std": row.ece_std}, "seconds": row.seconds,
         "cost": asdict(row.cost) if row.cost else None, "served": asdict(row.served),
     }  # fmt: skip

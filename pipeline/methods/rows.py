@@ -11,23 +11,24 @@ from pipeline.evaluation.intervals import Estimate
 from pipeline.methods.catalogue import Method
 from pipeline.methods.comparison import Comparison, Run
 from pipeline.methods.cost import Cost, Served
-from pipeline.methods.estimates import class_weights, clipped, estimate
+from pipeline.methods.estimates import class_weights, clipped, estimate, seed_values
 
 
 @dataclass(frozen=True)
 class Row:
     """A method in the table.
 
-    epochs: of the student. accuracy: measure (all, many, medium, few) → estimate. difference: the same against the
-    reference, over the seeds of both; empty for the reference. behind: of all classes, against the method with the highest
-    accuracy, which has None. ece: mean over seeds, and their standard deviation or None. seconds, cost: of one seed,
-    with the teacher.
+    epochs: of the student. accuracy: measure (all, many, medium, few) → estimate; by_seed: measure → value of each seed, only
+    measures with test images. difference: as accuracy, against the reference over the seeds of both; empty for the reference.
+    behind: of all classes, against the method with the highest accuracy, which has None. ece: mean over seeds, and their
+    standard deviation or None. seconds, cost: of one seed, with the teacher.
     """
 
     method: Method
     seeds: list[int]
     epochs: int
     accuracy: dict[str, Estimate]
+    by_seed: dict[str, list[float]]
     difference: dict[str, Estimate]
     behind: Estimate | None
     ece: float
@@ -67,6 +68,7 @@ def summarise(comparison: Comparison, method: Method, runs: list[Run], against: 
     return Row(
         method, [run.seed for run in runs], runs[0].epochs,
         {name: clipped(estimate(correct, labels, share)) for name, share in weights.items()},
+        {name: seed_values(correct, labels, share).tolist() for name, share in weights.items() if share.any()},
         _paired(comparison, runs, against or []), None, statistics.fmean(errors),
         statistics.stdev(errors) if len(errors) > 1 else None,
         statistics.fmean(sum(network.seconds for network in run.networks) for run in runs),

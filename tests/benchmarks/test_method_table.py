@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import statistics
 
+import pytest
+import scipy.stats
+
+from benchmarks.method_seeds import join
 from benchmarks.methods import main, place, table
 
 
@@ -51,6 +56,58 @@ def test_the_table_has_a_column_at_equal_cost_beside_equal_epochs() -> None:
     at = head.index("epochs at equal cost")
     assert bcl[at : at + 2] == ["37", "60.0 (59.0 to 61.0)"]
     assert lines[-2].startswith("At the cost of gml gml is first; bcl") and lines[-1].startswith("Not complete")
+
+
+def comparison(seeds: list[int], values: dict[str, list[float]], **changes: object) -> dict:
+    """A comparison.json of these seeds. values: method → accuracy of each seed."""
+    methods = [
+        row(name, statistics.fmean(shares), None) | {"seeds": seeds, "by_seed": {"all": shares, "many": shares}}
+        for name, shares in values.items()
+    ]
+    return {
+        "command": "tailor methods compare", "reference": "bcl", "classes": {"many": 1, "medium": 0, "few": 0},
+        "training_images": 9, "test_images": 8, "seeds": seeds, "complete": True, "methods": methods, "equal_cost": None,
+    } | changes  # fmt: skip
+
+
+def test_comparisons_of_other_seeds_are_joined_with_intervals_over_all_seeds(tmp_path, capsys) -> None:
+    parts = [
+        comparison([0, 1], {"bcl": [0.50, 0.52], "gml": [0.55, 0.56]}),
+        comparison([7], {"bcl": [0.51], "gml": [0.53]}),
+    ]
+    joined = join(parts)
+    assert joined["seeds"] == [0, 1, 7] and joined["complete"]
+    bcl, gml = joined["methods"]
+    values = [0.50, 0.52, 0.51], [0.55, 0.56, 0.53]
+    for found, expected in (
+        (gml["difference"]["all"], scipy.stats.ttest_rel(values[1], values[0])),
+        (bcl["behind"], scipy.stats.ttest_rel(values[0], values[1])),
+        (gml["accuracy"]["all"], scipy.stats.ttest_1samp(values[1], 0)),
+    ):
+        assert [found["low"], found["high"]] == pytest.approx(list(expected.confidence_interval()))
+    assert gml["behind"] is None and bcl["difference"] == {} and gml["accuracy"]["few"]["value"] is None
+    paths = [tmp_path / f"{number}.json" for number in range(2)]
+    for path, part in zip(paths, parts, strict=True):
+        path.write_text(json.dumps(part))
+    assert main([str(path) for path in paths]) == 0
+    printed = capsys.readouterr().out
+    assert "seeds 0, 1, 7; intervals over seeds alone" in printed and "| `gml` | 54.7 (50.9 to 58.5)" in printed
+    with pytest.raises(SystemExit, match="2"):
+        main([str(paths[0])] * 2)
+    assert "seeds 0, 1, 0, 1: one stands in two files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_images": 7}, "test_images is 7, and 8 in the first file"),
+        ({"reference": "gml"}, "reference is gml, and bcl"),
+        ({"equal_cost": {"method": "gml", "methods": []}}, "--equal-cost is"),
+    ],
+)
+def test_comparisons_of_other_projects_are_not_joined(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        join([comparison([0], {"bcl": [0.5]}), comparison([1], {"bcl": [0.5]}, **changes)])
 
 
 @pytest.mark.parametrize(("text", "message"), [("{}", "no key equal_cost"), ("{", "Expecting"), (None, "No such file")])

@@ -83,6 +83,8 @@ def test_methods_are_trained_once_judged_on_the_test_split_and_reported(project,
     assert content["complete"] and content["reference"] == "cross_entropy" and content["seeds"] == [0, 1]
     rows = {row["method"]: row for row in content["methods"]}
     assert list(rows) == ["cross_entropy", "post_hoc", "gml", "crt", "gml_encoder"]
+    for row in rows.values():
+        assert np.mean(row["by_seed"]["all"]) == pytest.approx(row["accuracy"]["all"]["value"])
     # The student of cross_entropy again, with the stage itself.
     overlay = {"student": {**project.student.model_dump(), "beta": 0.0, "alpha": 0.0, "adjustment": 0.0}}
     plain = project.model_validate({**project.model_dump(), **overlay})
