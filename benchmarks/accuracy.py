@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.method_seeds import interval
 from pipeline import prior, split, student, teacher
 from pipeline.data.class_prior import load_prior
 from pipeline.data.dataset import load_images
@@ -178,13 +179,10 @@ def table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
 
 def format_difference(values: list[float]) -> str:
     """Format the mean difference over seeds in percent, with the 95 % interval of Student's t."""
-    mean = statistics.fmean(values)
     if len(values) < 2:
-        return f"{100 * mean:+.2f}"
-    import scipy.stats  # missing on a machine that only trains
-
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{100 * mean:+.2f} ({100 * (mean - half):+.2f} to {100 * (mean + half):+.2f})"
+        return f"{100 * values[0]:+.2f}"
+    mean, low, high = (f"{100 * value:+.2f}" for value in interval(values).values())
+    return f"{mean} ({low} to {high})"
 
 
 def format_mean_std(values: list[float | None]) -> str:
