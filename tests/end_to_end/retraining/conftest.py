@@ -6,6 +6,7 @@ Each run is `tailor retrain --json` in a process forked from one that has import
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import shutil
 
 import pytest
@@ -36,6 +37,7 @@ def context(prefect, tmp_path_factory):
         "DVC_NO_ANALYTICS": "1",
         "PREFECT_CLIENT_MAX_RETRIES": "2",
     }
+    multiprocessing.forkserver._forkserver._stop()  # a process has one, which keeps the environment that it was started with
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
@@ -49,6 +51,7 @@ def context(prefect, tmp_path_factory):
             ]
         )
         yield forkserver
+    multiprocessing.forkserver._forkserver._stop()
 
 
 @pytest.fixture(scope="package")
