@@ -15,8 +15,8 @@ SAME = ("reference", "classes", "training_images", "test_images")
 def join(contents: list[dict[str, Any]]) -> dict[str, Any]:
     """Content of one comparison.json with the seeds of all; contents: of files with the same data, methods and reference.
 
-    A method is kept if every file has it. Raises ValueError if files differ in a key of SAME or in --equal-cost, or share
-    a seed.
+    A method that a file lacks, for instance because it diverged, is not in the result; key `lacking` has its name. Raises
+    ValueError if files differ in a key of SAME, in --equal-cost, or in epochs or cost of a method, or if they share a seed.
     """
     first = contents[0]
     for other in contents[1:]:
@@ -37,9 +37,15 @@ def join(contents: list[dict[str, Any]]) -> dict[str, Any]:
         equal = {"method": first["equal_cost"]["method"], "methods": _joined(parts, first["reference"])}
     return {
         **first, "seeds": seeds, "files": len(contents), "equal_cost": equal,
-        "complete": all(content["complete"] for content in contents),
+        "complete": all(content["complete"] for content in contents), "lacking": _lacking(contents),
         "methods": _joined([content["methods"] for content in contents], first["reference"]),
     }  # fmt: skip
+
+
+def _lacking(contents: list[dict[str, Any]]) -> list[str]:
+    """Names of the methods that some file has, and not all."""
+    names = [{row["method"] for row in content["methods"]} for content in contents]
+    return sorted(set.union(*names) - set.intersection(*names))
 
 
 def _joined(parts: list[list[dict[str, Any]]], reference: str) -> list[dict[str, Any]]:
@@ -58,6 +64,9 @@ def _joined(parts: list[list[dict[str, Any]]], reference: str) -> list[dict[str,
 
 def _row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One method from its rows in several files."""
+    for key in ("epochs", "cost"):
+        if any(row[key] != rows[0][key] for row in rows):
+            raise ValueError(f"{key} of {rows[0]['method']} differ between the files; expected the same params.yaml")
     seeds = [seed for row in rows for seed in row["seeds"]]
     by_seed = {name: [value for row in rows for value in row["by_seed"][name]] for name in rows[0]["by_seed"]}
     empty = dict.fromkeys(("value", "low", "high"))

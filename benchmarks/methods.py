@@ -59,6 +59,7 @@ def table(content: dict[str, Any], of: str = "gml") -> str:
     places += [f"At the cost of {equal['method']} {place(equal['methods'], of)}"] if equal else []
     alone = "; intervals over seeds alone" if content.get("files", 1) > 1 else ""
     missing = ["Not complete: some runs have no result."] if not content["complete"] else []
+    missing += [f"Not in every file, so left out: {', '.join(lacking)}."] if (lacking := content.get("lacking")) else []
     return (
         f"`{content['command']}`\n\n{images}; classes: {groups}; seeds {', '.join(map(str, content['seeds']))}{alone}.\n\n"
         + "\n".join([*lines, "", *places, *missing])

@@ -73,7 +73,7 @@ def comparison(seeds: list[int], values: dict[str, list[float]], **changes: obje
 def test_comparisons_of_other_seeds_are_joined_with_intervals_over_all_seeds(tmp_path, capsys) -> None:
     parts = [
         comparison([0, 1], {"bcl": [0.50, 0.52], "gml": [0.55, 0.56]}),
-        comparison([7], {"bcl": [0.51], "gml": [0.53]}),
+        comparison([7], {"bcl": [0.51], "gml": [0.53], "kd": [0.4]}),
     ]
     joined = join(parts)
     assert joined["seeds"] == [0, 1, 7] and joined["complete"]
@@ -92,6 +92,7 @@ def test_comparisons_of_other_seeds_are_joined_with_intervals_over_all_seeds(tmp
     assert main([str(path) for path in paths]) == 0
     printed = capsys.readouterr().out
     assert "seeds 0, 1, 7; intervals over seeds alone" in printed and "| `gml` | 54.7 (50.9 to 58.5)" in printed
+    assert printed.endswith("Not in every file, so left out: kd.\n")
     with pytest.raises(SystemExit, match="2"):
         main([str(paths[0])] * 2)
     assert "seeds 0, 1, 0, 1: one stands in two files" in capsys.readouterr().err
@@ -110,7 +111,26 @@ def test_comparisons_of_other_projects_are_not_joined(changes: dict, message: st
         join([comparison([0], {"bcl": [0.5]}), comparison([1], {"bcl": [0.5]}, **changes)])
 
 
-@pytest.mark.parametrize(("text", "message"), [("{}", "no key equal_cost"), ("{", "Expecting"), (None, "No such file")])
+def test_a_method_with_other_epochs_is_not_joined() -> None:
+    parts = [comparison([seed], {"bcl": [0.5]}) for seed in (0, 1)]
+    parts[1]["methods"][0]["epochs"] = 20
+    with pytest.raises(ValueError, match="epochs of bcl differ"):
+        join(parts)
+
+
+OLD = '{"equal_cost": null, "methods": [{"method": "gml"}]}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "no key equal_cost"),
+        (OLD, "no key by_seed"),
+        ("{", "Expecting"),
+        ("[]", "no key"),
+        (None, "No such file"),
+    ],
+)
 def test_another_file_is_refused_in_one_line(text: str | None, message: str, tmp_path, capsys) -> None:
     path = tmp_path / "comparison.json"
     if text is not None:

@@ -26,7 +26,7 @@ def content(changes: dict[str, Any] | None = None) -> dict[str, Any]:
         place = made
         for section in sections:
             place = place.setdefault(section, {})
-        place[last] = copy.deepcopy(value)  # a later key may be inside the value, which the caller keeps
+        place[last] = copy.deepcopy(value)  # a later key may set one inside; the caller keeps its own
     return made
 
 

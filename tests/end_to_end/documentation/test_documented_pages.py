@@ -68,10 +68,8 @@ def test_the_page_on_drift(own: Project) -> None:
         logits, labels = np.array(table["logits"].to_pylist()), table["label"].to_numpy()
         images, classes = logits.shape
         recorded = np.mean(np.logaddexp.reduce(logits, 1) - logits[np.arange(images), labels])
-        nll, wrong = (
-            np.full(images, 0.001),
-            np.linspace(0, images - 1, int(np.ceil(recorded * images / 20))).astype(int),
-        )
+        nll = np.full(images, 0.001)
+        wrong = np.linspace(0, images - 1, int(np.ceil(recorded * images / 20))).astype(int)
         nll[wrong] += (recorded * images - nll.sum()) / len(wrong)
         logits = np.repeat(np.log(-np.expm1(-nll) / (classes - 1))[:, None], classes, 1)
         logits[np.arange(images), labels] = -nll
