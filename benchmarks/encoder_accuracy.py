@@ -43,7 +43,7 @@ import torch
 
 from benchmarks.accuracy import format_difference, format_mean_std, merged, publish
 from benchmarks.encoder_projects import NOTES, add_options, prepare, project_folder, project_params
-from benchmarks.encoder_rows import TEXT_ALONE, Features, Row, rows, text_hash, text_rows, tuned_rows
+from benchmarks.encoder_rows import TEXT_ALONE, Features, Row, rounding, rows, text_hash, text_rows, tuned_rows
 from pipeline.data.class_prior import load_prior
 from pipeline.evaluation.network_metrics import network_metrics
 from pipeline.features.stored import load_features
@@ -59,7 +59,7 @@ def measure(row: Row, params: Params, data: Features) -> dict[str, Any]:
     name = row.name.replace(" ", "-").replace(",", "")
     params = row.changes(params)
     depends = params.model_dump(mode="json", include={"seed", *row.sections} if row.sections else {"encoder"})
-    depends |= text_hash(params if row.sections else None, alone=row.logits in TEXT_ALONE)
+    depends |= rounding(params) | text_hash(params if row.sections else None, alone=row.logits in TEXT_ALONE)
     path = Path(f"runs/{name}-{sha256_of_json(depends)[:12]}.json")
     if not path.is_file():
         print(f"seed {params.seed}, {row.name}", flush=True)
@@ -117,6 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--text", type=Path, metavar="DIR", help="folder of stage embed_text: adds the rows of text centres"
     )
     parser.add_argument("--tuned", action="store_true", help="adds the rows that train the encoder's last blocks")
+    parser.add_argument(
+        "--precision",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="engine.precision of training (default: %(default)s); bfloat16 is faster on a CPU with AMX",
+    )
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="default: %(default)s")
     parser.add_argument(
         "--against", metavar="ROW", default="L_cls", help="row of the differences (default: %(default)s)"
@@ -132,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(chosen) - set(known):
         parser.error(f"--rows: {sorted(unknown)[0]!r} is unknown; expected {', '.join(known)}")
     params = project_params(options.data_set, options.data, options.encoder, options.size, options.views)
+    params = merged(params, {"engine": {"precision": options.precision}})
     folder = project_folder(options.work, options.data_set, params)
     output, source = (path.absolute() if path else None for path in (options.output, options.text))
     prepare(params, folder)

@@ -194,6 +194,7 @@ def run_folder(params: Params, kind: str) -> Path:
     }
     depends = {
         **params.model_dump(mode="json", include=sections[kind]),
+        **rounding(params),
         **text_hash(params if kind == "student" else None),
     }
     return Path(f"runs/{kind}-{sha256_of_json(depends)[:12]}")
@@ -227,6 +228,11 @@ def with_memory(base: Logits | None, data: Features) -> Logits:
             for split in (data.validation, data.test)
         ]
     return validation + added[0], test + added[1]
+
+
+def rounding(params: Params) -> dict[str, str]:
+    """engine.precision, if it is bfloat16: runs of float32 have the hash that they had before the option."""
+    return {"precision": "bfloat16"} if params.engine.precision == "bfloat16" else {}
 
 
 TEXT_ALONE = (zero_shot, language_guided)  # depend on the texts, whatever the params of the student

@@ -69,6 +69,16 @@ def test_every_row_is_computed_for_every_seed_and_an_interrupted_comparison_resu
 
 
 @pytest.mark.end_to_end
+def test_networks_of_another_precision_are_trained_and_stored_separately(arguments, tmp_path, capsys):
+    for precision in ("float32", "bfloat16", "bfloat16"):
+        encoder_accuracy.main([*arguments, "--seeds", "0", "--rows", "L_cls", "--precision", precision])
+    assert capsys.readouterr().out.count("seed 0, L_cls\n") == 2
+    assert (
+        len(list(tmp_path.glob("work/*/runs/L_cls-*.json"))) == len(list(tmp_path.glob("work/*/runs/teacher-*"))) == 2
+    )
+
+
+@pytest.mark.end_to_end
 def test_post_hoc_adjustment_and_cross_entropy_are_one_network(arguments, tmp_path, capsys):
     encoder_accuracy.main([*arguments, "--seeds", "0", "--rows", "cross-entropy", "cross-entropy, post-hoc"])
     plain, adjusted = (json.loads(path.read_text())["test"] for path in sorted(tmp_path.glob("work/*/runs/c*.json")))
