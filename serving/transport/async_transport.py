@@ -55,6 +55,8 @@ class AsyncHttpWire:
     """HTTP/1.1 with keep-alive connections (aiohttp)."""
 
     def __init__(self, connection: Connection) -> None:
+        import aiohttp  # noqa: F401 (here too, so that the first request's deadline does not pay for the import)
+
         self._connection = connection
         self._context = connection.ssl_context()
         self._session: Any = None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import yaml
 
 from pipeline.params import load_params
 from serving.repository.manifest import sha256_of
-from tests.end_to_end.retraining.conftest import champion_of
+from tests.end_to_end.retraining.conftest import GOOD, champion_of
 from tests.serving.conftest import CLASSES, picture
 from tests.support.retraining import Retraining
 from tests.support.retraining_run import WITHIN, Asking, Begun
@@ -116,6 +117,7 @@ def test_a_gate_whose_decision_cannot_be_written_fails_without_a_retry(project, 
 @pytest.mark.faults
 @pytest.mark.fault_case("drop-being-written", "few-bad-rows", "many-bad-rows")
 def test_a_drop_waits_while_it_is_written_and_is_refused_above_the_share_of_bad_rows(project, context, server):
+    project.choose("first")  # decided on already, whichever test ran before
     drop = project.root / "data" / "drop"
 
     def fill(bad: int, seeds: range) -> None:
@@ -140,13 +142,14 @@ def test_a_drop_waits_while_it_is_written_and_is_refused_above_the_share_of_bad_
         message, _ = retrain(0)
     assert "the drop was refused: 4 of 10 rows are bad" in message
     assert len(list((drop / CLASSES[0]).glob("*.png"))) == 10  # no file was ingested
+    shutil.rmtree(drop)
     assert asking.failures == [] and len(set(asking.versions)) == 1
 
 
 @pytest.mark.faults
 @pytest.mark.fault_case("two-runs")
 def test_of_two_simultaneous_runs_one_is_refused(project, context):
-    project.prepare("fourth", 4, 0.9)
+    project.prepare("fourth", 4, GOOD)
     project.choose("fourth")
     runs = [Begun(context, project.root, name) for name in ("one", "other")]
     outcomes = {outcome.ending: outcome for outcome in (run.outcome() for run in runs)}
