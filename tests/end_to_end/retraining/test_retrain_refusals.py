@@ -117,7 +117,8 @@ def test_a_gate_whose_decision_cannot_be_written_fails_without_a_retry(project, 
 @pytest.mark.faults
 @pytest.mark.fault_case("drop-being-written", "few-bad-rows", "many-bad-rows")
 def test_a_drop_waits_while_it_is_written_and_is_refused_above_the_share_of_bad_rows(project, context, server):
-    project.choose("first")  # decided on already, whichever test ran before
+    project.choose("first")
+    Begun(context, project.root).outcome()  # decides on it, whichever test ran before
     drop = project.root / "data" / "drop"
 
     def fill(bad: int, seeds: range) -> None:
