@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -125,6 +127,16 @@ def test_a_dropped_connection_is_opened_again(server: TritonServer) -> None:
         first = client.predict([picture(1)], "train")
         proxy.drop_connections()
         assert client.predict([picture(1)], "train") == first
+
+
+def test_the_deadline_of_the_first_asynchronous_request_does_not_pay_for_an_import() -> None:
+    program = """
+import sys
+from serving.client.async_client import AsyncClient
+AsyncClient("http://127.0.0.1:1")
+assert "aiohttp" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_last_error_has_the_number_of_attempts(predict: Predict) -> None:
