@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     groups = ", ".join(f"{data.prior.groups.count(group)} {group}" for group in COLUMNS[1:])
     report = (
         f"`python -m benchmarks.encoder_accuracy {shlex.join(arguments or sys.argv[1:])}`\n\n"
-        f"{options.encoder} at {options.size} pixels, frozen; {len(data.train):,} training, {len(data.validation):,} "
+        f"{options.encoder} at {options.size} pixels; {len(data.train):,} training, {len(data.validation):,} "
         f"validation and {len(data.test):,} test images; classes: {groups}. {os.cpu_count()} CPU cores, torch "
         f"{torch.__version__}, Python {platform.python_version()}. {NOTES[options.data_set]}\n\n"
         f"{table(results, options.split, options.against)}\n"

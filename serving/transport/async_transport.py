@@ -55,17 +55,17 @@ class AsyncHttpWire:
     """HTTP/1.1 with keep-alive connections (aiohttp)."""
 
     def __init__(self, connection: Connection) -> None:
-        import aiohttp  # noqa: F401 (here too, so that the first request's deadline does not pay for the import)
+        import aiohttp  # here, because send_once runs within the deadline of a request
 
+        self._aiohttp = aiohttp
         self._connection = connection
         self._context = connection.ssl_context()
         self._session: Any = None
 
     async def send_once(self, call: Call, deadline: Deadline) -> Any:
-        import aiohttp
         from yarl import URL
 
-        connection, url = self._connection, self._connection.url
+        aiohttp, connection, url = self._aiohttp, self._connection, self._connection.url
         if self._session is None:
             # limit=0: the client already limits the requests in flight. Cookies of a server are ignored.
             connector = aiohttp.TCPConnector(limit=0, ssl=self._context if self._context else True)

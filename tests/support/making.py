@@ -23,10 +23,10 @@ def content(changes: dict[str, Any] | None = None) -> dict[str, Any]:
     made = copy.deepcopy(SHIPPED)
     for key, value in (changes or {}).items():
         *sections, last = key.split(".")
-        place = made
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = copy.deepcopy(value)  # a later key may set one inside; the caller keeps its own
+        section = made
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[last] = copy.deepcopy(value)  # a later key inside it must not change the caller's value
     return made
 
 
