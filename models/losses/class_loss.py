@@ -74,11 +74,15 @@ class ClassLoss(nn.Module):
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Set the class weights of the 0-based epoch out of `epochs`."""
-        if self.weighting is not None and self.class_weight is not None:
-            if epoch >= math.floor(self.weighting.after * epochs + 1e-9):
+        if self.class_weight is not None:
+            if self.weights_apply(epoch, epochs):
                 self.class_weight.copy_(self.balanced)
             else:
                 self.class_weight.fill_(1.0)
+
+    def weights_apply(self, epoch: int, epochs: int) -> bool:
+        """Whether the loss has class weights in the 0-based epoch out of `epochs`."""
+        return self.weighting is not None and epoch >= math.floor(self.weighting.after * epochs + 1e-9)
 
     def losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Loss of each sample: logits [B,C] without a prior, target [B] int64 → [B]."""

@@ -164,7 +164,10 @@ class CausalClassifier(nn.Module):
     ) -> None:
         super().__init__()
         if feature_dim % heads:
-            raise HeadError(f"heads is {heads}, which does not divide the feature's {feature_dim} values")
+            raise HeadError(
+                f"heads is {heads}, which does not divide the feature's {feature_dim} values; expected a divisor such as "
+                f"{math.gcd(2 * heads, feature_dim)}"
+            )
         self.heads, self.alpha, self.momentum = heads, alpha, momentum
         bound = feature_dim**-0.5
         self.weight = nn.Parameter(torch.empty(classes, feature_dim).uniform_(-bound, bound))

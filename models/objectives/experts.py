@@ -48,7 +48,7 @@ class Ride(ExpertsLoss):
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Set class weights and temperatures of the epoch."""
         self.loss.begin_epoch(epoch, epochs)
-        late = self.loss.weighting is not None and epoch >= round(self.loss.weighting.after * epochs)
+        late = self.loss.weights_apply(epoch, epochs)
         self.temperature.copy_(self.late_temperature if late else torch.ones_like(self.temperature))
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

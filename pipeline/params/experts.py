@@ -106,6 +106,10 @@ def check_experts(experts: ExpertsParams, student: Any) -> None:
             f"loss.kind is {student.loss.kind} and adjustment {student.adjustment:g}, but {name}, which has its own loss; set "
             "loss: {kind: cross_entropy} and adjustment: 1.0"
         )
+    if student.loss.kind == "lade":
+        raise ValueError(
+            f"loss.kind is lade, whose regulariser is of one network's batch, but {name}; set another loss.kind"
+        )
     if kind == "reslt" and student.accumulate > 1:
         raise ValueError(
             f"accumulate is {student.accumulate}, but {name}, whose loss divides by a sum over the whole batch; set "

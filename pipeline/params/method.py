@@ -265,11 +265,9 @@ def weighted(loss: Loss) -> bool:
     return isinstance(loss, WeightedLoss) and loss.class_balance is not None
 
 
-def check_contrast(
-    contrast: Contrast, encoder: str, batch_size: int, accumulate: int, mix: str, projection_dim: int
-) -> None:
+def check_contrast(contrast: Contrast, student: Any) -> None:
     """Raise ValueError for a contrast term that does not fit the other keys of section student."""
-    kind = contrast.kind
+    kind, encoder, mix = contrast.kind, student.contrast_encoder, student.augment.mix
     if encoder not in contrast.encoders:
         raise ValueError(
             f"contrast_encoder is {encoder}, but contrast.kind {kind} takes {' or '.join(contrast.encoders)}; set "
@@ -282,21 +280,26 @@ def check_contrast(
                 f"is {encoder}, without text features; set contrast_encoder to {' or '.join(TEXT)}, or contrast: {{kind: gml}}"
             )
         return
-    if accumulate > 1:
+    if student.accumulate > 1:
         raise ValueError(
-            f"accumulate is {accumulate}, but contrast.kind {kind} compares the whole batch; set accumulate: 1, and "
+            f"accumulate is {student.accumulate}, but contrast.kind {kind} compares the whole batch; set accumulate: 1, and "
             "engine.checkpoint_activations: true or a smaller batch_size if the batch does not fit"
         )
     if kind in ("paco", "gpaco", "kcl", "tsc", "crd") and mix != "none":
         raise ValueError(
             f"augment.mix is {mix}, but contrast.kind {kind} compares the classifier view; set augment.mix: none"
         )
-    if isinstance(contrast, PaCoContrast | KCLContrast) and contrast.queue < batch_size:
+    if kind in ("paco", "gpaco") and student.assumed_adjustment != 1:
         raise ValueError(
-            f"contrast.queue is {contrast.queue}, below batch_size {batch_size}; set it to {batch_size} or more"
+            f"adjustment is {student.adjustment:g} and loss.kind is {student.loss.kind}, but contrast.kind {kind} adds the log "
+            "prior to the class logits; set adjustment: 1.0 and loss: {kind: cross_entropy}"
         )
-    if kind == "proco" and projection_dim < 3:
-        raise ValueError(f"projection_dim is {projection_dim}; contrast.kind proco needs at least 3")
+    if isinstance(contrast, PaCoContrast | KCLContrast) and contrast.queue < student.batch_size:
+        raise ValueError(
+            f"contrast.queue is {contrast.queue}, below batch_size {student.batch_size}; set it to {student.batch_size} or more"
+        )
+    if kind == "proco" and student.projection_dim < 3:
+        raise ValueError(f"projection_dim is {student.projection_dim}; contrast.kind proco needs at least 3")
 
 
 def check_second_batch(contrast: Contrast, student: Any) -> None:

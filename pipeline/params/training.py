@@ -217,10 +217,7 @@ class StudentParams(TrainingParams):
     @model_validator(mode="after")
     def _contrast_fits(self) -> StudentParams:
         if self.beta:
-            augment = self.augment
-            check_contrast(
-                self.contrast, self.contrast_encoder, self.batch_size, self.accumulate, augment.mix, self.projection_dim
-            )
+            check_contrast(self.contrast, self)
             check_second_batch(self.contrast, self)
         return self
 

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from models.contrast.queues import queue_lengths
 from models.distributed import rank
-from models.networks.backbones import UnknownBackboneError, check_backbone
+from models.networks.backbones import UnknownBackboneError, build_backbone, check_backbone
+from models.networks.cosine_classifier import HeadError
 from models.networks.tuning import merged_state
 from models.objectives.objective import Objective
 from models.objectives.teacher import TeacherObjective
 from pipeline.data.class_prior import Prior
 from pipeline.features.stored import FeatureImages, training_inputs
-from pipeline.model_io.checkpoint import BEST, ModelConfig, build_model, describe_memory, save_model
+from pipeline.model_io.checkpoint import BEST, ModelConfig, build_model, classifier_of, describe_memory, save_model
 from pipeline.model_io.encoder import describe
 from pipeline.model_io.pretrained import load_pretrained
 from pipeline.params import (
@@ -236,14 +237,22 @@ def save_run(
 
 
 def check_recipe(teacher: TrainingParams, student: StudentParams, prior: Prior) -> None:
-    """Raise ParamsError for errors that would appear only after the teacher's training: unknown backbones, too small queues."""
-    for key, name in (("teacher.backbone", teacher.backbone), ("student.backbone", student.backbone)):
-        if name == ENCODER:
+    """Raise ParamsError for errors that would appear only after the teacher's training.
+
+    They are unknown backbones, heads that do not divide the feature, and too small queues.
+    """
+    for stage, section in (("teacher", teacher), ("student", student)):
+        if section.backbone == ENCODER:
             continue
         try:
-            check_backbone(name)
+            check_backbone(section.backbone)
+            if section.classifier.kind == "causal":
+                width = build_backbone(section.backbone).feature_dim
+                classifier_of(section.classifier.model_dump())(width, len(prior.classes))
         except UnknownBackboneError as error:
-            raise ParamsError(f"{key}: {error}") from None
+            raise ParamsError(f"{stage}.backbone: {error}") from None
+        except HeadError as error:
+            raise ParamsError(f"{stage}.classifier.{error}") from None
     check_experts(student, prior)
     queues = student.contrast.kind == "gml" and student.contrast_encoder != "text"
     if not student.beta or not queues or memory_alone(student):

@@ -16,18 +16,22 @@ UNIFORM = torch.full((3,), 1 / 3, dtype=torch.float64).log()
 
 
 @pytest.mark.parametrize(
-    ("tau", "rows", "mean", "bound"),
+    ("tau", "rows", "mean", "total", "bound"),
     [
-        (0.1, [0.02253786097812, 0.00004543141374], 0.011291646195934, None),
-        (0.5, [0.365348528246808, 0.182438392400252], 0.27389346032353, 0.7536694149348376),
+        (0.1, [0.02253786097812, 0.00004543141374], 0.011291646195934, 9.006484145815374, None),
+        (0.5, [0.365348528246808, 0.182438392400252], 0.27389346032353, 2.893633190989566, 0.7536694149348376),
     ],
 )
-def test_the_gml_loss_of_equal_classes_has_the_golden_values_of_equation_9_and_keeps_its_bound(tau, rows, mean, bound):
+def test_the_gml_loss_of_equal_classes_has_the_golden_values_of_equation_9_and_keeps_its_bound(
+    tau, rows, mean, total, bound
+):
     similarity = U @ KEYS.T
     own = [gml_loss(similarity[i : i + 1], KEY_CLASS, TARGET[i : i + 1], UNIFORM, tau).item() for i in range(2)]
     assert own == pytest.approx(rows, rel=0, abs=1e-12)
     assert gml_loss(similarity, KEY_CLASS, TARGET, UNIFORM, tau).item() == pytest.approx(mean, rel=0, abs=1e-12)
-    outside = supervised_losses(similarity / tau, TARGET[:, None] == KEY_CLASS).mean().item() - math.log(2)
+    rows_outside = supervised_losses(similarity / tau, TARGET[:, None] == KEY_CLASS)
+    assert (2 * rows_outside).mean().item() == pytest.approx(total, rel=0, abs=1e-12)  # two positives each
+    outside = rows_outside.mean().item() - math.log(2)
     assert mean <= outside
     assert bound is None or outside == pytest.approx(bound, rel=0, abs=1e-12)
 

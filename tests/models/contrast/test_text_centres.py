@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from models.contrast.gml import TextCentres, UnitVectors
+from models.contrast.gml_reference import mixture_log_scores
 from models.contrast.terms import ContrastInputs
 from models.networks.projection_head import ProjectionHead
 from models.objectives.contrast import ContrastObjective
@@ -46,6 +47,14 @@ def test_v1_the_gml_loss_of_text_centres_in_float64(tau, rows, mean):
         assert losses["gml"].item() == pytest.approx(expected, rel=1e-10)
         assert losses["tau"].item() == pytest.approx(expected, rel=1e-10)
         assert losses["loss"].item() == pytest.approx(2 * expected, rel=1e-10)
+
+
+def test_v1_the_class_scores_of_text_centres():
+    texts = torch.tensor([[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
+    images = F.normalize(torch.tensor([[2, 1, 0], [0, 1, 2]], dtype=torch.float64), dim=1)
+    scores, _ = mixture_log_scores(images @ texts.T, torch.tensor([0, 0, 1, 2]), 3, 0.07)
+    golden = [[13.6079520284807, 6.3887656499994, 0], [3.1615203811965, 6.3887656499994, 12.777531299998797]]
+    assert scores.tolist() == [pytest.approx(row, rel=0, abs=1e-12) for row in golden]
 
 
 def test_centres_stay_constant_over_a_step_while_both_heads_are_trained():

@@ -50,6 +50,17 @@ def test_ride_has_the_golden_value_after_the_switch():
     assert ride(160) == pytest.approx(63.658434528199, abs=1e-10)
 
 
+@pytest.mark.parametrize("epochs", [7, 12, 27, 32, 90])
+def test_class_weights_and_temperatures_of_ride_start_in_the_same_epoch(epochs):
+    ldam = LDAMLoss(PRIOR.log(), 0.0, [5, 3, 2], 30, 0.5, Weighting([5, 3, 2], 0.9999, 0.8, "weights"))
+    loss = Ride(ldam, reweight=0.05, diversity=0.45)
+    for epoch in range(epochs):
+        loss.begin_epoch(epoch, epochs)
+        weighted = not torch.equal(ldam.class_weight, torch.ones(3))
+        assert weighted == torch.equal(loss.temperature, loss.late_temperature)
+        assert weighted == (10 * epoch >= 8 * epochs - 9)  # from epoch floor(.8 · epochs)
+
+
 def test_sade_has_the_golden_value():
     third = logits([[0.2, 0.9, 0.1], [0.1, 0.3, 0.6]], scale=30)
     value = sade_loss(torch.cat([RIDE, third], 1), TARGET, PRIOR.log(), 2.0)

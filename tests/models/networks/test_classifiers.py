@@ -67,8 +67,9 @@ def test_without_a_mean_direction_or_alpha_the_causal_classifier_predicts_as_in_
 
 
 def test_heads_that_do_not_divide_the_feature_are_refused():
-    with pytest.raises(ValueError, match="heads is 3, which does not divide the feature's 64 values"):
-        CausalClassifier(64, 5, heads=3)
+    message = "heads is 6, which does not divide the feature's 64 values; expected a divisor such as 4$"
+    with pytest.raises(ValueError, match=message):
+        CausalClassifier(64, 5, heads=6)
 
 
 @pytest.mark.parametrize("kind", HEADS)

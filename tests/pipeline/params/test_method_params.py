@@ -73,6 +73,15 @@ MOMENTUM = {"student.contrast_encoder": "momentum"}
             "student: augment.mix is mixup, but contrast.kind paco compares the classifier view",
         ),
         (
+            {**OWN, "student.contrast": {"kind": "gpaco"}, "student.adjustment": 0.0, "student.alpha": 0.0},
+            "student: adjustment is 0 and loss.kind is cross_entropy, but contrast.kind gpaco adds the log prior to the class "
+            "logits; set adjustment: 1.0",
+        ),
+        (
+            {**EXPERTS, "student.loss": {"kind": "lade"}},
+            "student: loss.kind is lade, whose regulariser is of one network's batch, but experts.kind is ride; set another",
+        ),
+        (
             {**MOMENTUM, "student.contrast": {"kind": "kcl", "queue": 10}},
             "student: contrast.queue is 10, below batch_size 32; set it to 32 or more",
         ),
