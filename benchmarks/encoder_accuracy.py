@@ -11,7 +11,8 @@ Rows, with the params of recipes/photographs-lite0.yaml:
   logits adjusted to the balanced prior. L_cls: the recipe's teacher.
 - GML: L_cls and L_GML with a residual adapter (GML_STUDENT in benchmarks/encoder_projects.py), against the features of the
   teacher. L_cls, adapter: the same network, epochs and learning rates with L_cls alone.
-- memory alone, and + memory: the mixture of Eq. 3 over all training features; tau and weight are fitted on validation.
+- memory alone, and + memory: the mixture of Eq. 3 over all training features; tau and weight are fitted on validation. With
+  --memory-rows also over K features, the means of clusters in large classes.
 - NCM, cRT, tau-normalisation, LWS: recipes/methods/, second stages of a student that cross-entropy trains.
 - With --text, the folder of stage embed_text: GML with text centres, row GML with its sentences in the place of the teacher's
   queues; GML with image and text centres, both terms. zero-shot: the class whose mean sentence has the largest cosine, without
@@ -43,7 +44,17 @@ import torch
 
 from benchmarks.accuracy import format_difference, format_mean_std, merged, publish
 from benchmarks.encoder_projects import NOTES, add_options, prepare, project_folder, project_params
-from benchmarks.encoder_rows import TEXT_ALONE, Features, Row, rounding, rows, text_hash, text_rows, tuned_rows
+from benchmarks.encoder_rows import (
+    TEXT_ALONE,
+    Features,
+    Row,
+    memory_rows,
+    rounding,
+    rows,
+    text_hash,
+    text_rows,
+    tuned_rows,
+)
 from pipeline.data.class_prior import load_prior
 from pipeline.evaluation.network_metrics import network_metrics
 from pipeline.features.stored import load_features
@@ -116,6 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--text", type=Path, metavar="DIR", help="folder of stage embed_text: adds the rows of text centres"
     )
+    parser.add_argument(
+        "--memory-rows", type=int, nargs="+", default=[], metavar="K", help="adds memory alone with K stored features"
+    )
     parser.add_argument("--tuned", action="store_true", help="adds the rows that train the encoder's last blocks")
     parser.add_argument(
         "--precision",
@@ -130,7 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="a Markdown file for the table")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    available = [*rows(), *(text_rows() if options.text else []), *(tuned_rows() if options.tuned else [])]
+    available = [*rows(), *memory_rows(options.memory_rows), *(text_rows() if options.text else [])]
+    available += tuned_rows() if options.tuned else []
     known = [row.name for row in available]
     chosen = options.rows or known
     if options.against != "L_cls" and options.against not in chosen:

@@ -101,6 +101,15 @@ def text_rows() -> list[Row]:
     ]
 
 
+def memory_rows(limits: list[int]) -> list[Row]:
+    """Return a row of the memory alone for each number of stored features."""
+
+    def alone(limit: int, _: Params, data: Features) -> Logits:
+        return with_memory(None, data, limit)
+
+    return [Row(f"memory alone, {limit} rows", functools.partial(alone, limit)) for limit in limits]
+
+
 def tuned_rows() -> list[Row]:
     """Return the rows whose student trains the encoder's last blocks on images: minutes an epoch."""
     alone = {"student": {"beta": 0.0, "alpha": 0.0}}
@@ -214,11 +223,11 @@ def network(params: Params, data: Features, kind: str, train: Callable[[Path], o
     return validation, test
 
 
-def with_memory(base: Logits | None, data: Features) -> Logits:
-    """Add the logits of the memory of all training images to `logits`; None: return those of the memory alone."""
+def with_memory(base: Logits | None, data: Features, limit: int | None = None) -> Logits:
+    """Add the logits of the memory to `base`; None: return those of the memory alone. limit: its rows; None: all images."""
     classes = len(data.prior.classes)
     validation, test = base or tuple(np.zeros((len(s), classes), np.float32) for s in (data.validation, data.test))
-    stored = build_memory(data.train.images[:, 0], data.train.labels, classes, len(data.train))
+    stored = build_memory(data.train.images[:, 0], data.train.labels, classes, limit or len(data.train))
     least = LEAST_WEIGHT if base is None else 0.0
     fit = fit_memory(stored, data.validation.images[:, 0], data.validation.labels, torch.from_numpy(validation), least)
     memory = FeatureMemory(stored, classes, fit.tau, fit.weight)

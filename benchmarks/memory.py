@@ -2,8 +2,8 @@
 
 Each graph has an encoder, an adapter, a cosine classifier and a memory of K rows (0: none) in long-tailed classes, with random
 weights. It runs in ONNX Runtime on the CPU. All graphs process the same pixels in turns in one process. Latency is the median
-over rounds. The ratio is the median over rounds of a graph's time divided by that of the first graph. To measure accuracy by K,
-pass a limit to models.networks.memory.build_memory.
+over rounds. The ratio is the median over rounds of a graph's time divided by that of the first graph. Accuracy by K:
+`python -m benchmarks.encoder_accuracy plankton --size 112 --data DIR --memory-rows 512 1024 ...`.
 
   python -m benchmarks.memory --encoder efficientnet_lite0 --size 224 --rows 0 512 1024 2048 4096 24320
 """
@@ -50,7 +50,7 @@ def graph(encoder: Encoder, size: int, classes: int, rows: int) -> bytes:
     return to_onnx(served.eval(), size, OPSET)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Print a table row for each number of memory rows; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--encoder", default="efficientnet_lite0", choices=list(ENCODERS))
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[0, 512, 1024, 2048, 4096, 24320])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()

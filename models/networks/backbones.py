@@ -85,6 +85,8 @@ class Backbone(nn.Module):
                 raise ValueError(f"has no {name}, which this network needs")
             if weights[name].shape != value.shape:
                 raise ValueError(f"has {name} of shape {list(weights[name].shape)}; expected {list(value.shape)}")
+            if weights[name].is_floating_point() != value.is_floating_point():
+                raise ValueError(f"has {name} of type {weights[name].dtype}; expected {value.dtype}")
         for name in weights:
             if name not in expected:
                 raise ValueError(f"has {name}, which this network does not have")

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pipeline.data.assignment import SPLITS
 from pipeline.data.dataset import AnyImages, Images, evaluation_images, training_images
 from pipeline.data.split_tables import ArrowStrings, read_split
 from pipeline.params import AugmentParams, EncoderParams, ImageParams, Params
@@ -149,7 +150,8 @@ def read_index(encoder: EncoderParams, image: ImageParams) -> dict[str, Any]:
     """
     try:
         index: dict[str, Any] = json.loads(EMBEDDINGS_INDEX.read_text(encoding="utf-8"))
-        index[KEYS].items()
+        for split in SPLITS:
+            index[KEYS][split], index["encoder"]["width"]
         stored = {**index["params"], **{f"image.{key}": value for key, value in index["image"].items()}}
     except FileNotFoundError:
         raise ParamsError(f"{EMBEDDINGS_INDEX}: no such file; run `dvc repro embed` first") from None
@@ -160,7 +162,8 @@ def read_index(encoder: EncoderParams, image: ImageParams) -> dict[str, Any]:
         if stored.get(key) != value:
             name = key if key.startswith("image.") else f"encoder.{key}"
             raise ParamsError(
-                f"{name} is {value!r}, but the features of {EMBEDDINGS} were computed with {stored.get(key)!r}; "
+                f"{name} is {json.dumps(value)}, but the features of {EMBEDDINGS} were computed with "
+                f"{json.dumps(stored.get(key))}; "
                 "run `dvc repro embed`"
             )
     return index

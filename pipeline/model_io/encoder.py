@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -115,7 +116,7 @@ def load_encoder(params: EncoderParams, image: ImageParams) -> LoadedEncoder:
     _check_image(encoder, image)
     if encoder.accept and params.licence != encoder.accept:
         raise ParamsError(
-            f"encoder.licence is {params.licence!r}; {encoder.name} has the {encoder.licence}: read it, and set "
+            f"encoder.licence is {json.dumps(params.licence)}; {encoder.name} has the {encoder.licence}: read it, and set "
             f"encoder.licence: {encoder.accept} to accept it"
         )
     source, expected = params.weights or encoder.source, params.sha256 or (encoder.sha256 if not params.weights else "")

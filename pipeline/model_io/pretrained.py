@@ -9,6 +9,7 @@ import struct
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -76,9 +77,16 @@ def read_weights(path: Path, sha256: str, key: str, hash_key: str) -> dict[str, 
     except DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ParamsError(f"{key} is {str(path)!r}, which is damaged: {reason}") from None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ParamsError(f"{key} is {str(path)!r}, which is no state_dict: expected a mapping from names to tensors")
+    if not isinstance(weights, dict) or not all(map(_is_weight, weights.items())):
+        raise ParamsError(
+            f"{key} is {str(path)!r}, which is no state_dict: expected a mapping from names to dense tensors"
+        )
     return weights
+
+
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    name, value = item
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def locate(source: str, download: bool, key: str = "encoder.weights") -> Path:
@@ -88,6 +96,8 @@ def locate(source: str, download: bool, key: str = "encoder.weights") -> Path:
     """
     if source.startswith(PACKAGE):
         package, _, file = source.removeprefix(PACKAGE).partition("/")
+        if not package.isidentifier() or not file:  # find_spec would import the parent of a name with a dot
+            raise ParamsError(f"{key} is {source!r}; expected {PACKAGE}<name of a Python package>/<file>")
         specification = find_spec(package)
         if specification is None or not specification.submodule_search_locations:
             raise ParamsError(
@@ -101,12 +111,15 @@ def locate(source: str, download: bool, key: str = "encoder.weights") -> Path:
 def _from_hub(source: str, download: bool, key: str) -> Path:
     """Return the path of a hub's file in the local cache. A missing file is downloaded if `download` is True."""
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging as hub_logging
 
     repository, _, rest = source.removeprefix(HUB).partition("@")
     revision, _, file = rest.partition("/")
     if not revision or repository.count("/") != 1:
         raise ParamsError(f"{key} is {source!r}; expected hf://owner/name@revision")
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # else a line for each retry
     try:
         return Path(
             huggingface_hub.hf_hub_download(
@@ -122,8 +135,10 @@ def _from_hub(source: str, download: bool, key: str) -> Path:
             ) from None
         cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
         reason = f"the hub cannot be reached{cause}"
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, ValueError, OSError) as error:  # ValueError: an address with .. in it, or another form
         reason = _one_line(error)
+    finally:
+        hub_logging.set_verbosity(verbosity)
     raise ParamsError(f"{key}: {source}: {reason}; check the address and the network, or give a file as {key}")
 
 

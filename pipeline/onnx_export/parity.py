@@ -125,7 +125,7 @@ def check_float16(
                 raise StageError(
                     f"at batch size {len(reference.pixels)} float16 differs from PyTorch by {cosine:.2e} "
                     f"(cosine) and {feature:.2e} (feature), above export.half.tolerance = {bounds.tolerance:g}; "
-                    f"{REMEDY}; nothing was exported"
+                    f"{REMEDY}, or raise the tolerance; nothing was exported"
                 )
             largest = max(largest, logit)
             same_class &= logits.argmax(1) == reference.logits.argmax(1)

@@ -24,7 +24,7 @@ class EncoderParams(Section):
     """
 
     name: str
-    weights: str | None = None
+    weights: Annotated[str, Field(min_length=1)] | None = None
     sha256: Sha256 | None = None
     download: bool = False
     licence: str | None = None

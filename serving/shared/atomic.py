@@ -15,29 +15,39 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Write a folder atomically: it appears at `path` complete or not at all.
 
     Yields an empty temporary folder beside `path`, which then replaces the old one, synced to disk. On any exception the
-    old one stays. Leftovers of a killed run are removed first.
+    old one stays. Leftovers of a killed run are removed first. Where `path` is a link to a folder, that folder is replaced.
     """
+    if path.is_symlink() and path.is_dir():
+        path = path.resolve()  # it may be on another disk, and a rename would replace the link
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, retired = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     if retired.exists() and not path.exists():
         retired.rename(path)  # a run was killed between the two renames below: restore the old folder
     for leftover in (partial, retired):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     partial.mkdir()
     try:
         yield partial
         for file in sorted(partial.rglob("*")):
             sync(file)
-        if path.exists():
+        if path.exists() or path.is_symlink():
             path.rename(retired)
         partial.rename(path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         if retired.exists() and not path.exists():
             retired.rename(path)
         raise
     sync(path.parent)
-    shutil.rmtree(retired, ignore_errors=True)
+    _remove(retired)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, file or link; nothing if it does not exist."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_file(path: Path, content: bytes | str) -> None:

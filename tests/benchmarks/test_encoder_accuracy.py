@@ -69,6 +69,18 @@ def test_every_row_is_computed_for_every_seed_and_an_interrupted_comparison_resu
 
 
 @pytest.mark.end_to_end
+def test_a_memory_with_a_row_for_each_image_is_the_memory_alone_and_one_with_fewer_is_another(arguments, tmp_path):
+    names = ["memory alone", *(f"memory alone, {rows} rows" for rows in (3, 22))]
+    encoder_accuracy.main([*arguments, "--rows", *names, "--memory-rows", "3", "22"])
+    fits = {
+        path.name.rpartition("-")[0]: json.loads(path.read_text())["test"]
+        for path in tmp_path.glob("work/*/runs/*.json")
+    }
+    assert fits["memory-alone"] == fits["memory-alone-22-rows"]
+    assert set(fits) == {name.replace(" ", "-").replace(",", "") for name in names}
+
+
+@pytest.mark.end_to_end
 def test_networks_of_another_precision_are_trained_and_stored_separately(arguments, tmp_path, capsys):
     for precision in ("float32", "bfloat16", "bfloat16"):
         encoder_accuracy.main([*arguments, "--seeds", "0", "--rows", "L_cls", "--precision", precision])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import safetensors.torch
 
 import pipeline.embed
 from pipeline.features.stored import load_features
-from pipeline.shared.artifacts import EMBEDDINGS, sha256_of
+from pipeline.shared.artifacts import EMBEDDINGS, EMBEDDINGS_INDEX, sha256_of
 from pipeline.shared.errors import ParamsError, StageError
 from tests.support.small_encoder import small_shards, split_folder, stored_files
 
@@ -30,6 +32,15 @@ def test_features_of_another_encoder_or_size_are_refused(weights):
         load_features(more, "train")
     # Another size gives another key, so no old feature is used.
     assert pipeline.embed.run(other).computed == 49
+
+
+@pytest.mark.parametrize("changes", [{"keys": {}}, {"encoder": None}, {"encoder": {}}, {"params": 1}])
+def test_an_index_that_was_edited_is_refused(weights, changes):
+    params = split_folder(weights)
+    pipeline.embed.run(params)
+    EMBEDDINGS_INDEX.write_text(json.dumps(json.loads(EMBEDDINGS_INDEX.read_text()) | changes))
+    with pytest.raises(ParamsError, match=r"index\.json: damaged or without features; run `dvc repro -f embed`"):
+        load_features(params, "train")
 
 
 def test_a_damaged_shard_is_computed_again(weights):

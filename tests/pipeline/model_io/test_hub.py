@@ -93,6 +93,7 @@ def answers(endpoint: str, cache, *cases: dict) -> list:
     done = subprocess.run(
         [sys.executable, "-c", CASES, json.dumps(cases)], env=environment, capture_output=True, text=True, check=True
     )
+    assert not done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -102,15 +103,21 @@ def test_weights_are_downloaded_once_checked_and_recorded_and_each_fault_is_one_
     def case(repository: str, **changes) -> dict:
         return {"weights": f"hf://owner/{repository}", "sha256": sha256, "download": True, **changes}
 
-    loaded, again, other, revision, closed, plain, cut = answers(
+    loaded, again, other, revision, closed, plain, cut, above = answers(
         endpoint, tmp_path / "cache",
         case("tiny@v1"), case("tiny@v1", download=False), case("tiny@v1", sha256="0" * 64), case("tiny@v2"),
-        case("closed@v1"), case("plain@v1"), case("cut@v1"),
+        case("closed@v1"), case("plain@v1"), case("cut@v1"), case("tiny@../../x"),
     )  # fmt: skip
     assert loaded == again == ["hf://owner/tiny@v1", sha256]
     assert sum(path.startswith("/owner/tiny/resolve/v1/") for path in requests) >= 2  # HEAD and GET
     assert other.startswith(f"encoder.sha256 is {'0' * 64}, but {tmp_path}") and f"has {sha256}" in other
-    for message, reason in ((revision, "v2"), (closed, "401"), (plain, "does not seem to be served by"), (cut, "")):
+    for message, reason in (
+        (revision, "v2"),
+        (closed, "401"),
+        (plain, "does not seem to be served by"),
+        (cut, ""),
+        (above, "../x"),
+    ):
         assert message.startswith("encoder.weights: hf://owner/") and "\n" not in message and reason in message
         assert message.endswith("check the address and the network, or give a file as encoder.weights")
 

@@ -43,6 +43,27 @@ def test_a_new_folder_replaces_the_old_one_atomically(tmp_path):
     assert json.loads((tmp_path / "deep/out/inner/value.json").read_text(encoding="utf-8")) == {"ä": 1}
 
 
+def test_a_link_to_a_folder_stays_and_its_folder_is_replaced(tmp_path):
+    (tmp_path / "disk/out").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk/out")
+    for content in ("old", "new"):
+        with whole_folder(tmp_path / "out") as folder:
+            write_file(folder / content, content)
+    assert (tmp_path / "out").is_symlink() and names(tmp_path / "disk") == ["out"]
+    assert names(tmp_path / "disk/out") == ["new"]
+
+
+@pytest.mark.parametrize("target", ["out", ".out.old", ".out.partial"])
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_file_or_a_dead_link_in_the_place_of_a_folder_is_replaced(tmp_path, target, kind):
+    path = tmp_path / target
+    path.write_text("a file") if kind == "file" else path.symlink_to("nowhere")
+    for content in ("old", "new"):
+        with whole_folder(tmp_path / "out") as folder:
+            write_file(folder / content, content)
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["new"]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
 def test_an_exception_leaves_only_the_old_folder(tmp_path, error):
     with whole_folder(tmp_path / "out") as folder:
