@@ -17,6 +17,7 @@ from pipeline.data.class_prior import load_prior
 from pipeline.evaluation.metrics import per_class_accuracy
 from pipeline.evaluation.network_metrics import network_logits
 from pipeline.features.stored import load_features
+from pipeline.methods import page as page_of_methods
 from pipeline.methods.catalogue import METHODS
 from pipeline.model_io.devices import choose_device
 from pipeline.shared.errors import StageError
@@ -110,9 +111,19 @@ def test_methods_are_trained_once_judged_on_the_test_split_and_reported(project,
 
     for stage in (student, classifier):
         monkeypatch.setattr(stage, "run", never)
+    drawn, chart = [], page_of_methods.cost_chart
+    monkeypatch.setattr(page_of_methods, "cost_chart", lambda shown: drawn.append(chart(shown)) or drawn[-1])
     assert main([*COMPARE, "cross_entropy,post_hoc,gml,crt,gml_encoder", "--seeds", "2", "--against", "crt"]) == 0
     assert result()["reference"] == "crt" and [row["method"] for row in result()["methods"]] == list(rows)
     assert result()["methods"][2]["accuracy"] == rows["gml"]["accuracy"]
+    points = {
+        name: (x, y)
+        for trace in drawn[-1]["data"]
+        for name, x, y in zip(trace["text"], trace["x"], trace["y"], strict=True)
+    }
+    assert points == {
+        name: (row["cost"]["macs"], pytest.approx(100 * row["accuracy"]["all"]["value"])) for name, row in rows.items()
+    }
 
 
 @pytest.mark.slow
