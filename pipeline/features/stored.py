@@ -163,8 +163,7 @@ def read_index(encoder: EncoderParams, image: ImageParams) -> dict[str, Any]:
             name = key if key.startswith("image.") else f"encoder.{key}"
             raise ParamsError(
                 f"{name} is {json.dumps(value)}, but the features of {EMBEDDINGS} were computed with "
-                f"{json.dumps(stored.get(key))}; "
-                "run `dvc repro embed`"
+                f"{json.dumps(stored.get(key))}; run `dvc repro embed`"
             )
     return index
 

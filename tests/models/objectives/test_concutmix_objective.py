@@ -23,7 +23,7 @@ def test_the_labels_equal_the_golden_value():
     mixed = torch.tensor([[0.7, 0, 0.3]], dtype=torch.float64)
     log_counts = torch.tensor([5, 3, 2], dtype=torch.float64).log()
     labels = semantic_labels(feature, centres, mixed, log_counts, 20 / 255, 2)
-    # Worked out by hand: .7077... + .0020... + .2902... = 1.
+    # The three values of a label sum to 1.
     assert labels[0].tolist() == pytest.approx([0.707727599353, 0.002033578777, 0.290238821870], rel=0, abs=1e-11)
     assert labels.sum().item() == pytest.approx(1)
     assert torch.equal(semantic_labels(feature, centres, mixed, log_counts, 0.0, 2), mixed)
