@@ -19,9 +19,10 @@ from serving.repository.manifest import MANIFEST_NAME, STUDENT_NAME, sha256_of
 from serving.repository.promotion_log import LOG_NAME
 from serving.repository.release import list_versions, read_champion
 from serving.repository.version_policy import serve_versions, served_versions
-from serving.repository.writer import publish
+from serving.repository.writer import RUNTIME_FILES, publish
 from serving.server.triton_server import TritonServer
 from serving.shared.errors import InputError
+from serving.shared.names import CLASSIFIER
 from tests.support.steady_load import Load, assert_each_answer_is_its_versions
 
 pytestmark = pytest.mark.slow
@@ -116,12 +117,12 @@ def test_export_that_fails_its_verification_is_withdrawn_unless_it_existed_befor
 
 
 def test_publishing_that_fails_between_the_two_models_leaves_neither_half(
-    root: Path, exports: dict[int, Release]
+    root: Path, exports: dict[int, Release], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (root / "classifier" / ".2.partial").write_text("a file where the folder would be written")
-    with pytest.raises(OSError, match=r"\.2\.partial"):
+    monkeypatch.setitem(RUNTIME_FILES[CLASSIFIER], "lost.py", root / "lost.py")  # a file of Tailor that is missing
+    with pytest.raises(OSError, match=r"lost\.py"):
         promote(root, exports[2].export_dir, rehearsal=False)
-    assert not (root / "student" / "2").exists()
+    assert not any((root / model / "2").exists() for model in MODELS)
 
 
 def test_promotion_removes_leftovers_of_a_killed_promotion(root: Path, exports: dict[int, Release]) -> None:
