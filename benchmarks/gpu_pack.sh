@@ -16,7 +16,8 @@ for name in "${names[@]}"; do
   fi
 done
 mkdir -p "$folder/data" "$folder/wheels"
-for name in "${names[@]}"; do cp -f "$packs/$name.parquet" "$folder/data/"; done
+[ "$packs" -ef "$folder/data" ] || for name in "${names[@]}"; do cp -f "$packs/$name.parquet" "$folder/data/"; done
+rm -f "$folder"/wheels/*.whl # of an earlier version of Tailor
 # The Python version of the GPU machine may be unknown, so the wheels of compiled packages are downloaded for each version.
 versions=$(mktemp) && trap 'rm -f "$versions"' EXIT
 sed -n 's/ \\$//; /^[a-z].*==/p' "$root/requirements/development.txt" > "$versions" # without hashes, which pip would require of all

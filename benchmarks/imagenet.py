@@ -67,13 +67,15 @@ def params_of(arguments: argparse.Namespace, row: dict[str, Any], folder: Path) 
         "student": {"epochs": 1},
         "teacher": {"epochs": 1},
         "engine": {"precision": "float32"} if arguments.device == "cpu" else {},
+        "stream": {"mode": "on"},  # decode in every row: originals kept by the first row would favour the others
     }
     if arguments.size:
         changes["image"] = {"size": arguments.size, "resize_to": arguments.size * 8 // 7}
-    for key, value in (("batch_size", arguments.batch), ("queue_total", arguments.queue)):
-        if value:
-            changes["student"][key] = value
+    if arguments.queue:
+        changes["student"]["queue_total"] = arguments.queue
     for stage in ("teacher", "student"):
+        if arguments.batch:
+            changes[stage]["batch_size"] = arguments.batch
         if getattr(arguments, stage):
             changes[stage]["backbone"] = getattr(arguments, stage)
     for section, values in row.items():
@@ -93,20 +95,22 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> tuple[Params, pipeli
     return params, split, prior, training_images(params, device, augment=params.student.augment, views=3)[0]
 
 
-def measure_training(params: Params, prior: Prior, images: Any, device: torch.device) -> TrainingCost:
-    """Train the student for one epoch; the untrained teacher costs the same as a trained one."""
-    estimated = estimate_memory(params, "student", prior).peak / GIB
+def measure_training(
+    params: Params, prior: Prior, images: Any, device: torch.device, stage: str = "student"
+) -> TrainingCost:
+    """Train a stage for one epoch; for the student, an untrained teacher costs the same as a trained one."""
+    estimated, section = estimate_memory(params, stage, prior).peak / GIB, getattr(params, stage)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
-    objective = new_objective(params, "student", prior)
-    training = Training("student", objective, params.student, params.image, 0, device, engine=params.engine)
+    objective = new_objective(params, stage, prior)
+    training = Training(stage, objective, section, params.image, 0, device, engine=params.engine)
     validation = load_images(params.data, params.image, "validation")
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     begin = clock()
     record = training.run(images, validation)[-1]
-    trained = len(images) // params.student.batch_size * params.student.batch_size
+    trained = len(images) // section.batch_size * section.batch_size
     speed = trained / (clock() - begin)
     return TrainingCost(speed, record["images_per_second"], record["memory_mib"] / 1024, estimated)
 

@@ -25,18 +25,9 @@ MEASURES = ("all", "many", "medium", "few")
 
 def table(content: dict[str, Any], of: str = "gml") -> str:
     """Return the table and the place of method `of`. content: comparison.json."""
-    reference, equal = content["reference"], content["equal_cost"]
-    heads = [
-        *MEASURES,
-        "ECE",
-        f"all, against {reference}",
-        "all, from the first",
-        "images trained, k",
-        "MACs",
-        "s a run",
-    ]
-    if equal:
-        heads += ["epochs at equal cost", "all", "few", f"all, against {reference}", "all, from the first"]
+    equal = content["equal_cost"]
+    heads = [*MEASURES, "ECE", "from the first", "images trained, k", "MACs", "s a run"]
+    heads += [f"{head} at equal cost" for head in ("epochs", "all", "few", "from the first")] if equal else []
     lines = [f"| method | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
     rows, again = content["methods"], {row["method"]: row for row in equal["methods"]} if equal else {}
     base = next((row["cost"]["macs"] for row in rows if row["cost"]), None)
@@ -45,7 +36,7 @@ def table(content: dict[str, Any], of: str = "gml") -> str:
             _interval(row["accuracy"]["all"]),
             *(_percent(row["accuracy"][name]["value"]) for name in MEASURES[1:]),
         ]
-        cells += [_percent(row["ece"]["mean"]), _difference(row["difference"].get("all")), _difference(row["behind"])]
+        cells += [_percent(row["ece"]["mean"]), _difference(row["behind"])]
         cost = row["cost"]
         cells += [f"{cost['trained'] / 1000:,.0f}", f"{cost['macs'] / base:.2f}"] if cost and base else ["", ""]
         cells += [f"{row['seconds']:,.0f}", *(_at_equal_cost(again.get(row["method"])) if equal else [])]
@@ -97,9 +88,9 @@ def place(rows: list[dict[str, Any]], name: str) -> str:
 
 def _at_equal_cost(row: dict[str, Any] | None) -> list[str]:
     if row is None:
-        return [""] * 5
+        return [""] * 4
     cells = [_interval(row["accuracy"]["all"]), _percent(row["accuracy"]["few"]["value"])]
-    return [str(row["epochs"]), *cells, _difference(row["difference"].get("all")), _difference(row["behind"])]
+    return [str(row["epochs"]), *cells, _difference(row["behind"])]
 
 
 def _interval(estimate: dict[str, float | None]) -> str:

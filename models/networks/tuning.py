@@ -125,8 +125,8 @@ class LowRankUpdate(nn.Module):
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
         flat = weight.flatten(1)
-        self.down = nn.Parameter(torch.empty(rank, flat.shape[1], dtype=weight.dtype))
-        self.up = nn.Parameter(torch.zeros(flat.shape[0], rank, dtype=weight.dtype))
+        self.down = nn.Parameter(torch.empty(rank, flat.shape[1], dtype=weight.dtype, device=weight.device))
+        self.up = nn.Parameter(torch.zeros(flat.shape[0], rank, dtype=weight.dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.down, a=5**0.5)
 
     def forward(self, weight: Tensor) -> Tensor:

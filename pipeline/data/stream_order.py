@@ -105,9 +105,11 @@ class PrefetchIterator(Iterator[Tensor]):
         started = time.perf_counter()
         pixels, parts, draws = self._ahead.popleft()
         nvjpeg = [(start + slot, index, data) for start, part in parts for slot, index, data in part.result()]
-        self._stream.wait_seconds += time.perf_counter() - started
         self._submit_batch()
-        return self._stream.decode_on_gpu(pixels, nvjpeg, *draws) if nvjpeg else pixels
+        if nvjpeg:  # the step waits for this decoding as well
+            pixels = self._stream.decode_on_gpu(pixels, nvjpeg, *draws)
+        self._stream.wait_seconds += time.perf_counter() - started
+        return pixels
 
     def _submit_batch(self) -> None:
         indices = next(self._indices, None)

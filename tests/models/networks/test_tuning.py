@@ -12,7 +12,15 @@ from torch import nn
 from models.networks.adapters import feature_backbone, with_encoder
 from models.networks.backbones import Backbone, build_backbone
 from models.networks.cosine_classifier import ImageClassifier
-from models.networks.tuning import LowRankUpdate, TunedBackbone, TuneError, Tuning, layers_of, merged_state
+from models.networks.tuning import (
+    LowRankUpdate,
+    TunedBackbone,
+    TuneError,
+    Tuning,
+    add_low_rank_updates,
+    layers_of,
+    merged_state,
+)
 
 ENCODERS = ["test_vit", "test_efficientnet", "test_convnext"]
 # Names of the weights of the last block and of the layers after it.
@@ -88,6 +96,12 @@ def test_lora_changes_full_layers_alone_by_a_matrix_of_its_rank_and_no_bias_norm
         key = f"backbone.network.0.network.{path}"
         difference = (merged_state(model)[key].double() - before[key].double()).flatten(1)
         assert torch.linalg.matrix_rank(difference, rtol=1e-4) == 2
+
+
+def test_lora_is_added_on_the_device_of_the_network():
+    network = build_backbone("timm/test_efficientnet").to("meta")
+    add_low_rank_updates(network, rank=2)
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -245,6 +246,16 @@ def test_an_image_that_only_nvjpeg_rejects_is_named_or_replaced(made):
     actual = stream.decode_on_gpu(stream.allocate_batch(2), nvjpeg)
     assert torch.equal(actual, held.pixels(torch.tensor([4, 9])))
     assert name in stream.replaced()
+
+
+def test_the_time_that_steps_wait_for_data_includes_the_decoding_by_nvjpeg(made, monkeypatch):
+    params, where, _ = made
+    stream = stream_of(params, "train", CPU, where)
+    monkeypatch.setattr(stream, "decode", lambda part, _out: [(slot, index, b"") for slot, index in enumerate(part)])
+    monkeypatch.setattr(stream, "decode_on_gpu", lambda pixels, _nvjpeg: time.sleep(0.1) or pixels)
+    with stream.feed(torch.arange(4).view(2, 2)) as batches:
+        list(batches)
+    assert stream.wait_seconds >= 0.2
 
 
 def test_auto_streams_a_split_above_half_of_the_free_memory_and_returns_the_reason(made):
