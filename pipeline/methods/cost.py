@@ -93,26 +93,25 @@ def _count_images(objective: nn.Module) -> dict[str, int]:
     return images
 
 
-def refit_cost(record: dict[str, Any], images: int, served: Served, width: int, classes: int, stored: bool) -> Cost:
+def refit_cost(record: dict[str, Any], images: int, served: Served, stored: bool) -> Cost:
     """Cost of a second stage.
 
-    record: ModelConfig.second_stage. images: training images. served, width: of the network before it, and the width of its
-    features. stored: the features are those of the encoder and not computed again.
+    record: ModelConfig.second_stage. images: training images. served: of the network before it. stored: the features are
+    those of the encoder and not computed again.
     """
-    forward = 0 if stored else images * record["views"]
-    fitted = sum(fit["steps"] * fit["batch_size"] for fit in record.get("fits", []))
-    return Cost(0, forward, forward * served.macs + fitted * (1 + BACKWARD) * width * classes)
+    forward = 0 if stored else images * record["views"] + record["shift_images"]
+    return Cost(0, forward, forward * served.macs + sum(fit["steps"] * fit["step_macs"] for fit in record["fits"]))
 
 
-def served_size(folder: Path, stage: str) -> tuple[Served, int]:
-    """Size of the network in a folder, and the width of its features."""
+def served_size(folder: Path, stage: str) -> Served:
+    """Size of the network in a folder."""
     model, config = load_model(folder, stage)
     features = bool(config.encoder) and config.tune == "none"
     shape = (config.encoder["width"],) if config.encoder and features else (3, config.image_size, config.image_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *shape))
     parameters = sum(weight.numel() for weight in model.parameters())
-    return Served(parameters, counter.get_total_flops() // 2), model.feature_dim
+    return Served(parameters, counter.get_total_flops() // 2)
 
 
 def with_macs(params: Params, costs: dict[str, Cost], macs: int) -> Params:

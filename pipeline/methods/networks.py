@@ -116,16 +116,13 @@ def train_network(network: Network, root: Path) -> Trained:
     wall = time.perf_counter() - started
     prior, encoder = load_prior(), stored_encoder(network.params)
     if network.stage == "classifier":
-        assert network.first and first
+        assert first
         second_stage, seconds = load_config(output, network.stage).second_stage or {}, wall
-        width = served_size(root / network.first.name / network.first.stage, network.first.stage)[1]
-        stored = takes_features(network.params, "student")
-        cost = refit_cost(second_stage, sum(prior.counts), first.served, width, len(prior.classes), stored)
+        cost = refit_cost(second_stage, sum(prior.counts), first.served, takes_features(network.params, "student"))
     else:
         seconds = _training_seconds(output, getattr(network.params, network.stage).batch_size, sum(prior.counts))
         cost = training_cost(network.params, network.stage, prior, encoder)
-    served = served_size(output, network.stage)[0]
-    record = Trained(network.recipe, network.stage, seconds, wall, cost, served)
+    record = Trained(network.recipe, network.stage, seconds, wall, cost, served_size(output, network.stage))
     write_json(folder / f"{RECORD}.json", asdict(record))
     return record
 

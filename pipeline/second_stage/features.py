@@ -116,6 +116,11 @@ def _features(model: ImageClassifier, inputs: Tensor) -> Tensor:
     return full_precision(model.backbone(inputs.to(next(model.parameters()).device).float())).half().cpu()
 
 
+def shift_images(images: int) -> int:
+    """Number of images that `shift_batch_norm` draws from `images` training images."""
+    return SHIFT_BATCH * max(LEAST_SHIFT_STEPS, images // SHIFT_BATCH)
+
+
 @torch.no_grad()
 def shift_batch_norm(model: ImageClassifier, views: TrainingViews, seed: int) -> None:
     """Estimate mean and variance of each batch norm on one epoch of class-balanced batches (MiSLAS, CVPR 2021, section 3.3).
@@ -133,8 +138,8 @@ def shift_batch_norm(model: ImageClassifier, views: TrainingViews, seed: int) ->
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
         norm.train()
-    sampler, steps = ClassSampler(views.labels, model.classes), max(LEAST_SHIFT_STEPS, len(views.labels) // SHIFT_BATCH)
-    order = sampler.draw(steps * SHIFT_BATCH, torch.Generator().manual_seed(seed))
+    sampler = ClassSampler(views.labels, model.classes)
+    order = sampler.draw(shift_images(len(views.labels)), torch.Generator().manual_seed(seed))
     for chosen in order.split(SHIFT_BATCH):
         model.backbone(views.draw(chosen))
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.networks.cosine_classifier import ImageClassifier, LinearClassifier, LinearHead, linear_head
 from models.networks.memory_fit import DEFAULT_TAU, MINIMUM_IMAGES
@@ -25,7 +26,7 @@ from pipeline.model_io.checkpoint import check_image, check_inputs, load_model, 
 from pipeline.model_io.devices import choose_device
 from pipeline.model_io.inference import EVALUATION_BATCH, divergence_named, outputs
 from pipeline.params import ClassifierParams, ImageParams, Params
-from pipeline.second_stage.features import training_features
+from pipeline.second_stage.features import shift_images, training_features
 from pipeline.second_stage.held_out import HeldOut, normalised_head
 from pipeline.shared.artifacts import whole_folder
 from pipeline.shared.errors import ParamsError, StageError
@@ -80,7 +81,7 @@ def refit_student(params: Params, student: Path, output: Path) -> dict[str, Any]
     after = held.balanced_accuracy(head, prior.balanced_shift(adjustment))
     record: dict[str, Any] = {
         "kind": section.kind, "start": section.start, "views": features.shape[1], **fitted,
-        "fits": refit.fits,
+        "fits": refit.fits, "shift_images": shift_images(len(labels)) if section.shift_batch_norm else 0,
         "validation_images": len(validation), "balanced_accuracy": {"before": before, "after": after},
     }  # fmt: skip
     model.classifier = head
@@ -99,7 +100,8 @@ class _Refit:
     held: HeldOut
     seed: int
     device: torch.device
-    fits: list[dict[str, int]] = field(default_factory=list)  # steps and images of a batch of each fit
+    # Of each fit: steps, images of a batch, multiply-accumulates of a step.
+    fits: list[dict[str, int]] = field(default_factory=list)
 
     def run(self, student: LinearHead) -> tuple[LinearHead, dict[str, float]]:
         fitted: dict[str, float] = {}
@@ -161,12 +163,15 @@ class _Refit:
     @contextlib.contextmanager
     def _fit(self, recipe: Recipe) -> Iterator[Fit]:
         """Context with a fit with a progress bar, recorded in `fits`; prints if its batches are smaller than the recipe's."""
-        with progress_bar() as progress:
+        with progress_bar() as progress, contextlib.ExitStack() as first_step:
             bar = progress.add_task("classifier", total=None, rate="")
+            counter = first_step.enter_context(FlopCounterMode(display=False))
 
             def watch(step: int, steps: int, batch: int) -> None:
                 if step == 1:
-                    self.fits.append({"steps": steps, "batch_size": batch})
+                    first_step.close()
+                    macs = counter.get_total_flops() // 2
+                    self.fits.append({"steps": steps, "batch_size": batch, "step_macs": macs})
                 progress.update(bar, completed=step, total=steps)
 
             yield Fit(recipe, self.seed, self.device, watch)

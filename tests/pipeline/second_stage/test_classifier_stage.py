@@ -33,6 +33,9 @@ from tests.support.small_encoder import tiny_encoder, tiny_params
 
 CPU = torch.device("cpu")
 KINDS = ("ncm", "tau_norm", "crt", "balanced_softmax", "lws", "disalign", "mislas", "los", "balms", "metasaug")
+# Products of the features and a matrix [D,C] in a step: forward, and the gradient of the weight if it is trained. BALMS has three
+# forward passes and the gradients of each, of which one is differentiated twice.
+PRODUCTS = {"tau_norm": 2, "crt": 2, "balanced_softmax": 2, "lws": 1, "mislas": 2, "los": 2, "balms": 7}
 SIZES = {"a": 60, "b": 24, "c": 15}
 BASE = {"student.queue_total": 64, "data.validation_per_class": 20, "teacher.epochs": 1, "student.epochs": 2}
 SHORT = {
@@ -103,6 +106,9 @@ def test_each_kind_writes_a_student_with_another_classifier_on_the_same_network(
     assert ("classifier  batches of 16 images instead of " in printed) == (kind != "ncm")
     assert all(fit["steps"] >= 1000 and fit["batch_size"] == 16 for fit in record()["fits"])
     assert len(record()["fits"]) == (kind != "ncm")
+    if kind in PRODUCTS:
+        width = load_model(STUDENT, "student")[0].feature_dim
+        assert record()["fits"][0]["step_macs"] == PRODUCTS[kind] * 16 * width * len(SIZES)
     assert record()["kind"] == kind and str(done).startswith(kind) and str(done).endswith("→ artifacts/classifier")
     first, second = (safetensors.torch.load_file(path / "model.safetensors") for path in (STUDENT, CLASSIFIER))
     assert all(torch.equal(second[name], first[name]) for name in first if name.startswith("backbone."))
