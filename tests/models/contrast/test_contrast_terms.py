@@ -270,6 +270,19 @@ def test_crd_equals_the_golden_values_and_keeps_the_z_of_the_first_batch(tau, z,
     assert term.log_z.exp().tolist() == pytest.approx(z, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("tau", "student", "teacher"),
+    [(0.5, 1.2868476291036197, 1.3141681870545474), (0.07, 0.6056540172952272, 0.7703816064287625)],
+)
+def test_each_direction_of_crd_has_its_golden_loss(tau, student, teacher):
+    term, v1, v2, rows = crd(tau)
+    # Anchors of zeros have the score exp(0) with each of the 5 rows, so that Z is 5, each x is 1/5 and c is 3/5.
+    zeros, loss_of_zeros = torch.zeros_like(v1), 4 * math.log(0.8 + 1e-7) - math.log(0.2) - 3 * math.log(0.6)
+    assert term.losses(v1, zeros, rows).mean().item() - loss_of_zeros == pytest.approx(student, **EXACT)
+    term, v1, v2, rows = crd(tau)
+    assert term.losses(zeros, v2, rows).mean().item() - loss_of_zeros == pytest.approx(teacher, **EXACT)
+
+
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
 def test_the_losses_of_crd_and_their_gradients_equal_a_sum_by_logaddexp_also_where_both_terms_are_equal(scale):
     exponent = scale * torch.randn(4, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

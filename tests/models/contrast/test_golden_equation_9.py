@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.contrast.crd import noise_contrastive_losses
+from models.contrast.gml import ClassSegments, contrast_losses
 from models.contrast.gml_reference import gml_loss
 from models.contrast.supcon import supervised_losses
 from tests.support.contrast_cases import TARGET, U
@@ -34,6 +35,25 @@ def test_the_gml_loss_of_equal_classes_has_the_golden_values_of_equation_9_and_k
     outside = rows_outside.mean().item() - math.log(2)
     assert mean <= outside
     assert bound is None or outside == pytest.approx(bound, rel=0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("tau", "golden"), [(0.1, 0.19876745704252338), (0.5, 0.5064144092940094)])
+def test_with_the_other_views_of_each_class_as_prior_the_gml_losses_are_supcon_with_the_sum_inside(tau, golden):
+    degrees = torch.tensor([0, 20, 30, -40, 90, 60], dtype=torch.float64)  # two views of three images, by class
+    views = torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=1)
+    label, ids = torch.tensor([0, 0, 0, 0, 1, 1]), torch.arange(6)
+    segments = ClassSegments(label, torch.tensor([0, 4]), torch.tensor([4, 2]), 4)
+    reference, one_pass = [], []
+    for i in range(6):  # a call for each view, because the counts depend on its class
+        query, others = views[i : i + 1] @ views.T, ids != i
+        log_counts = torch.bincount(label[others]).double().log()
+        reference.append(gml_loss(query, label, label[i : i + 1], log_counts, tau, mask=others[None]).item())
+        losses = contrast_losses(
+            query, segments, label[i : i + 1], log_counts, tau, query_ids=ids[i : i + 1], key_ids=ids
+        )
+        one_pass.append(losses.tau.item())
+    assert sum(reference) / 6 == pytest.approx(golden, rel=0, abs=1e-12)
+    assert sum(one_pass) / 6 == pytest.approx(golden, rel=0, abs=1e-12)
 
 
 def test_the_scores_and_the_loss_of_one_direction_of_crd_are_golden():

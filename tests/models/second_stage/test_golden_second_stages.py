@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.losses.per_sample import smoothed_losses, smoothing_of_classes
+from models.losses.per_sample import class_margins, margin_losses, smoothed_losses, smoothing_of_classes
 from models.networks.cosine_classifier import gated_logits
 from models.second_stage.disalign import class_weights, weighted_cross_entropy
-from models.second_stage.metasaug import augmented_logits
+from models.second_stage.fitting import NORM, TrainingFeatures
+from models.second_stage.metasaug import augmented_logits, class_variances
 from models.second_stage.methods import over_smoothed_cross_entropy, scaled_logits
 from models.second_stage.nearest_mean import nearest_mean
 from models.second_stage.tau_norm import tau_normalised
@@ -69,24 +70,26 @@ def test_the_nearest_class_mean_has_the_golden_scores():
     assert np.allclose(weight @ query + bias, [-1.046865162347, -1.105572809000, -2.894427191000], **CLOSE)
 
 
-def test_implicit_augmentation_has_the_golden_value_and_its_diagonal_form_agrees():
-    features = np.array([[1, 1], [0.5, -1]])
-    weight = np.array([[1.0, 0], [0, 2], [-1, 1]])
-    margins = 0.5 * (2 / np.array([5, 3, 2])) ** 0.25
+def test_implicit_augmentation_with_the_margins_of_ldam_has_the_golden_value():
+    features = torch.tensor([[1, 1], [0.5, -1]], dtype=torch.float64)
+    weight = torch.tensor([[1, 0], [0, 2], [-1, 1]], dtype=torch.float64)
+    losses = []
+    for i, covariance in enumerate(([[0.5, 0.1], [0.1, 0.2]], [[0.3, 0], [0, 0.6]])):  # of the class of image i
+        # (w_c - w_y)' S (w_c - w_y) does not depend on the basis, and in that of its eigenvectors S is diagonal.
+        own_variance, basis = torch.linalg.eigh(torch.tensor(covariance, dtype=torch.float64))
+        variance = torch.full((3, 2), 9, dtype=torch.float64)
+        variance[TARGET[i]] = own_variance
+        logits = augmented_logits(features @ weight.T, TARGET, weight @ basis, variance, 0.6)
+        losses.append(margin_losses(logits, TARGET, class_margins(COUNTS.tolist()))[i].item())
+    assert np.mean(losses) == pytest.approx(2.562156478291, abs=1e-11)
 
-    def loss(covariances):
-        logits = features @ weight.T
-        for i, own in enumerate((0, 2)):
-            difference = weight - weight[own]
-            logits[i] += 0.5 * 0.6 * np.einsum("cd,de,ce->c", difference, covariances[own], difference)
-            logits[i, own] -= margins[own]
-        return np.mean([np.log(np.exp(row).sum()) - row[own] for row, own in zip(logits, (0, 2), strict=True)])
 
-    golden = {0: np.array([[0.5, 0.1], [0.1, 0.2]]), 2: np.diag([0.3, 0.6])}
-    assert loss(golden) == pytest.approx(2.562156478291, abs=1e-11)
-    variance = torch.tensor([[0.5, 0.2], [9, 9], [0.3, 0.6]], dtype=torch.float64)
-    x, w = torch.tensor(features), torch.tensor(weight)
-    logits = augmented_logits(x @ w.T, TARGET, w, variance, 0.6)
-    logits[[0, 1], TARGET] -= torch.tensor(margins)[TARGET]
-    diagonal = {0: np.diag([0.5, 0.2]), 2: np.diag([0.3, 0.6])}
-    assert F.cross_entropy(logits, TARGET).item() == pytest.approx(loss(diagonal), abs=1e-11)
+def test_the_variances_over_two_views_are_the_diagonal_of_the_golden_merge_of_two_batches():
+    """The authors' code merges the covariance of each batch; `class_variances` reads all views, and has no covariances."""
+    old = torch.tensor([[0.5**0.5, 0.5**0.5], [-(0.5**0.5), -(0.5**0.5)]], dtype=torch.float64)  # mean 0, variances 1/2
+    new = torch.tensor([[1, 1], [3, 1]], dtype=torch.float64)
+    views = torch.stack([old, new], dim=1)
+    # A third component gives each feature the length that they are scaled to.
+    views = torch.cat([views, (NORM**2 - views.square().sum(2, keepdim=True)).sqrt()], dim=2)
+    variances = class_variances(TrainingFeatures(views, torch.zeros(2, dtype=torch.int64), 1))
+    assert variances[0, :2].tolist() == pytest.approx([1.75, 0.5], rel=0, abs=1e-5)  # features are float32 once scaled
