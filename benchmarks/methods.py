@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.method_seeds import join
+from benchmarks.method_seeds import SAME, join
 
 MEASURES = ("all", "many", "medium", "few")
+KEYS = (*SAME, "command", "seeds", "complete", "equal_cost")  # besides `methods`
 
 
 def table(content: dict[str, Any], of: str = "gml") -> str:
@@ -115,16 +116,15 @@ def _content(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{error}; expected comparison.json of `tailor methods compare`") from None
-    rows = content.get("methods", [{}]) if isinstance(content, dict) else [{}]
-    for key, missing in (
-        ("equal_cost", "equal_cost" not in content),
-        ("by_seed", any("by_seed" not in row for row in rows)),
-    ):
-        if missing:
-            raise ValueError(
-                f"no key {key}, as in a file of an older version; run `tailor methods compare` again, which trains only what "
-                "is not finished"
-            )
+    rows = content.get("methods") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("no list `methods`; expected comparison.json of `tailor methods compare`")
+    missing = [key for key in KEYS if key not in content] + ["by_seed"] * any("by_seed" not in row for row in rows)
+    if missing:
+        raise ValueError(
+            f"no key {missing[0]}, as in a file of an older version; run `tailor methods compare` again, which trains only "
+            "what is not finished"
+        )
     return dict(content)
 
 

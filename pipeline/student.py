@@ -21,6 +21,7 @@ from pipeline.segmentation import objectives
 from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, STUDENT, TEACHER, TEXT
 from pipeline.text.stored import FEATURES_FILE
 from pipeline.training.engine import Training
+from pipeline.training.history import History
 from pipeline.training.run import (
     Result,
     check_backbones,
@@ -55,23 +56,25 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
         if section.memory and memory_alone(section):
             return Result(*write_memory(section.memory, config, params, prior, output))
         seed, start = stage_seed(params.seed, "student"), None
-        pretraining = _pretraining(params, config, device, output) if section.pretraining == "rotation" else None
+        pretraining, earlier = (
+            _pretraining(params, config, device, output) if section.pretraining == "rotation" else (None, None)
+        )
         if pretraining:
             start = pretraining.model.backbone.state_dict()
         objective = build_objective(section, image, config, prior, seed, teacher, params.encoder, start)
         inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS_INDEX] if config.encoder else [])]
         inputs += [teacher / WEIGHTS] if getattr(objective, "teacher", None) is not None else []
         inputs += [TEXT / FEATURES_FILE] if section.uses_text else []
-        result = train_network("student", objective, config, params, prior, device, output, inputs)
+        result = train_network("student", objective, config, params, prior, device, output, inputs, earlier)
         if pretraining and pretraining.run_folder and rank() == 0:
             pretraining.run_folder.clear()
         return result
 
 
-def _pretraining(params: Params, config: ModelConfig, device: torch.device, output: Path) -> Training:
+def _pretraining(params: Params, config: ModelConfig, device: torch.device, output: Path) -> tuple[Training, History]:
     """Train the student's network to recognise rotations; resumes, and is not repeated once it has ended.
 
-    Its checkpoints are beside `output`; the last one is the result.
+    Its checkpoints are beside `output`; the last one is the result. Returns its epochs too.
     """
     augment = params.student.augment.model_copy(update={"mix": "none"})
     section = params.student.model_copy(update={"augment": augment})
@@ -88,8 +91,7 @@ def _pretraining(params: Params, config: ModelConfig, device: torch.device, outp
         print(f"student  pretraining by rotations{f'; {notice}' if notice else ''}", flush=True)
     size = params.image.size
     nothing = Images(torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0).long(), [], [], None)
-    training.run(train, nothing)
-    return training
+    return training, training.run(train, nothing)
 
 
 def _train_segmentation(params: Params, prior: Prior, output: Path, teacher: Path) -> Result:

@@ -177,7 +177,6 @@ class TextCentres(ContrastTerm):
     rows in each step.
     """
 
-    divisible = True
     features: Tensor
     row_class: Tensor
     starts: Tensor

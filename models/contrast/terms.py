@@ -47,8 +47,7 @@ class ContrastTerm(nn.Module):
     observations of the step. `views` is the number V of query views, `uses` names the optional inputs that the term
     needs. `encoder`: the contrast encoder. `momentum` gives the key of a view of its own, `teacher` that of the classifier
     view; with `self` there is no key, and all views carry gradients. `on_classifier_view`: the classifier view is the first
-    query view. `divisible`: the mean of the losses of micro-batches is the loss of the batch, so that the term supports
-    gradient accumulation.
+    query view.
 
     Everything that training changes is a parameter or a buffer, written in place, with static shapes and without a copy
     to the host. A captured CUDA graph therefore stays valid, and a state_dict resumes the run. Random choices are a
@@ -60,7 +59,6 @@ class ContrastTerm(nn.Module):
     encoder: KeyEncoder = "self"
     on_classifier_view: bool = False
     uses: tuple[OptionalInput, ...] = ()
-    divisible: bool = False
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Called before the first step of the 0-based epoch, again on resume; may only write into buffers. Nothing here."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.class_sampler import ClassSampler
-from models.prior import effective_number
+from models.losses.per_sample import class_balanced_weights
 from models.second_stage.fitting import Head, TrainingFeatures, scaled
 
 STRENGTH = 0.75  # of the augmentation at the last step; it grows linearly from 0
@@ -59,8 +59,7 @@ class MetaSAug:
         self._sampler = ClassSampler(data.labels, data.classes)
         self._variance = class_variances(data).to(device)
         counts = torch.bincount(data.labels, minlength=data.classes)
-        weights = 1 / torch.as_tensor(effective_number(counts.numpy(), BETA), dtype=torch.float32)
-        self._weights = (weights * data.classes / weights.sum()).to(device)
+        self._weights = torch.from_numpy(class_balanced_weights(counts.tolist(), BETA)).float().to(device)
 
     def __call__(self, features: Tensor, target: Tensor) -> Tensor:
         """Weighted cross-entropy of the augmented logits of a batch [B,D], [B]."""

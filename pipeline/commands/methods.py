@@ -30,6 +30,7 @@ CAPTION = (
     "Tailor's is Apache-2.0."
 )
 SECONDS = {"s": 1, "m": 60, "h": 3600}
+OUTPUT, RESULT = Path("comparison"), "comparison.json"
 COMPARE = """\b
 Examples:
   tailor methods compare --methods cross_entropy,gml,crt --seeds 3
@@ -85,13 +86,16 @@ def compare(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Start no run that would end later: 90s, 30m or 2h; no limit if not given."),
+        typer.Option(
+            metavar="TIME",
+            help="90s, 30m or 2h: start no run that would end later, by the time of finished runs; no limit if not given.",
+        ),
     ] = None,
     equal_cost: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Train each method again, with as many epochs as cost what NAME costs."),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the networks, the page and the JSON.")] = Path("comparison"),
+    output: Annotated[Path, typer.Option(help="Folder of the networks, the page and the JSON.")] = OUTPUT,
     params: ParamsOption = PARAMS_FILE,
     debug: Debug = False,
 ) -> int:
@@ -119,11 +123,15 @@ def compare(
     leave_out(comparison, project, given={*given, against or "", equal_cost or ""})
     if reference not in comparison.methods:
         reference = comparison.methods[0]
-    command = f"tailor methods compare --methods {shlex.quote(methods)} --seeds {seeds} --against {reference.name}"
-    command += f" --equal-cost {equal_cost}" if equal_cost else ""
+    options = {
+        "--methods": methods, "--seeds": seeds, "--against": reference.name, "--budget": budget, "--equal-cost": equal_cost,
+        "--output": None if output == OUTPUT else output, "--params": None if params == PARAMS_FILE else params,
+    }  # fmt: skip
+    given_options = (f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
+    command = " ".join(["tailor methods compare", *given_options])
 
     def save() -> None:
-        write_json(output / "comparison.json", as_json(comparison, reference.name, command))
+        write_json(output / RESULT, as_json(comparison, reference.name, command))
         write_file(output / "comparison.html", render_methods(comparison, reference.name, command))
 
     with locked(output):
@@ -168,11 +176,24 @@ def leave_out(comparison: Comparison, project: Project, given: set[str]) -> None
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create a folder that git ignores, and hold its lock. Raises StageError if another comparison holds it."""
+    """Create a folder that git ignores, and hold its lock.
+
+    Raises ParamsError if it is a file or holds other files than those of a comparison, StageError if another comparison
+    holds it.
+    """
     from filelock import FileLock, Timeout
 
+    from pipeline.methods.comparison import NETWORKS
+
+    wanted = "expected a new or empty folder, or that of an earlier comparison"
+    if folder.exists() and not folder.is_dir():
+        raise ParamsError(f"--output is {folder}, a file; {wanted}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+    names = {path.name for path in folder.iterdir()}
+    if names - {".gitignore", ".lock"} and not names & {NETWORKS, RESULT}:
+        raise ParamsError(f"--output is {folder}, which holds other files; {wanted}")
+    if not names:
+        (folder / ".gitignore").write_text("*\n", encoding="utf-8")
     try:
         with FileLock(folder / ".lock", timeout=0):
             yield

@@ -1,6 +1,6 @@
 """Catalogue of the methods: an overlay file `recipes/methods/<name>.yaml` and a row of METHODS for each.
 
-A new method is one file and one row. The overlay extends cross_entropy.yaml, which resets the terms of the recipe below it.
+A new method is one file and one row. The overlay extends cross_entropy.yaml, which resets the terms of another method.
 """
 
 from __future__ import annotations
@@ -19,6 +19,14 @@ Kind = Literal["class loss", "contrast", "experts", "second stage", "own recipe"
 CONTRAST = "contrast"
 WITH_CLASS_WEIGHTS = ("bcl", "concutmix", "paco", "gpaco")  # contrast terms that train the weights of the classifier
 ALL = "all"
+SHARED = (
+    "task",
+    "seed",
+    "data",
+    "prior",
+    "encoder",
+    "text",
+)  # sections of the stages before the training, which run once
 
 
 @dataclass(frozen=True)
@@ -170,12 +178,20 @@ def find_methods(names: list[str]) -> list[Method]:
 
 def params_of(method: Method, params: Params) -> Params:
     """Params of the project with the overlay of a method. Raises ParamsError if the method does not apply to the project."""
-    from pipeline.params.recipe import with_overlay
+    from pipeline.params.recipe import existing_recipe, with_overlay
 
+    if method.recipe:
+        existing_recipe(method.recipe)  # raises if there is none
     try:
         merged = params if method == PROJECT else with_overlay(params, method.overlay)
     except ParamsError as error:
         raise ParamsError(f"{method.name} does not apply to this project: {error}") from None
+    for section in (*SHARED, "image") if params.encoder else SHARED:
+        if getattr(merged, section) != getattr(params, section):
+            raise ParamsError(
+                f"{method.overlay}: sets another {section}, but all methods of a comparison have that of the project; "
+                "remove it there, or change it in params.yaml"
+            )
     student = merged.student
     frozen = merged.encoder is not None and student.tune == "none" and not student.adapter
     if method.kind == CONTRAST and frozen and student.contrast.kind not in WITH_CLASS_WEIGHTS:

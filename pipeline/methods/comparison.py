@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from pipeline.data.class_prior import Prior, load_prior
-from pipeline.data.split_tables import read_split
-from pipeline.features.stored import stored_encoder
+from pipeline.data.dataset import should_stream
+from pipeline.data.split_tables import count_rows, read_split
+from pipeline.features.stored import stored_encoder, takes_features
 from pipeline.methods.catalogue import Method, params_of
 from pipeline.methods.cost import Cost, with_macs
 from pipeline.methods.estimates import class_weights
@@ -25,10 +26,12 @@ from pipeline.methods.networks import (
     read_record,
     train_network,
 )
+from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
 from pipeline.second_stage.refit import check_classes
 from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, TEXT, sha256_of, sha256_of_json
 from pipeline.shared.errors import DataError, ParamsError, StageError
+from pipeline.shared.host_memory import free_bytes
 from pipeline.text.stored import FEATURES_FILE
 from pipeline.training.run import check_recipe
 from pipeline.training.state import check_batch
@@ -118,8 +121,11 @@ class Planned:
 def load_project(params: Params) -> Project:
     """Read prior, test labels and hashes of the project in the working folder.
 
-    Raises ParamsError if a stage before the training has not run, DataError if the test split is empty.
+    Raises ParamsError for task segmentation and if a stage before the training has not run, DataError if the test split is
+    empty.
     """
+    if params.segmentation:
+        raise ParamsError("task is segmentation; expected classification, whose methods a comparison trains")
     files = [*(SPLIT / f"{name}.parquet" for name in SPLITS), PRIOR]
     for path in files:
         if not path.is_file():
@@ -142,11 +148,24 @@ def check_method(method: Method, project: Project) -> None:
         network = network_of(params, project.data)
         for stage in {each.stage for each in network.chain} - {"classifier"}:
             check_batch(stage, getattr(params, stage), sum(project.prior.counts))
+        _check_second_batch(params)
         if network.stage == "classifier":
             held = torch.from_numpy(read_split("validation", ["label"]).column("label").to_numpy().astype(np.int64))
             check_classes(params.classifier, project.prior, held)
     except ParamsError as error:
         raise ParamsError(f"{method.name} does not apply to this project: {error}") from None
+
+
+def _check_second_batch(params: Params) -> None:
+    """Raise ParamsError for a method that draws a second batch if the training images are streamed in a fixed order."""
+    if not params.student.draws_second_batch or takes_features(params, "student"):
+        return
+    rows = sum(count_rows(split) for split in ("train", "validation"))
+    if should_stream(params, rows, choose_device(params.device), free_bytes())[0]:
+        raise ParamsError(
+            f"stream.mode is {params.stream.mode} and the images are streamed in a fixed order, but each step draws a second "
+            "batch; set stream.mode: off"
+        )
 
 
 def compare_methods(

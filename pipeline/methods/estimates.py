@@ -65,8 +65,17 @@ def _variance_of_images(values: np.ndarray, labels: np.ndarray, weights: np.ndar
     return max(0.0, float((weights[used] ** 2 * (squares - means**2) / tested[used]).sum()))
 
 
-def clipped(accuracy: Estimate) -> Estimate:
-    """An accuracy whose interval ends at 0 and 1."""
-    if accuracy.value is None or accuracy.low is None or accuracy.high is None:
-        return accuracy
-    return Estimate(accuracy.value, max(accuracy.low, 0.0), min(accuracy.high, 1.0))
+def accuracy_estimate(correct: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> Estimate:
+    """`estimate` of an accuracy, whose interval ends at 0 and 1. correct: float [S,N], 0 or 1.
+
+    Where all images are right or all wrong, the variance is 0. The other end of the interval is then that of Clopper and
+    Pearson for as many images as have the variance of the weighted mean, 1 / sum of squared shares.
+    """
+    made = estimate(correct, labels, weights)
+    if made.value is None or made.low is None or made.high is None:
+        return made
+    if made.high - made.low < 1e-9:
+        share = (weights / np.maximum(np.bincount(labels, minlength=len(weights)), 1))[labels]
+        bound = 1 - ((1 - CONFIDENCE) / 2) ** float((share**2).sum())
+        return Estimate(made.value, *((0.0, bound) if made.value < 0.5 else (1 - bound, 1.0)))
+    return Estimate(made.value, max(made.low, 0.0), min(made.high, 1.0))

@@ -21,10 +21,11 @@ from pipeline.evaluation.network_metrics import TARGET_PRIORS, network_logits
 from pipeline.features.stored import evaluation_inputs, stored_encoder, takes_features
 from pipeline.methods.catalogue import Method
 from pipeline.methods.cost import Cost, Served, refit_cost, served_size, training_cost
-from pipeline.model_io.checkpoint import load_config
+from pipeline.model_io.checkpoint import WEIGHTS, load_config
 from pipeline.model_io.devices import choose_device
 from pipeline.params import Params
 from pipeline.shared.artifacts import sha256_of_json, write_file, write_json
+from pipeline.training.history import METRICS, PRETRAINING
 from pipeline.training.student_setup import weights_of
 
 RECORD, PREDICTIONS = "record", "predictions"
@@ -87,13 +88,19 @@ def network_of(params: Params, data: str) -> Network:
 
 
 def read_record(network: Network, root: Path) -> Trained | None:
-    """Record of a network in folder `root`; None if it is not finished."""
+    """Record of a network in folder `root`; None if it is not finished, or its weights or a valid record are missing."""
+    folder = root / network.name
+    return _record_in(folder) if (folder / network.stage / WEIGHTS).is_file() else None
+
+
+def _record_in(folder: Path) -> Trained | None:
+    """Record in the folder of a network; None without a valid one."""
     try:
-        content = json.loads((root / network.name / f"{RECORD}.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        content = json.loads((folder / f"{RECORD}.json").read_text(encoding="utf-8"))
+        cost = Cost(**content["cost"]) if content["cost"] else None
+        return Trained(**{**content, "cost": cost, "served": Served(**content["served"])})
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
-    cost = Cost(**content["cost"]) if content["cost"] else None
-    return Trained(**{**content, "cost": cost, "served": Served(**content["served"])})
 
 
 def train_network(network: Network, root: Path) -> Trained:
@@ -135,17 +142,14 @@ def fits(network: Network, root: Path, left: float) -> bool:
     """
     if left <= 0:
         return False
-    finished = [
-        (content["recipe"], content["stage"], max(content["wall"], content["seconds"]), content["cost"])
-        for path in sorted(root.glob(f"*/{RECORD}.json"))
-        for content in [json.loads(path.read_text(encoding="utf-8"))]
-    ]
+    records = [_record_in(path.parent) for path in sorted(root.glob(f"*/{RECORD}.json"))]
+    finished = [(each.recipe, each.stage, max(each.wall, each.seconds), each.cost) for each in records if each]
     needed = 0.0
     for each in network.chain:
         if read_record(each, root):
             continue
         same = [wall for recipe, _, wall, _ in finished if recipe == each.recipe]
-        stage = [(wall, cost["macs"]) for _, stage, wall, cost in finished if stage == each.stage and cost]
+        stage = [(wall, cost.macs) for _, stage, wall, cost in finished if stage == each.stage and cost]
         if same:
             needed += statistics.median(same)
         elif stage and each.stage == "classifier":
@@ -166,8 +170,9 @@ def _run_stage(network: Network, output: Path, root: Path) -> None:
 
 
 def _training_seconds(folder: Path, batch: int, images: int) -> float:
-    """Seconds of the training steps from the speed of each epoch, which is correct for a resumed run too."""
-    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Seconds of the training steps, with a pretraining, from the speed of each epoch; correct for a resumed run too."""
+    files = [path for name in (METRICS, PRETRAINING) if (path := folder / name).is_file()]
+    epochs = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
     speeds = [epoch["images_per_second"] for epoch in epochs if "images_per_second" in epoch]
     return float(sum(images // batch * batch / speed for speed in speeds))
 
@@ -181,10 +186,12 @@ class Predictions:
 
 
 def predictions(method: Method, network: Network, root: Path, prior: Prior) -> Predictions:
-    """Predictions of a trained network for the target prior of the method, from their file or computed."""
+    """Predictions of a trained network for the target prior of the method: from their file, or computed without a valid one."""
     params = network.params
     path = root / network.name / f"{PREDICTIONS}-{method.predicts}-{params.evaluate.ece_bins}.safetensors"
-    if not path.is_file():
+    try:
+        stored = safetensors.numpy.load(path.read_bytes())
+    except (FileNotFoundError, safetensors.SafetensorError):
         test, device = evaluation_inputs(params, "test")["student"], choose_device(params.device)
         logits = network_logits(root / network.name / network.stage, network.stage, test, params.image, prior, device)
         p = adjusted_probabilities(logits, np.array(prior.log_prior), TARGET_PRIORS[method.predicts])
@@ -193,5 +200,5 @@ def predictions(method: Method, network: Network, root: Path, prior: Prior) -> P
         ece = expected_calibration_error(p, labels, params.evaluate.ece_bins, weights)
         tensors = {"predicted": p.argmax(1).astype(np.int32), "ece": np.array([ece])}
         write_file(path, safetensors.numpy.save(tensors))
-    stored = safetensors.numpy.load(path.read_bytes())
+        stored = tensors
     return Predictions(stored["predicted"], float(stored["ece"][0]))

@@ -11,7 +11,7 @@ from pipeline.evaluation.intervals import Estimate
 from pipeline.methods.catalogue import Method
 from pipeline.methods.comparison import Comparison, Run
 from pipeline.methods.cost import Cost, Served
-from pipeline.methods.estimates import class_weights, clipped, estimate, seed_values
+from pipeline.methods.estimates import accuracy_estimate, class_weights, estimate, seed_values
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def summarise(comparison: Comparison, method: Method, runs: list[Run], against: 
     costs = [network.cost for network in networks]
     return Row(
         method, [run.seed for run in runs], runs[0].epochs,
-        {name: clipped(estimate(correct, labels, share)) for name, share in weights.items()},
+        {name: accuracy_estimate(correct, labels, share) for name, share in weights.items()},
         {name: seed_values(correct, labels, share).tolist() for name, share in weights.items() if share.any()},
         _paired(comparison, runs, against or []), None, statistics.fmean(errors),
         statistics.stdev(errors) if len(errors) > 1 else None,

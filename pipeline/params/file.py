@@ -20,6 +20,8 @@ from pipeline.params.training import EngineParams, StudentParams, TrainingParams
 from pipeline.shared.artifacts import PARAMS_FILE as PARAMS_FILE
 from pipeline.shared.errors import ParamsError
 
+QUERY_VIEWS = ("supcon", "bcl", "proco", "concutmix")  # contrast terms that do not compare the classifier view
+
 
 class Params(Section):
     """All sections of params.yaml."""
@@ -98,8 +100,11 @@ def _check_views(student: StudentParams, encoder: EncoderParams | None) -> None:
     if encoder and student.tune == "none":
         if not encoder.views:
             raise ValueError(problem + "encoder.views is 0; set it to 1 or more")
-    elif student.augment.one_view:
-        raise ValueError(problem + "student.augment changes no image; set flip, crop_padding or a policy")
+    elif student.augment.equal_views(query_views=student.contrast.kind in QUERY_VIEWS):
+        raise ValueError(
+            problem
+            + "student.augment makes them equal; set flip, crop_padding, crop_scale below 1, policy or contrast_policy"
+        )
 
 
 def _check_sampling(params: Params) -> None:

@@ -72,11 +72,12 @@ class AugmentParams(Section):
     mix: Literal["none", "cutmix", "mixup"] = "none"
     mix_alpha: Positive = 1.0
 
-    @property
-    def one_view(self) -> bool:
-        """Whether all views of an image are equal."""
-        changes = self.crop != "pad" or self.crop_padding or self.flip or self.cutout
-        return not changes and {self.policy, self.contrast_policy} <= {"none", "same"}
+    def equal_views(self, query_views: bool) -> bool:
+        """Whether all views of an image are equal. query_views: without the classifier view, those with contrast_policy."""
+        crops = self.crop_padding > 0 if self.crop == "pad" else self.crop_scale[0] < 1
+        contrast = self.policy if self.contrast_policy == "same" else self.contrast_policy
+        policies = {contrast} if query_views else {contrast, self.policy}
+        return policies == {"none"} and not (crops or self.flip or self.cutout)
 
     @model_validator(mode="after")
     def _scale_rises(self) -> AugmentParams:
@@ -225,6 +226,12 @@ class StudentParams(TrainingParams):
     def draws_balanced_batch(self) -> bool:
         """Whether L_cls has a class-balanced batch of its own (Hybrid-SC), so that the logits are balanced."""
         return self.beta > 0 and self.contrast.kind == "hybrid_sc"
+
+    @property
+    def draws_second_batch(self) -> bool:
+        """Whether a step draws a second batch with other class shares."""
+        balanced = self.beta > 0 and self.contrast.kind in ("hybrid_sc", "concutmix")
+        return balanced or (self.experts is not None and self.experts.kind == "bbn")
 
     @property
     def compares_views(self) -> bool:

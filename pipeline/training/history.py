@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.shared.errors import ParamsError, install_command
 
 History = list[dict[str, float]]
+METRICS, PRETRAINING = "metrics.jsonl", "pretraining.jsonl"  # epochs of a run, and of the pretraining before it
 
 
 def epoch_line(record: dict[str, float], epochs: int) -> str:

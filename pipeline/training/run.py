@@ -51,7 +51,7 @@ from pipeline.shared.artifacts import (
 )
 from pipeline.shared.errors import ParamsError
 from pipeline.training.engine import ACCURACY, Score, Training
-from pipeline.training.history import History, as_jsonl, validation_score, write_scalars
+from pipeline.training.history import METRICS, PRETRAINING, History, as_jsonl, validation_score, write_scalars
 from pipeline.training.method_setup import check_experts, class_loss
 from pipeline.training.resume import RunFolder
 from pipeline.training.student_memory import StudentMemory
@@ -124,11 +124,12 @@ def train_network(
     device: torch.device,
     output: Path,
     inputs: Sequence[Path],
+    pretraining: History | None = None,
 ) -> Result:
     """Train the objective of stage `name` and write the network of the last epoch to `output`; resumes an interrupted run.
 
     inputs: files that the run depends on besides params. Finished epochs are written to metrics.jsonl of the run
-    folder.
+    folder. pretraining: epochs of a training before this one, written beside those of the run.
     """
     section: TrainingParams = getattr(params, name)
     folder = run_folder(
@@ -138,7 +139,7 @@ def train_network(
 
     def record(history: History) -> None:
         if rank() == 0:
-            write_file(folder.folder / "metrics.jsonl", as_jsonl(history))
+            write_file(folder.folder / METRICS, as_jsonl(history))
             if tensorboard:
                 write_scalars(tensorboard, history)
 
@@ -169,7 +170,7 @@ def train_network(
         assert isinstance(train, FeatureImages) and isinstance(validation, FeatureImages)  # params have an encoder
         memory = StudentMemory(params.student.memory, train, validation, prior, params.image)
     history = training.run(train, validation)
-    return save_run(training, config, history, output, memory)
+    return save_run(training, config, history, output, memory, pretraining)
 
 
 def teacher_objective(section: TrainingParams, config: ModelConfig, prior: Prior, seed: int) -> TeacherObjective:
@@ -209,13 +210,18 @@ def run_folder(
 
 
 def save_run(
-    training: Training, config: ModelConfig, history: History, output: Path, memory: StudentMemory | None = None
+    training: Training,
+    config: ModelConfig,
+    history: History,
+    output: Path,
+    memory: StudentMemory | None = None,
+    pretraining: History | None = None,
 ) -> Result:
     """Write network, config and history as one complete folder, by rank 0, then remove the run's checkpoints.
 
     The network is that of the last epoch. With a validation split, the network of the best epoch is written to best/,
     with best.json. It is separate because a score of an epoch that was selected by its score must be labelled as such.
-    memory: added to both networks.
+    memory: added to both networks. pretraining: as of `train_network`.
     """
     saved = config
     if rank() == 0:
@@ -229,7 +235,9 @@ def save_run(
                 save_model(*(memory.add(*best_network) if memory else best_network), folder / BEST)
                 best = {"epoch": training.best.epoch, training.score.name: training.best.accuracy}
                 write_json(folder / BEST / "best.json", best)
-            write_file(folder / "metrics.jsonl", as_jsonl(history))
+            write_file(folder / METRICS, as_jsonl(history))
+            if pretraining:
+                write_file(folder / PRETRAINING, as_jsonl(pretraining))
             write_file(folder / "history.csv", as_csv(history))
         if training.run_folder:
             training.run_folder.clear()

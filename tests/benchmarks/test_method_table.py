@@ -118,16 +118,18 @@ def test_a_method_with_other_epochs_is_not_joined() -> None:
         join(parts)
 
 
-OLD = '{"equal_cost": null, "methods": [{"method": "gml"}]}'
+OLD = json.dumps(comparison([0], {"gml": [0.5]}) | {"methods": [{"method": "gml"}]})
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "no key equal_cost"),
+        ("{}", "no list `methods`"),
+        ('{"equal_cost": null, "methods": 3}', "no list `methods`"),
+        ('{"equal_cost": null, "methods": []}', "no key reference"),
         (OLD, "no key by_seed"),
         ("{", "Expecting"),
-        ("[]", "no key"),
+        ("null", "no list `methods`"),
         (None, "No such file"),
     ],
 )

@@ -200,6 +200,8 @@ def test_the_pretraining_by_rotations_gives_the_first_weights_and_is_not_repeate
     pipeline.student.run(recipe)
     printed = capsys.readouterr().out
     assert printed.count("epoch 2/2") == 1 and "pretraining by rotations" in printed and not left.exists()
+    epochs = [json.loads(line)["epoch"] for line in (STUDENT / "pretraining.jsonl").read_text().splitlines()]
+    assert epochs == [1, 2]
 
 
 @pytest.mark.parametrize("wanted", [True, False])

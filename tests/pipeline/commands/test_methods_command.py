@@ -21,6 +21,7 @@ from pipeline.methods import page as page_of_methods
 from pipeline.methods.catalogue import METHODS
 from pipeline.model_io.devices import choose_device
 from pipeline.shared.errors import StageError
+from tests.support.label_maps import label_map_folder, segmentation_params
 from tests.support.making import folder
 from tests.support.small_encoder import tiny_encoder, tiny_params
 
@@ -97,7 +98,11 @@ def test_methods_are_trained_once_judged_on_the_test_split_and_reported(project,
         np.mean(per_class_accuracy((logits + strength * np.array(classes.log_prior)).argmax(1), labels, 3))
         for strength in (1, 0)
     ]
-    assert main([*COMPARE, "cross_entropy,post_hoc", "--seeds", "1"]) == 0
+    for cut in Path("comparison/networks").glob("*/predictions-*"):
+        cut.write_bytes(b"cut")
+    assert main([*COMPARE, "cross_entropy,post_hoc", "--seeds", "1", "--budget", "2h"]) == 0
+    command = "tailor methods compare --methods cross_entropy,post_hoc --seeds 1 --against cross_entropy --budget 2h"
+    assert result()["command"] == command
     assert [row["accuracy"]["all"]["value"] for row in result()["methods"]] == pytest.approx(stored)
     page = Path("comparison/comparison.html").read_text(encoding="utf-8")
     assert (
@@ -225,6 +230,24 @@ REFUSED = {
 def test_bad_arguments_are_refused_before_anything_is_written(arguments, capsys) -> None:
     assert main([*COMPARE, *arguments]) == 2
     assert REFUSED[arguments] in capsys.readouterr().err and not Path("comparison").exists()
+
+
+@pytest.mark.usefixtures("project")
+def test_an_output_that_is_a_file_or_holds_other_files_is_refused_and_not_changed(capsys) -> None:
+    Path(".gitignore").write_text("/data\n", encoding="utf-8")
+    assert main([*COMPARE, "gml", "--output", "."]) == 2
+    assert "--output is ., which holds other files; expected a new or empty folder" in capsys.readouterr().err
+    assert Path(".gitignore").read_text(encoding="utf-8") == "/data\n" and not Path(".lock").exists()
+    assert main([*COMPARE, "gml", "--output", "params.yaml"]) == 2
+    assert "--output is params.yaml, a file; expected" in capsys.readouterr().err
+
+
+def test_task_segmentation_is_refused(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = segmentation_params(label_map_folder(tmp_path / "source"))
+    Path("params.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json")), encoding="utf-8")
+    assert main([*COMPARE, "cross_entropy"]) == 2
+    assert "task is segmentation; expected classification" in capsys.readouterr().err
 
 
 def test_a_project_without_a_split_is_refused(tmp_path, monkeypatch, split_project, capsys) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from models.prior import class_prior, log_class_prior
 from pipeline.data.class_prior import Prior
+from pipeline.methods import comparison
 from pipeline.methods.catalogue import METHODS, PROJECT, find_methods, params_of
-from pipeline.methods.cost import training_cost
-from pipeline.methods.networks import network_of
-from pipeline.params.recipe import RECIPES
+from pipeline.methods.comparison import Project, check_method
+from pipeline.methods.cost import Cost, Served, training_cost
+from pipeline.methods.networks import Trained, network_of, read_record
+from pipeline.params.recipe import RECIPES, flat
 from pipeline.shared.errors import ParamsError
 from tests.support.making import ROOT, params
 from tests.support.small_encoder import tiny_encoder, tiny_params
@@ -78,6 +83,54 @@ def test_all_and_project_and_overlays_of_the_caller_are_methods(tmp_path: Path) 
     other = own.rename(tmp_path / "gml.yaml")
     with pytest.raises(ParamsError, match="two methods have the name 'gml'"):
         find_methods(["gml", str(other)])
+
+
+def test_an_overlay_that_changes_a_stage_before_the_training_is_refused(tmp_path: Path) -> None:
+    for section, text in {"prior": "prior: {smoothing: 5}", "data": "data: {seed: 9}", "seed": "seed: 9"}.items():
+        own = tmp_path / f"{section}.yaml"
+        own.write_text(f"extends: {ROOT / 'recipes/methods/gml.yaml'}\n{text}\n", encoding="utf-8")
+        with pytest.raises(
+            ParamsError, match=rf"{section}\.yaml: sets another {section}, but all methods of a comparison"
+        ):
+            params_of(*find_methods([str(own)]), params(SMALL))
+    with pytest.raises(ParamsError, match=r"^nofile\.yaml: no such recipe"):
+        params_of(*find_methods(["nofile.yaml"]), params(SMALL))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_overlay_resets_what_another_method_set_except_for_the_keys_that_the_docs_name(name: str) -> None:
+    plain, base = find_methods(["cross_entropy"])[0], params({**SMALL, "student.tau_s": 0.05})
+    after, alone = (
+        flat(params_of(plain, made).model_dump()) for made in (params_of(find_methods([name])[0], base), base)
+    )
+    stay = {
+        f"student.{key}" for key in ("projection_dim", "projection_hidden", "augment.mix", "augment.mix_alpha", "tau_s")
+    }
+    assert {key for key in {*after, *alone} if after.get(key) != alone.get(key)} <= stay
+
+
+def test_a_method_with_a_second_batch_is_refused_where_images_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "count_rows", lambda _split: sum(COUNTS))
+    project = Project(params({**SMALL, "stream.mode": "on"}), small_prior(), np.zeros(1, int), "data")
+    for name in ("bbn", "hybrid_sc", "concutmix"):
+        with pytest.raises(ParamsError, match=f"{name} does not apply to this project: stream.mode is on"):
+            check_method(*find_methods([name]), project)
+    check_method(*find_methods(["bcl"]), project)
+
+
+def test_a_network_counts_as_finished_with_its_weights_and_a_valid_record(tmp_path: Path) -> None:
+    network = network_of(params_of(find_methods(["cross_entropy"])[0], params(SMALL)), "data")
+    record, weights = (tmp_path / network.name / name for name in ("record.json", "student/model.safetensors"))
+    weights.parent.mkdir(parents=True)
+    made = Trained(network.recipe, "student", 1.0, 2.0, Cost(1, 2, 3), Served(4, 5))
+    for damaged in ("", "[]", "{}", json.dumps({**asdict(made), "cost": 3})):
+        record.write_text(damaged, encoding="utf-8")
+        weights.write_bytes(b"weights")
+        assert read_record(network, tmp_path) is None
+    record.write_text(json.dumps(asdict(made)), encoding="utf-8")
+    assert read_record(network, tmp_path) == made
+    weights.unlink()
+    assert read_record(network, tmp_path) is None
 
 
 def test_an_overlay_of_a_project_may_extend_a_recipe_of_the_package(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from pipeline.evaluation.intervals import weighted_accuracy
-from pipeline.methods.estimates import class_weights, clipped, estimate
+from pipeline.methods.estimates import accuracy_estimate, class_weights, estimate
 
 GROUPS = ["many"] * 2 + ["medium"] * 3 + ["few"] * 5
 SIZES = np.array([40, 40, 30, 30, 30, 20, 20, 20, 20, 20])
@@ -54,4 +55,12 @@ def test_equal_predictions_have_a_difference_of_exactly_zero_and_accuracies_stay
     assert (zero.value, zero.low, zero.high) == (0, 0, 0)
     high = np.ones((2, len(LABELS)))
     high[0, :9] = 0
-    assert clipped(estimate(high, LABELS, weights)).high == 1
+    assert accuracy_estimate(high, LABELS, weights).high == 1
+
+
+def test_an_accuracy_of_0_or_1_has_the_interval_of_clopper_and_pearson() -> None:
+    labels, weights = np.repeat(np.arange(8), 10), np.full(8, 1 / 8)
+    bound = scipy.stats.beta.ppf(0.975, 1, 80)  # no success in 80 trials
+    none, all_ = (accuracy_estimate(np.full((3, 80), value), labels, weights) for value in (0.0, 1.0))
+    assert (none.value, none.low, none.high) == pytest.approx((0, 0, bound))
+    assert (all_.value, all_.low, all_.high) == pytest.approx((1, 1 - bound, 1))

@@ -33,8 +33,8 @@ from tests.support.small_encoder import tiny_encoder, tiny_params
 
 CPU = torch.device("cpu")
 KINDS = ("ncm", "tau_norm", "crt", "balanced_softmax", "lws", "disalign", "mislas", "los", "balms", "metasaug")
-# Products of the features and a matrix [D,C] in a step: forward, and the gradient of the weight if it is trained. BALMS has three
-# forward passes and the gradients of each, of which one is differentiated twice.
+# Products of the features and a matrix [D,C] in a step: forward, and the gradient of the weight if it is trained. BALMS has
+# three forward passes and the gradients of each, of which one is differentiated twice.
 PRODUCTS = {"tau_norm": 2, "crt": 2, "balanced_softmax": 2, "lws": 1, "mislas": 2, "los": 2, "balms": 7}
 SIZES = {"a": 60, "b": 24, "c": 15}
 BASE = {"student.queue_total": 64, "data.validation_per_class": 20, "teacher.epochs": 1, "student.epochs": 2}
