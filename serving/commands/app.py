@@ -143,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _message_and_status(error: Exception, command: str) -> tuple[str, int]:
     """Return the message and exit status of an error that a user can act on. Raises any other error."""
     if isinstance(error, USAGE_ERROR):
-        return error.format_message(), error.exit_code
+        # Typer raises a bad value from pydantic's error, whose message does not name the value.
+        value = next((f", not {each['input']!r:.100}" for each in getattr(error.__cause__, "errors", list)()), "")
+        return f"{error.format_message()}{value}", error.exit_code
     if isinstance(error, TailorError):
         return str(error), error.exit_code
     if isinstance(error, OSError):

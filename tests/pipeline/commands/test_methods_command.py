@@ -216,7 +216,7 @@ REFUSED = {
     ): "mislas_mixup does not apply to this project: recipes/methods/mislas_mixup.yaml: student.augment.mix",
     ("all", "--against", "mislas_mixup"): "mislas_mixup does not apply to this project",
     ("gml, mislas_mixup",): "mislas_mixup does not apply to this project",
-    ("gml", "--seeds", "0"): "'--seeds'",
+    ("gml", "--seeds", "0"): "Invalid value for '--seeds': Input should be greater than or equal to 1, not '0'",
     ("gml", "--budget", "soon"): "--budget is 'soon'; expected a time above 0 such as 90s, 30m or 2h",
     ("gml", "--budget", "0m"): "--budget is '0m'",
     ("gml", "--against", "crt"): "--against is 'crt'; expected one of --methods: gml",
