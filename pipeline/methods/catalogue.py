@@ -19,14 +19,8 @@ Kind = Literal["class loss", "contrast", "experts", "second stage", "own recipe"
 CONTRAST = "contrast"
 WITH_CLASS_WEIGHTS = ("bcl", "concutmix", "paco", "gpaco")  # contrast terms that train the weights of the classifier
 ALL = "all"
-SHARED = (
-    "task",
-    "seed",
-    "data",
-    "prior",
-    "encoder",
-    "text",
-)  # sections of the stages before the training, which run once
+# Sections of the stages before the training, which run once.
+SHARED = ("task", "seed", "data", "prior", "encoder", "text")
 
 
 @dataclass(frozen=True)
