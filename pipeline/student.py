@@ -55,11 +55,9 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
     with joined_ranks(params.device) as device:
         if section.memory and memory_alone(section):
             return Result(*write_memory(section.memory, config, params, prior, output))
-        seed, start = stage_seed(params.seed, "student"), None
-        pretraining, earlier = (
-            _pretraining(params, config, device, output) if section.pretraining == "rotation" else (None, None)
-        )
-        if pretraining:
+        seed, start, pretraining, earlier = stage_seed(params.seed, "student"), None, None, None
+        if section.pretraining == "rotation":
+            pretraining, earlier = _pretraining(params, config, device, output)
             start = pretraining.model.backbone.state_dict()
         objective = build_objective(section, image, config, prior, seed, teacher, params.encoder, start)
         inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS_INDEX] if config.encoder else [])]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from pipeline.data.class_prior import Prior
 from pipeline.methods.catalogue import find_methods
 from pipeline.methods.comparison import Comparison, Project, Run, planned_runs
-from pipeline.methods.cost import Cost, Served, with_macs
-from pipeline.methods.networks import Trained
+from pipeline.methods.cost import Cost, Served, refit_cost, with_macs
+from pipeline.methods.networks import Trained, _training_seconds
 from pipeline.methods.page import as_json
 from pipeline.methods.rows import rows_of
 from tests.support.making import params as default_params
@@ -58,6 +60,20 @@ def test_the_schedule_keeps_its_form_and_the_own_cost_changes_nothing() -> None:
     assert with_macs(params, costs(teacher=30, student=70), 100) == params
     shortest = with_macs(params, costs(student=100), 0).student
     assert (shortest.epochs, shortest.schedule.warmup_epochs) == (1, 1)
+
+
+def test_a_second_stage_costs_its_counted_steps_and_the_forward_passes_of_its_views_and_shifted_images() -> None:
+    record = {"views": 2, "shift_images": 30, "fits": [{"steps": 3, "step_macs": 5}, {"steps": 4, "step_macs": 6}]}
+    served = Served(parameters=0, macs=7)
+    assert refit_cost(record, 10, served, stored=False) == Cost(0, 50, 50 * 7 + 39)
+    assert refit_cost(record, 10, served, stored=True) == Cost(0, 0, 39)
+
+
+def test_the_seconds_of_a_run_include_its_pretraining(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "images_per_second": 4}\n', encoding="utf-8")
+    assert _training_seconds(tmp_path, batch=8, images=20) == 4
+    (tmp_path / "pretraining.jsonl").write_text('{"epoch": 1, "images_per_second": 2}\n', encoding="utf-8")
+    assert _training_seconds(tmp_path, batch=8, images=20) == 12
 
 
 def comparison(right: dict[str, list[float]]) -> Comparison:
