@@ -27,7 +27,6 @@ from pipeline.params import Params
 from pipeline.shared.artifacts import sha256_of_json, write_file, write_json
 from pipeline.training.history import METRICS, PRETRAINING
 from pipeline.training.student_setup import weights_of
-from serving.shared.version import TAILOR_VERSION
 
 RECORD, PREDICTIONS = "record", "predictions"
 
@@ -47,11 +46,11 @@ class Network:
 
     @property
     def recipe(self) -> str:
-        """Hash of all that the network depends on, with the versions of Tailor and torch, without seed and data."""
+        """Hash of all that the network depends on, without seed and data."""
         params = self.params.model_dump(mode="json")
         depends = {
             "stage": self.stage, "section": params[self.stage], "image": params["image"],
-            "precision": params["engine"]["precision"], "torch": torch.__version__, "tailor": TAILOR_VERSION,
+            "precision": params["engine"]["precision"], "torch": torch.__version__,
             "stream": [params["stream"][key] for key in ("mode", "decode", "shuffle_mib")],
             "first": self.first.recipe if self.first else None,
         }  # fmt: skip
