@@ -96,7 +96,7 @@ class Backbone(nn.Module):
 def build_backbone(name: str, image_size: int | None = None) -> Backbone:
     """Create a newly initialised backbone; the feature width is read from its last layer, without a forward pass.
 
-    name: `resnet20|32|44|56|110` (CIFAR), `torchvision/<model>` or `timm/<model>` (a colon is accepted for the slash).
+    name: `resnet8|20|32|44|56|110` (CIFAR), `torchvision/<model>` or `timm/<model>` (a colon is accepted for the slash).
     timm/<model>+projection keeps the last layer: that of CLIP maps to the space that image and text features share.
     image_size: side of the input in pixels, for networks with a fixed input size; None: the library's default. Raises
     UnknownBackboneError with the nearest valid name.
