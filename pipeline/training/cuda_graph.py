@@ -40,7 +40,7 @@ def cuda_graph(work: Callable[[], Parts]) -> tuple[Callable[[], None], Parts]:
 
 
 class CapturedStep:
-    """A training step that replays a CUDA graph of `step`; creating it leaves the state of the run unchanged.
+    """A training step that replays a CUDA graph of `step`; creating it leaves state and random numbers of the run unchanged.
 
     The tensors that a call returns are overwritten by the next call. Raises CaptureError.
     """
@@ -52,19 +52,22 @@ class CapturedStep:
         self._inputs = [tensor.clone() for tensor in on_device.tensors()]
         static = rebuilt(on_device, self._inputs)
         before = {name: tensor.clone() for name, tensor in step.state().items()}
+        numbers = random_state(step.device)
         expected = {name: part.clone() for name, part in step(static).items()}
         after = {name: tensor.clone() for name, tensor in step.state().items()}
         step.load_state(before)
         try:
             self._replay, self._parts = record(lambda: step(static))
-            # The warm-up steps have changed the state; the replay must start where `expected` started.
+            # The warm-up steps have changed the state; the replay must start where `expected` started, also with dropout.
             step.load_state(before)
+            set_random_state(step.device, numbers)
             self._replay()
             different = differing(expected, self._parts) + differing(after, step.state())
         except RuntimeError as error:  # torch raises it for an operation that a graph cannot record
             raise CaptureError(" ".join(str(error).split())[:200]) from None
         finally:
             step.load_state(before)
+            set_random_state(step.device, numbers)
         if different:
             raise CaptureError(f"its replay gives another {different[0]}")
 
@@ -75,6 +78,19 @@ class CapturedStep:
             static.copy_(tensor)
         self._replay()
         return self._parts
+
+
+def random_state(device: torch.device) -> Tensor:
+    """State of a device's random numbers."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Continue a device's random numbers from a state of `random_state`."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 def rebuilt(inputs: StepInputs, tensors: list[Tensor]) -> StepInputs:

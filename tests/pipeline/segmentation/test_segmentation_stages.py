@@ -32,8 +32,10 @@ from pipeline.shared.artifacts import EVALUATION, REPOSITORY, STUDENT, TEACHER, 
 from pipeline.shared.errors import ParamsError
 from pipeline.training import engine
 from pipeline.training.run import model_config
+from pipeline.training.step import Step
 from serving.golden.dry_run import run_golden
 from serving.repository.release import read_release
+from tests.support.gpu_checks import check_capture, check_device
 from tests.support.label_maps import CLASSES, SIZE, label_map_folder, labels, segmentation_params
 from tests.support.making import encode, picture, write
 from tests.support.stand_in import Response, Tensor, backend, load
@@ -199,6 +201,22 @@ def test_a_student_with_its_own_features_as_keys_needs_no_teacher(made):
     own = made.model_copy(update={"student": made.student.model_copy(update={"contrast_encoder": "self", "epochs": 1})})
     pipeline.student.run(own)
     assert not TEACHER.exists() and (STUDENT / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_step_on_label_maps_can_be_captured_and_is_on_one_device(made, monkeypatch):
+    def student():
+        teacher, student = (
+            model_config(section, made.image, 3, segmentation=made.segmentation)
+            for section in (made.teacher, made.student)
+        )
+        frozen = objectives.teacher_objective(made, teacher, load_prior(), 0).model
+        return objectives.student_objective(made, student, load_prior(), 0, frozen)
+
+    section, images = made.student, load_labelled_images(made)
+    plain, captured = (Step(student(), section, made.image, images, CPU) for _ in range(2))
+    check_capture(monkeypatch, plain, captured, section, len(images))
+    check_device(monkeypatch, student(), section, made.image, images)
 
 
 def test_training_starts_from_the_weights_of_a_local_file(made, tmp_path):

@@ -14,6 +14,7 @@ from pipeline.params import AugmentParams, EngineParams
 from pipeline.shared.errors import ParamsError
 from pipeline.training.cuda_graph import CapturedStep, CaptureError
 from pipeline.training.step import Step
+from tests.support.recorded_graph import recorded_graph
 from tests.support.small_training import (
     CPU,
     IMAGE,
@@ -63,11 +64,7 @@ def test_a_batch_in_parts_is_captured_like_any_other():
     generator = torch.Generator().manual_seed(5)
     batches = [plain.draw(torch.randperm(32, generator=generator)[:8], generator) for _ in range(3)]
 
-    def replaying(work):
-        parts = work()
-        return lambda: [parts[name].copy_(value) for name, value in work().items()], parts
-
-    captured = CapturedStep(recorded, batches[2], replaying)
+    captured = CapturedStep(recorded, batches[2], recorded_graph)
     for inputs in batches[:2]:
         assert {k: v.item() for k, v in plain(inputs).items()} == {k: v.item() for k, v in captured(inputs).items()}
     assert all(torch.equal(value, recorded.state()[name]) for name, value in plain.state().items())

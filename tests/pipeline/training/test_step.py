@@ -14,6 +14,7 @@ from pipeline.params import AugmentParams
 from pipeline.training.cuda_graph import CapturedStep, CaptureError
 from pipeline.training.optimiser import ADAM_CAPTURE_RATE
 from pipeline.training.step import Step
+from tests.support.recorded_graph import recorded_graph
 from tests.support.small_training import CPU, IMAGE, made_images, made_objective, training_params
 
 pytestmark = pytest.mark.slow
@@ -33,17 +34,6 @@ def made_step(stage: str = "student", precision: torch.dtype = torch.float32, mi
 def drawn(step: Step, batches: int) -> list:
     generator = torch.Generator().manual_seed(5)
     return [step.draw(torch.randperm(32, generator=generator)[:8], generator) for _ in range(batches)]
-
-
-def replaying(work):
-    """Fake of a CUDA graph for tests without a GPU: runs the recorded work again on the same tensors."""
-    parts = work()
-
-    def replay():
-        for name, value in work().items():
-            parts[name].copy_(value)
-
-    return replay, parts
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "mixup"])
@@ -110,7 +100,7 @@ def test_a_captured_step_does_what_the_plain_one_does(stage, mix):
     plain, recorded = (made_step(mix=mix, ema_decay=0.9, **changes) for _ in range(2))
     batches = drawn(plain, 4)
     before = {name: tensor.clone() for name, tensor in recorded.state().items()}
-    captured = CapturedStep(recorded, batches[3], replaying)
+    captured = CapturedStep(recorded, batches[3], recorded_graph)
     assert all(torch.equal(before[name], tensor) for name, tensor in recorded.state().items())
     for inputs in batches[:3]:
         expected, actual = plain(inputs), captured(inputs)
