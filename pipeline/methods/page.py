@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.evaluation.intervals import CONFIDENCE, Estimate
 from pipeline.methods.comparison import Comparison, Missing
@@ -19,9 +19,13 @@ KINDS = {
     "second stage": ("medium", "square"), "own recipe": ("ink", "star"),
 }  # fmt: skip
 HEIGHT, TOP, BOTTOM = 460, 40, 60  # pixels of the chart of cost, and of its margins
-LABEL_HEIGHT = 15  # pixels
+WIDTH = 900  # pixels of the chart on a screen that is not narrow
+LINE, LETTER, MARK = 14, 6.6, 7  # pixels: height of a name, its width per letter, half the size of a point
+# Pixels to the right or left and down by which a name is moved from its point, the nearest first.
+SHIFTS = sorted(
+    ((x, y) for x in range(14, 300, 60) for y in range(-300, 301, 10)), key=lambda shift: math.hypot(*shift)
+)
 NAMED = 4  # methods whose names stand in a figure at the top
-COLUMN = 0.12  # points within this share of the axis have their labels in one column
 NOT_CHOSEN = (
     "Every network is that of its last epoch, and nothing was chosen on the test split: a second stage fits tau and scale on "
     "validation images. To choose a method by this table is a choice on the test split, and makes its accuracy optimistic."
@@ -149,37 +153,49 @@ def _points(rows: list[Row], kind: str, colour: str, symbol: str) -> dict[str, A
 
 
 def _labels(rows: list[Row], x_range: tuple[float, float], y_range: tuple[float, float]) -> list[dict[str, Any]]:
-    """Annotations with the names of the methods; those of one cost are moved apart vertically."""
-    height, span = HEIGHT - TOP - BOTTOM, y_range[1] - y_range[0]
-    points = [
-        (math.log10(max(row.cost.macs, 1)), height * (y_range[1] - 100 * (row.accuracy["all"].value or 0)) / span, row)
-        for row in rows
-        if row.cost
-    ]
-    columns: list[list[tuple[float, float, Row]]] = []
-    for point in sorted(points, key=lambda point: point[0]):
-        if not columns or point[0] - columns[-1][0][0] > COLUMN * (x_range[1] - x_range[0]):
-            columns.append([])
-        columns[-1].append(point)
-    labels = []
-    for column in columns:
-        bottom = -math.inf
-        last = max(x for x, _, _ in column)
-        pixels = sorted(column, key=lambda point: point[1])
-        # From the top: each label at its point or below the previous one; the column ends inside the chart.
-        room = height - LABEL_HEIGHT * len(pixels)
-        for number, (x, y, row) in enumerate(pixels):
-            at = max(bottom + LABEL_HEIGHT, min(y, room + LABEL_HEIGHT * (number + 1)))
-            bottom = at
-            labels.append(
-                {
-                    "x": x, "y": 100 * (row.accuracy["all"].value or 0), "text": escape_label(row.method.name, 32),
-                    "showarrow": True, "arrowhead": 0, "arrowwidth": 0.6, "arrowcolor": "var(--axis)", "standoff": 5,
-                    "ax": 24 + round(600 * (last - x) / (x_range[1] - x_range[0])), "ay": round(at - y), "xanchor": "left",
-                    "font": {"size": 12, "color": "var(--ink)"},
-                }
-            )  # fmt: skip
-    return labels
+    """Annotations with the names of the methods beside their points."""
+    values = [(math.log10(max(row.cost.macs, 1)), 100 * (row.accuracy["all"].value or 0)) for row in rows if row.cost]
+    across, down = WIDTH / (x_range[1] - x_range[0]), (HEIGHT - TOP - BOTTOM) / (y_range[1] - y_range[0])
+    points = [((x - x_range[0]) * across, (y_range[1] - y) * down) for x, y in values]
+    names = [escape_label(row.method.name, 32) for row in rows]
+    return [
+        {
+            "x": value[0], "y": value[1], "text": name, "showarrow": True, "arrowhead": 0, "arrowwidth": 0.6,
+            "arrowcolor": "var(--axis)", "standoff": 5, "ay": round(box.top + LINE / 2 - y),
+            "ax": round(box.left - x if box.left > x else box.right - x),
+            "xanchor": "left" if box.left > x else "right", "font": {"size": 12, "color": "var(--ink)"},
+        }
+        for value, name, (x, y), box in zip(values, names, points, name_boxes(points, names), strict=True)
+    ]  # fmt: skip
+
+
+class Box(NamedTuple):
+    """A rectangle of a chart in pixels from its top left corner."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlaps(self, other: Box) -> bool:
+        """Whether the two have a common part."""
+        across = self.left < other.right and other.left < self.right
+        return across and self.top < other.bottom and other.top < self.bottom
+
+
+def name_boxes(points: list[tuple[float, float]], names: list[str]) -> list[Box]:
+    """Where the names of points stand: to the right or left of their point, as near as leaves points and names readable."""
+    height, taken = HEIGHT - TOP - BOTTOM, [Box(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in points]
+    boxes = []
+    for (x, y), name in zip(points, names, strict=True):
+        width = LETTER * len(name)
+        starts = [(left, y + dy - LINE / 2) for dx, dy in SHIFTS for left in (x + dx, x - dx - width)]
+        places = [Box(left, top, left + width, top + LINE) for left, top in starts]
+        inside = [box for box in places if min(box) >= 0 and box.right <= WIDTH and box.bottom <= height]
+        free = (box for box in inside if not any(box.overlaps(other) for other in taken))
+        boxes.append(next(free, places[0]))
+        taken.append(boxes[-1])
+    return boxes
 
 
 def differences_chart(rows: list[Row], reference: str) -> Figure:
