@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from models.distributed import rank
 from models.objectives.rotation import ANGLES, RotationObjective
@@ -22,6 +23,7 @@ from pipeline.shared.artifacts import EMBEDDINGS_INDEX, PRIOR, SPLIT, STUDENT, T
 from pipeline.text.stored import FEATURES_FILE
 from pipeline.training.engine import Training
 from pipeline.training.history import History
+from pipeline.training.resume import RunFolder
 from pipeline.training.run import (
     Result,
     check_backbones,
@@ -55,24 +57,25 @@ def run(params: Params, output: Path = STUDENT, teacher: Path = TEACHER) -> Resu
     with joined_ranks(params.device) as device:
         if section.memory and memory_alone(section):
             return Result(*write_memory(section.memory, config, params, prior, output))
-        seed, start, pretraining, earlier = stage_seed(params.seed, "student"), None, None, None
+        seed, start, rotation, earlier = stage_seed(params.seed, "student"), None, None, None
         if section.pretraining == "rotation":
-            pretraining, earlier = _pretraining(params, config, device, output)
-            start = pretraining.model.backbone.state_dict()
+            rotation, start, earlier = _pretraining(params, config, device, output)
         objective = build_objective(section, image, config, prior, seed, teacher, params.encoder, start)
         inputs = [SPLIT / "train.parquet", PRIOR, *([EMBEDDINGS_INDEX] if config.encoder else [])]
         inputs += [teacher / WEIGHTS] if getattr(objective, "teacher", None) is not None else []
         inputs += [TEXT / FEATURES_FILE] if section.uses_text else []
         result = train_network("student", objective, config, params, prior, device, output, inputs, earlier)
-        if pretraining and pretraining.run_folder and rank() == 0:
-            pretraining.run_folder.clear()
+        if rotation and rank() == 0:
+            rotation.clear()
         return result
 
 
-def _pretraining(params: Params, config: ModelConfig, device: torch.device, output: Path) -> tuple[Training, History]:
+def _pretraining(
+    params: Params, config: ModelConfig, device: torch.device, output: Path
+) -> tuple[RunFolder, dict[str, Tensor], History]:
     """Train the student's network to recognise rotations; resumes, and is not repeated once it has ended.
 
-    Its checkpoints are beside `output`; the last one is the result. Returns its epochs too.
+    Returns the folder of its checkpoints, which is beside `output`, the weights of the backbone on the CPU, and its epochs.
     """
     augment = params.student.augment.model_copy(update={"mix": "none"})
     section = params.student.model_copy(update={"augment": augment})
@@ -89,7 +92,9 @@ def _pretraining(params: Params, config: ModelConfig, device: torch.device, outp
         print(f"student  pretraining by rotations{f'; {notice}' if notice else ''}", flush=True)
     size = params.image.size
     nothing = Images(torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0).long(), [], [], None)
-    return training, training.run(train, nothing)
+    history = training.run(train, nothing)
+    # Not the training: its images and its state would stay on the device.
+    return folder, {name: tensor.cpu() for name, tensor in training.model.backbone.state_dict().items()}, history
 
 
 def _train_segmentation(params: Params, prior: Prior, output: Path, teacher: Path) -> Result:

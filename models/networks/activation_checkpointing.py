@@ -62,6 +62,12 @@ def _is_stage(module: nn.Module) -> bool:
     return any(len(types) > len(set(types)) for types in kinds)
 
 
+def _draws(layer: nn.Module) -> bool:
+    """Whether a layer draws random numbers: dropout and stochastic depth, unless they drop nothing."""
+    share = next((getattr(layer, name) for name in ("p", "drop_prob") if hasattr(layer, name)), 1.0)
+    return bool(share) and any(word in type(layer).__name__.lower() for word in RANDOM)
+
+
 class Recomputed:
     """Replacement of a block's forward with checkpointing; calls the plain forward in evaluation and without gradients."""
 
@@ -69,7 +75,7 @@ class Recomputed:
         self.block = block
         self.forward = forward
         # The generator state cannot be read while a CUDA graph is captured, and it is needed only with random layers.
-        self.random = any(word in type(layer).__name__.lower() for layer in block.modules() for word in RANDOM)
+        self.random = any(_draws(layer) for layer in block.modules())
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """Run the block."""

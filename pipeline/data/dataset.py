@@ -139,9 +139,7 @@ def should_stream(params: Params, rows: int, device: torch.device, free_memory: 
     if params.stream.mode != "auto":
         return params.stream.mode == "on", None
     needed = rows * 3 * params.image.size**2
-    free_in = {"in memory": free_memory}
-    if device.type == "cuda":
-        free_in[f"on {device}"] = torch.cuda.mem_get_info(device)[0]
+    free_in = {"in memory": free_memory, **free_on_gpu(device)}
     for where, free in free_in.items():
         if needed > SHARE * free:
             return True, (
@@ -149,6 +147,14 @@ def should_stream(params: Params, rows: int, device: torch.device, free_memory: 
                 f"{free / 1e9:.1f} GB free {where} (stream.mode: auto)"
             )
     return False, None
+
+
+def free_on_gpu(device: torch.device) -> dict[str, int]:
+    """Free bytes of a GPU by the words that name it; empty for the CPU."""
+    if device.type == "cpu":
+        return {}
+    torch.cuda.empty_cache()  # what PyTorch keeps for reuse is free too
+    return {f"on {device}": torch.cuda.mem_get_info(device)[0]}
 
 
 def load_images(

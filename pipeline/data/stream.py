@@ -79,7 +79,7 @@ class ImageStream:
         self.labels = torch.from_numpy(table.column("label").to_numpy().astype(np.int64))
         self.sample_ids = ArrowStrings(table.column("sample_id"))
         self.references = ArrowStrings(table.column("reference"))
-        self._image, self._device, self._replace_bad, self._augment = image, device, replace_bad, augment
+        self._image, self.device, self._replace_bad, self._augment = image, device, replace_bad, augment
         self._hashes = hashes
         self.originals: dict[int, Tensor] = {}  # decoded, by index
         self._free_bytes = hold
@@ -137,7 +137,7 @@ class ImageStream:
 
     def epoch_record(self, seconds: float) -> dict[str, float]:
         """Values for the record of an epoch of `seconds`: share of time waiting for data, images replaced on all ranks."""
-        own = torch.tensor([len(self._problems), self.wait_seconds], dtype=torch.float64, device=self._device)
+        own = torch.tensor([len(self._problems), self.wait_seconds], dtype=torch.float64, device=self.device)
         replaced, waited = mean_over_ranks(own).tolist()
         self.wait_seconds = 0.0
         return {
@@ -181,15 +181,15 @@ class ImageStream:
 
     def decode_on_gpu(self, pixels: Tensor, nvjpeg: list[NvjpegImage], draws: Draws | None = None) -> Tensor:
         """Copy a batch to the device and add the images that nvJPEG decodes."""
-        pixels = pixels.to(self._device, non_blocking=True)
+        pixels = pixels.to(self.device, non_blocking=True)
         slots, indices, encoded = zip(*nvjpeg, strict=True)
         try:
-            decoded = decode_nvjpeg(encoded, self._device)
+            decoded = decode_nvjpeg(encoded, self.device)
             if draws is None:
                 decoded = [evaluation_view(image, self._image) for image in decoded]
         except RuntimeError:  # one unsupported image makes nvJPEG fail for the whole batch
             on_cpu = [self._read_or_replace(index, "fast", draws is not None)[2] for index in indices]
-            decoded = [image.to(self._device) for image in on_cpu if image is not None]  # None only for "gpu"
+            decoded = [image.to(self.device) for image in on_cpu if image is not None]  # None only for "gpu"
         if draws is not None:
             self._cut_views(decoded, draws, slots, pixels)
         else:
@@ -199,7 +199,7 @@ class ImageStream:
 
     def allocate_batch(self, count: int, views: int | None = None) -> Tensor:
         """Allocate a batch tensor, with `views` images per row if given; in pinned memory if the device is a GPU."""
-        shape, pinned = (count * (views or 1), 3, self._image.size, self._image.size), self._device.type == "cuda"
+        shape, pinned = (count * (views or 1), 3, self._image.size, self._image.size), self.device.type == "cuda"
         # A tensor created in inference mode, as in evaluation, cannot be written by a thread outside of it. Decoders
         # write channels last.
         with torch.inference_mode(False):

@@ -8,7 +8,7 @@ nvJPEG rounds differently and always decodes at full size, and `decode_original`
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,30 @@ def decode_nvjpeg(encoded: Iterable[bytes], device: torch.device) -> list[Tensor
     if io is None:
         raise RuntimeError("this torchvision has no decoder of JPEGs")
     return io.decode_jpeg([_bytes(data) for data in encoded], mode=io.ImageReadMode.RGB, device=device)
+
+
+class DecodingStream:
+    """A CUDA stream for batches that nvJPEG decodes; the CPU has none.
+
+    torchvision's decoder writes into memory that was freed while queued kernels still read it, and does not wait for them
+    (pytorch/vision issue 9606: most batches were corrupted). So its batches have a stream apart from the training steps, and
+    that stream is empty when the decoder starts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def run(self, work: Callable[[], Tensor]) -> Tensor:
+        """The batch of `work`, for the current stream of the device."""
+        if self._stream is None:
+            return work()
+        self._stream.synchronize()
+        with torch.cuda.stream(self._stream):
+            pixels = work()
+        current = torch.cuda.current_stream(self._stream.device)
+        current.wait_stream(self._stream)
+        pixels.record_stream(current)
+        return pixels
 
 
 def decode_unless_nvjpeg(data: bytes, image: ImageParams, max_pixels: float | None = None) -> Tensor | None:

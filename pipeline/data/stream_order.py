@@ -5,6 +5,7 @@ libjpeg-turbo and torch release the GIL during their work.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections import deque
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.augment import Draws
+from pipeline.data.stream_decoding import DecodingStream
 from pipeline.sources import Groups, in_parts
 
 if TYPE_CHECKING:
@@ -106,10 +108,15 @@ class PrefetchIterator(Iterator[Tensor]):
         pixels, parts, draws = self._ahead.popleft()
         nvjpeg = [(start + slot, index, data) for start, part in parts for slot, index, data in part.result()]
         self._submit_batch()
-        if nvjpeg:  # the step waits for this decoding as well
-            pixels = self._stream.decode_on_gpu(pixels, nvjpeg, *draws)
-        self._stream.wait_seconds += time.perf_counter() - started
+        if nvjpeg:
+            pixels = self._decoding.run(partial(self._stream.decode_on_gpu, pixels, nvjpeg, *draws))
+        if is_idle(self._stream.device):
+            self._stream.wait_seconds += time.perf_counter() - started
         return pixels
+
+    @functools.cached_property
+    def _decoding(self) -> DecodingStream:
+        return DecodingStream(self._stream.device)
 
     def _submit_batch(self) -> None:
         indices = next(self._indices, None)
@@ -131,6 +138,11 @@ class PrefetchIterator(Iterator[Tensor]):
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+def is_idle(device: torch.device) -> bool:
+    """Whether a device has no work left: the CPU, which works while the host does, or a GPU without queued steps."""
+    return device.type == "cpu" or bool(torch.cuda.current_stream(device).query())
 
 
 def default_workers() -> int:

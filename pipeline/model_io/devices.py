@@ -24,8 +24,6 @@ def joined_ranks(name: str) -> Iterator[torch.device]:
     if ranks == 1 or dist.is_initialized():
         yield device
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
@@ -34,15 +32,16 @@ def joined_ranks(name: str) -> Iterator[torch.device]:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of params.device for one process. Raises ParamsError when the device does not exist."""
-    if name == "auto":
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local_rank)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+    """The device of params.device for one process, a GPU as the current one. Raises ParamsError when it does not exist."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cpu":
+        return device
+    device = torch.device("cuda", local_rank if device.index is None else device.index)
+    if device.index >= torch.cuda.device_count():
         raise ParamsError(
             f"device is {name!r} (process {local_rank}), but {torch.cuda.device_count()} GPUs are visible; "
             "expected auto or cpu, or fewer processes"
         )
+    # PyTorch makes streams and events on the current GPU, whatever the device of the tensors.
+    torch.cuda.set_device(device)
     return device

@@ -18,6 +18,7 @@ from pipeline.params import ImageParams
 from pipeline.shared.errors import StageError
 
 EVALUATION_BATCH = 512
+EVALUATION_PIXELS = 128 * 224**2  # of a batch on a GPU: about 1.5 GB of activations of a ResNet-50
 
 
 class NotFiniteError(StageError):
@@ -88,6 +89,11 @@ def balanced_logits(
     return logits if shift is None else logits + torch.from_numpy(shift).to(logits.dtype)
 
 
+def evaluation_batch(device: torch.device, size: int) -> int:
+    """Images of `size` pixels in a batch of a validation, which has to fit beside the training's memory on a GPU."""
+    return EVALUATION_BATCH if device.type == "cpu" else max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // size**2))
+
+
 def accuracy(
     model: ImageClassifier, data: AnyImages, image: ImageParams, device: torch.device, shift: np.ndarray | None = None
 ) -> float:
@@ -99,7 +105,7 @@ def accuracy(
     counts = torch.zeros(2, dtype=torch.float64)  # correct predictions, and images with logits that are not finite
     if len(indices):
         with torch.inference_mode():
-            _, logits = _outputs(model, data.batches(indices, EVALUATION_BATCH), image, device)
+            _, logits = _outputs(model, data.batches(indices, evaluation_batch(device, image.size)), image, device)
         shifted = logits if shift is None else logits + torch.from_numpy(shift).to(logits.dtype)
         counts[0] += (shifted.argmax(1) == data.labels[indices]).sum()
         counts[1] += (~logits.isfinite().all(1)).sum()

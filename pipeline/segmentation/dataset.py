@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from models.preprocess import ImageError, decode, letterbox
-from pipeline.data.dataset import SHARE, Images
+from pipeline.data.dataset import SHARE, Images, free_on_gpu
 from pipeline.data.split_tables import read_split
 from pipeline.params import Params, SegmentationAugmentParams, SegmentationParams
 from pipeline.shared.artifacts import SPLIT
 from pipeline.shared.errors import DataError
 from pipeline.shared.host_memory import free_bytes
 from pipeline.sources import UNLABELLED, LabelMapSource, decode_label_map, in_parts, open_label_maps, reading_order
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -118,17 +120,19 @@ def label_map_sizes(source: LabelMapSource, references: list[str]) -> np.ndarray
     return sizes
 
 
-def load_labelled_images(params: Params, folder: Path = SPLIT) -> LabelledImages | None:
+def load_labelled_images(params: Params, folder: Path = SPLIT, device: torch.device = CPU) -> LabelledImages | None:
     """Decode the training split into memory.
 
-    With stream.mode auto, None if it would take more than half of the free memory; with `off` it is decoded anyway.
+    With stream.mode auto, None if it would take more than half of the free memory of the host or of the device; with `off`
+    it is decoded anyway.
     """
     table = read_split("train", ["sample_id", "reference"], folder)
     references: list[str] = table.column("reference").to_pylist()
     source, augment = open_label_maps(params.data), segmentation_of(params).augment
     sizes = label_map_sizes(source, references)
     height, width = map(int, sizes.max(0))
-    if params.stream.mode == "auto" and len(references) * 4 * height * width > SHARE * free_bytes():
+    free = min([free_bytes(), *free_on_gpu(device).values()])
+    if params.stream.mode == "auto" and len(references) * 4 * height * width > SHARE * free:
         return None
     stacked = np.zeros((len(references), 4, height, width), dtype=np.uint8)
     stacked[:, 3] = UNLABELLED

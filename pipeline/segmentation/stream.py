@@ -25,7 +25,7 @@ def labelled_training_images(
     params: Params, device: torch.device
 ) -> tuple[LabelledImages | LabelledStream, str | None]:
     """The training split in memory or as a stream (stream.mode), and why it is a stream if the mode is auto."""
-    images = None if params.stream.mode == "on" else load_labelled_images(params)
+    images = None if params.stream.mode == "on" else load_labelled_images(params, device=device)
     # Free memory differs between processes, and processes with different decisions would wait for one another forever.
     if mean_over_ranks(torch.tensor(float(images is None), device=device)).item() > 0:
         reason = "reads images as it needs them: in memory they would take more than half of it (stream.mode: auto)"
@@ -46,7 +46,7 @@ class LabelledStream(LabelMapSplit):
     def __init__(self, params: Params, device: torch.device) -> None:
         super().__init__(params, "train")
         settings = params.stream
-        self.augment, self._mean, self._device = segmentation_of(params).augment, params.image.mean, device
+        self.augment, self._mean, self.device = segmentation_of(params).augment, params.image.mean, device
         self._workers = default_workers() if settings.workers == "auto" else settings.workers
         self._prefetch = settings.prefetch
         self.labels = torch.zeros(len(self), dtype=torch.int64)
@@ -70,9 +70,7 @@ class LabelledStream(LabelMapSplit):
     def allocate_batch(self, count: int, *_views: int) -> Tensor:
         """Allocate a batch; in pinned memory if the device is a GPU."""
         with torch.inference_mode(False):
-            return torch.empty(
-                (count, 4, *self.augment.crop), dtype=torch.uint8, pin_memory=self._device.type == "cuda"
-            )
+            return torch.empty((count, 4, *self.augment.crop), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def decode(self, indices: Sequence[int], out: Tensor, draws: Draws) -> list:
         """Read images with their label maps, and write their crops to out uint8 [n,4,h,w]. Returns an empty list."""
@@ -87,7 +85,7 @@ class LabelledStream(LabelMapSplit):
 
     def epoch_record(self, seconds: float) -> dict[str, float]:
         """Values for the record of an epoch of `seconds`: share of time waiting for data."""
-        waited = mean_over_ranks(torch.tensor(self.wait_seconds, dtype=torch.float64, device=self._device)).item()
+        waited = mean_over_ranks(torch.tensor(self.wait_seconds, dtype=torch.float64, device=self.device)).item()
         self.wait_seconds = 0.0
         return {"data_wait": waited / seconds}
 

@@ -33,9 +33,13 @@ def cuda_graph(work: Callable[[], Parts]) -> tuple[Callable[[], None], Parts]:
         for _ in range(WARM_UP):
             work()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        parts = work()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            parts = work()
+    except RuntimeError:
+        torch.cuda.set_stream(current)  # PyTorch leaves the stream of a failed recording as the current one
+        raise
     return graph.replay, parts
 
 

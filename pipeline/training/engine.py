@@ -14,7 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from models.class_sampler import ClassSampler
-from models.distributed import rank, rank_count, synchronise_batch_norm
+from models.distributed import rank, rank_count, sum_over_ranks, synchronise_batch_norm
 from models.networks.activation_checkpointing import NoBlocksError
 from models.networks.cosine_classifier import ImageClassifier
 from models.networks.tuning import merged_state
@@ -42,6 +42,8 @@ from pipeline.training.state import (
     restore_snapshot,
 )
 from pipeline.training.step import Step, StepInputs, draw_ahead, own_indices, own_rows, precision_of
+
+DECIDE_EVERY = 16  # steps between two decisions of several ranks about a checkpoint
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ class Training:
     def _prepare(self, train: AnyImages) -> None:
         if self.device.type == "cpu":
             keep_freed_memory()
+        else:
+            torch.cuda.reset_peak_memory_stats(self.device)
         # Convolution kernels are fastest in this memory layout on CPU and GPU; the arithmetic is the same.
         self.objective.to(self.device, memory_format=torch.channels_last)
         for module in self.objective.batch_modules():
@@ -162,8 +166,10 @@ class Training:
     def _captured(self, progress: Progress) -> Callable[[StepInputs], dict[str, Tensor]]:
         """The training step as a CUDA graph for one process on CUDA; otherwise, or if the capture fails, the plain step."""
 
+        step, device = self.step, self.device  # not self: a cycle would keep the run on the device after its end
+
         def plain(inputs: StepInputs) -> dict[str, Tensor]:
-            return self.step(inputs.to(self.device))
+            return step(inputs.to(device))
 
         if self.device.type != "cuda" or not self.engine.capture or rank_count() > 1:
             return plain
@@ -206,7 +212,7 @@ class Training:
                 at.step = step + 1
                 speed = (at.step - first) * batch / (time.perf_counter() - started)
                 progress.update(bar, advance=1, rate=f"{speed:,.0f} images/s")
-                if time.monotonic() - self._saved > self.engine.checkpoint_seconds:
+                if self._checkpoint_due(step):
                     self._save(steps, rate)
         means = self._monitor.means(steps)
         if failure := self._monitor.last_failure():
@@ -278,6 +284,14 @@ class Training:
             f"lower {self.name}.learning_rate ({self.params.learning_rate:g}) or lengthen schedule.warmup_epochs; "
             f"the batch and the steps before it are in {folder}"
         )
+
+    def _checkpoint_due(self, step: int) -> bool:
+        """Whether to write a checkpoint after a step. Ranks, whose clocks differ, decide together: it sums over them."""
+        due = time.monotonic() - self._saved > self.engine.checkpoint_seconds
+        if rank_count() == 1:
+            return due
+        # Only now and then, because the host waits for the device.
+        return step % DECIDE_EVERY == 0 and bool(sum_over_ranks(torch.tensor(float(due), device=self.device)))
 
     def _save(self, steps: int, rate: float) -> None:
         """Write a checkpoint, unless the run has already failed."""

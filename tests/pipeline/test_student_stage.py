@@ -21,7 +21,7 @@ from models.objectives.teacher import TeacherObjective
 from pipeline.data.dataset import load_images
 from pipeline.model_io.checkpoint import load_model
 from pipeline.shared.artifacts import CLASSIFIER, EVALUATION, STUDENT, TEACHER
-from pipeline.shared.errors import ParamsError
+from pipeline.shared.errors import ParamsError, StageError
 from pipeline.training.run import model_config, stage_seed, train_network
 from tests.support.making import data_params, folder, params
 
@@ -50,6 +50,18 @@ def made(tmp_path, monkeypatch):
 
 def last_record() -> dict[str, float]:
     return json.loads((STUDENT / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_too_little_memory_on_the_gpu_is_one_line_that_says_what_to_change(made, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7 GiB"
+        )
+
+    monkeypatch.setattr(pipeline.training.run.Training, "run", full)
+    expected = r"teacher: the device has too little memory: CUDA out of memory.*; lower teacher\.batch_size, raise teacher\.acc"
+    with pytest.raises(StageError, match=expected):
+        pipeline.teacher.run(made())
 
 
 def test_a_student_with_a_momentum_encoder_and_no_distillation_needs_no_teacher_at_all(made):

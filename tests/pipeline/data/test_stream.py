@@ -16,7 +16,7 @@ import torch
 
 from pipeline import split
 from pipeline.data import dataset
-from pipeline.data.dataset import Images, evaluation_images, load_images, training_images
+from pipeline.data.dataset import Images, evaluation_images, free_on_gpu, load_images, training_images
 from pipeline.data.stream import ImageStream
 from pipeline.data.stream_decoding import decode_fast
 from pipeline.params import Params, StreamParams
@@ -218,6 +218,13 @@ def test_a_missing_folder_is_one_error_and_not_one_per_image(made):
         stream_of(params, "train", CPU, where, replace_bad=True)
 
 
+def test_memory_that_pytorch_keeps_for_reuse_counts_as_free(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("returned"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (len(done), 10))
+    assert free_on_gpu(torch.device("cuda:0")) == {"on cuda:0": 1} and free_on_gpu(CPU) == {}
+
+
 def test_the_gpu_decoder_without_a_gpu_is_rejected_with_the_key(made):
     params, where, _ = made
     with pytest.raises(ParamsError, match=r"stream\.decode is 'gpu', but the device is cpu; expected fast or exact"):
@@ -256,6 +263,11 @@ def test_the_time_that_steps_wait_for_data_includes_the_decoding_by_nvjpeg(made,
     with stream.feed(torch.arange(4).view(2, 2)) as batches:
         list(batches)
     assert stream.wait_seconds >= 0.2
+    monkeypatch.setattr("pipeline.data.stream_order.is_idle", lambda _: False)  # a GPU with queued steps
+    waited = stream.wait_seconds
+    with stream.feed(torch.arange(4).view(2, 2)) as batches:
+        list(batches)
+    assert stream.wait_seconds == waited
 
 
 def test_auto_streams_a_split_above_half_of_the_free_memory_and_returns_the_reason(made):

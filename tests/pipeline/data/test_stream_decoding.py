@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import tracemalloc
@@ -16,6 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from models.preprocess import ImageError, preprocess
 from pipeline.data.stream_decoding import (
+    DecodingStream,
     decode_exact,
     decode_fast,
     decode_nvjpeg,
@@ -158,6 +160,36 @@ def test_nvjpeg_decodes_only_plain_jpegs_and_the_cpu_all_others():
         assert decode_unless_nvjpeg(KINDS[kind], SMALL) is None
     for kind in ("png", "cmyk", "orientation 6", "16-bit"):
         assert torch.equal(decode_unless_nvjpeg(KINDS[kind], SMALL), decode_fast(KINDS[kind], SMALL))
+
+
+def test_nvjpeg_decodes_on_an_empty_stream_apart_from_the_steps(monkeypatch):
+    done = []
+
+    class Stream:
+        device = torch.device("cuda")
+
+        def __init__(self, name="decoding"):
+            self.name = name
+
+        def synchronize(self):
+            done.append(f"{self.name} is empty")
+
+        def wait_stream(self, other):
+            done.append(f"{self.name} waits for {other.name}")
+
+    class Batch:
+        def record_stream(self, stream):
+            done.append(f"batch is used by {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(done.append(f"on {stream.name}")))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("steps"))
+    decoding = DecodingStream(torch.device("cuda"))
+    decoding.run(lambda: done.append("decodes") or Batch())
+    assert done == [
+        "decoding is empty", "on decoding", "decodes", "steps waits for decoding", "batch is used by steps",
+    ]  # fmt: skip
+    assert DecodingStream(torch.device("cpu")).run(lambda: "as it is") == "as it is"
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 
-from models.distributed import SharedBatchNorm, gather_batch, mean_over_ranks, synchronise_batch_norm
+from models.distributed import SharedBatchNorm, gather_batch, mean_over_ranks, rank, synchronise_batch_norm
 from models.networks.adapters import feature_backbone
 from models.networks.backbones import build_backbone
 from models.networks.cosine_classifier import ImageClassifier
@@ -22,6 +22,7 @@ from pipeline.model_io.inference import accuracy
 from pipeline.params import AugmentParams
 from pipeline.shared.errors import ParamsError, StageError
 from pipeline.training import engine
+from pipeline.training.resume import RunFolder
 from pipeline.training.step import Step
 from tests.support.small_training import CPU, IMAGE, double_step, in_ranks, made_images, made_training, training_params
 
@@ -199,6 +200,17 @@ def test_a_mixed_run_that_fails_on_two_ranks_writes_its_dump_without_a_deadlock(
     assert one == two and "not finite in epoch 1" in one
     views = safetensors.torch.load_file(tmp_path / "failures/teacher/tensors.safetensors")["views"]
     assert views.shape == (1, 4, 3, 8, 8)
+
+
+def run_with_checkpoints(folder: Path, seconds: list[float]) -> list[float]:
+    run = made_training(run_folder=RunFolder(folder, "same"), checkpoint_seconds=seconds[rank()], epochs=1)
+    return [record["loss"] for record in run.run(made_images(144), made_images(0))]
+
+
+def test_ranks_with_different_clocks_write_the_same_checkpoints(tmp_path):
+    # The first rank would write one after every step, the second none.
+    different = in_ranks(run_with_checkpoints, tmp_path, tmp_path / "different", [0.0, 1e9])
+    assert different == in_ranks(run_with_checkpoints, tmp_path, tmp_path / "same", [1e9, 1e9])
 
 
 def test_a_batch_that_ranks_cannot_share_is_rejected(tmp_path):

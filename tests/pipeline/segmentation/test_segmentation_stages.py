@@ -261,6 +261,11 @@ def test_a_training_split_that_does_not_fit_into_memory_is_streamed_with_the_sam
     assert torch.equal(read[:, :3], views[0]) and torch.equal(read[:, 3], cut)
 
 
+def test_images_that_do_not_fit_on_the_gpu_are_streamed(made, monkeypatch):
+    monkeypatch.setattr("pipeline.segmentation.dataset.free_on_gpu", lambda device: {f"on {device}": 1000})
+    assert isinstance(labelled_training_images(made, CPU)[0], LabelledStream)
+
+
 @pytest.mark.slow
 def test_a_streamed_run_ends_as_one_in_memory(made):
     def trained(mode):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from pipeline.model_io import inference
 from pipeline.model_io.checkpoint import ModelConfig, load_model, save_model
 from pipeline.model_io.devices import choose_device
-from pipeline.model_io.inference import accuracy, outputs
+from pipeline.model_io.inference import accuracy, evaluation_batch, outputs
 from pipeline.params import EngineParams
 from pipeline.shared.artifacts import as_csv
 from pipeline.shared.errors import ParamsError, StageError
@@ -95,6 +98,31 @@ def test_a_missing_device_is_rejected():
         assert choose_device("auto") == CPU
     with pytest.raises(ParamsError, match="GPUs are visible"):
         choose_device(missing)
+
+
+def test_the_chosen_gpu_is_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert choose_device("cuda:1") == torch.device("cuda:1") and choose_device("cuda", 1) == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")] * 2
+
+
+def test_a_finished_run_leaves_no_image_and_no_state_behind():
+    run = made_training(epochs=1)
+    run.run(made_images(16), made_images(0))
+    left = [weakref.ref(run.step), weakref.ref(run.step.optimiser)]
+    gc.disable()
+    try:
+        del run
+        assert [reference() for reference in left] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_validation_on_a_gpu_has_smaller_batches_of_larger_images():
+    assert [evaluation_batch(torch.device("cuda"), size) for size in (32, 224, 448)] == [512, 128, 32]
+    assert evaluation_batch(CPU, 448) == 512
 
 
 def test_epoch_lines_are_plain_text_where_there_is_no_terminal(capsys):

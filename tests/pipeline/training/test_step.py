@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from models.losses.class_loss import Mixed
 from pipeline.augment import apply_views
 from pipeline.params import AugmentParams
-from pipeline.training.cuda_graph import CapturedStep, CaptureError
+from pipeline.training.cuda_graph import CapturedStep, CaptureError, cuda_graph
 from pipeline.training.optimiser import ADAM_CAPTURE_RATE
 from pipeline.training.step import Step
 from tests.support.recorded_graph import recorded_graph
@@ -132,6 +134,24 @@ def test_an_operation_that_cannot_be_captured_is_named_and_leaves_the_run_as_it_
     with pytest.raises(CaptureError, match="operation not permitted when stream is capturing"):
         CapturedStep(step, drawn(step, 1)[0], refusing)
     assert all(torch.equal(before[name], tensor) for name, tensor in step.state().items())
+
+
+def test_a_failed_recording_leaves_the_stream_of_before(monkeypatch):
+    chosen = []
+
+    class Failing(contextlib.nullcontext):
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "Stream", mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: mock.MagicMock(name="steps"))
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    monkeypatch.setattr(torch.cuda, "set_stream", chosen.append)
+    with pytest.raises(RuntimeError, match="previous error"):
+        cuda_graph(dict)
+    assert len(chosen) == 1
 
 
 @pytest.mark.gpu
