@@ -7,25 +7,31 @@ images' device.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 RATIO = (3 / 4, 4 / 3)  # width / height of a resized crop (Szegedy et al. 2015)
 ATTEMPTS = 10
 CHANCES = 2 * ATTEMPTS + 2  # random numbers of a resized crop: area and ratio of each attempt, then row and column
 WEIGHT_BITS = 22  # of the fixed point in Pillow's resize
+BLACK = (0, 0, 0)
 LARGE = 64 * 64  # pixels from which one image at a time is faster on the CPU
 
 
-def padded_crop(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, padding: int) -> Tensor:
-    """Crop H x W at top, left int64 [V,B] from uint8 [B,3,H,W] padded with black: uint8 [V,B,3,H,W].
+def padded_crop(
+    images: Tensor, top: Tensor, left: Tensor, flipped: Tensor, padding: int, fill: Sequence[int] = BLACK
+) -> Tensor:
+    """Crop H x W at top, left int64 [V,B] from uint8 [B,3,H,W] padded with the colour `fill`: uint8 [V,B,3,H,W].
 
     padding: pixels on each side. The crop is mirrored left to right where `flipped` (bool [V,B]) is True.
     """
     height, width = images.shape[2:]
-    padded = F.pad(images, (padding,) * 4) if padding else images
+    padded = images
+    if padding:
+        padded = colour(fill, images.device).expand(len(images), 3, height + 2 * padding, width + 2 * padding).clone()
+        padded[:, :, padding : padding + height, padding : padding + width] = images
     rows = top[..., None] + torch.arange(height, device=images.device)
     columns = left[..., None] + _columns(width, flipped)
     index = (rows[..., None] * padded.shape[3] + columns[..., None, :]).flatten(2)
@@ -150,8 +156,16 @@ def boxes_of(chances: Tensor, height: Tensor, width: Tensor, scale: list[float])
     return torch.stack([top, left, tall, wide], -1)
 
 
-def cutout(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
-    """Cutout: uint8 [N,3,H,W] with a black square of `side` pixels around row, column int64 [N], clipped at the borders."""
+def colour(levels: Sequence[int], device: torch.device) -> Tensor:
+    """uint8 [3,1,1] on the device, filled there: a captured step may not copy from the host."""
+    return torch.stack([torch.full((1, 1), level, dtype=torch.uint8, device=device) for level in levels])
+
+
+def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, fill: Sequence[int] = BLACK) -> Tensor:
+    """Cutout: uint8 [N,3,H,W] with a square of `side` pixels around row, column int64 [N], clipped at the borders.
+
+    fill: colour of the square.
+    """
     height, width = images.shape[2:]
 
     def inside(length: int, centre: Tensor) -> Tensor:
@@ -159,4 +173,6 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
         return (distance >= 0) & (distance < side)
 
     hole = inside(height, row)[:, :, None] & inside(width, column)[:, None, :]
-    return images * (~hole)[:, None].to(torch.uint8)
+    # Faster than torch.where, which a black square does not need.
+    kept = images * (~hole)[:, None].to(torch.uint8)
+    return kept + hole[:, None].to(torch.uint8) * colour(fill, images.device) if any(fill) else kept

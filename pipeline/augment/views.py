@@ -164,7 +164,8 @@ def _apply_table(images: Tensor, table: Tensor, plan: Plan, params: AugmentParam
             batch, code, value, matrix, possible=slot, fill=plan.fill, method=plan.method, bicubic=bicubic
         )
     if plan.cutout:
-        batch = cutout(batch, next(columns).flatten().long(), next(columns).flatten().long(), plan.cutout)
+        row, column = next(columns).flatten().long(), next(columns).flatten().long()
+        batch = cutout(batch, row, column, plan.cutout, params.fill)
     return batch.view_as(cropped)
 
 
@@ -178,6 +179,6 @@ def _cropped(images: Tensor, table: Tensor, plan: Plan, params: AugmentParams) -
         return resized_crop(images, box, table[..., CHANCES].bool())
     top, left, flipped = table[..., 0].long(), table[..., 1].long(), table[..., 2].bool()
     if images.dim() == 4:
-        return padded_crop(images, top, left, flipped, params.crop_padding)
+        return padded_crop(images, top, left, flipped, params.crop_padding, params.fill)
     top, left, flipped = (column.flatten()[None] for column in (top, left, flipped))
-    return padded_crop(images.flatten(0, 1), top, left, flipped, params.crop_padding).view_as(images)
+    return padded_crop(images.flatten(0, 1), top, left, flipped, params.crop_padding, params.fill).view_as(images)

@@ -55,7 +55,8 @@ class AugmentParams(Section):
     mix: CutMix or mixup. crop: `pad` adds crop_padding black pixels on each side of the test view; `resized` resizes a
     box with crop_scale of the original image's area. contrast_policy: policy of the query and key views. randaugment,
     simaugment and stacked (both, with grey and blur before RandAugment) start with colour jitter of strength `jitter`.
-    simaugment always crops `resized` and has no Cutout. bicubic: resampling of the authors' code, where a shear of
+    simaugment always crops `resized` and has no Cutout. fill: colour, in levels of red, green and blue, of the padding and of
+    the Cutout square; black in the papers. bicubic: resampling of the authors' code, where a shear of
     autoaugment is bicubic instead of nearest, and a translation of randaugment is bicubic instead of bilinear half of
     the time.
     """
@@ -69,6 +70,7 @@ class AugmentParams(Section):
     bicubic: bool = False
     jitter: Share = 0.4
     cutout: Count
+    fill: Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)] = [0, 0, 0]
     mix: Literal["none", "cutmix", "mixup"] = "none"
     mix_alpha: Positive = 1.0
 

@@ -103,6 +103,10 @@ def _network(summary: FolderSummary, total: int, gpu: bool) -> Suggestions:
         "augment.flip": (True, "false if a mirror image has another meaning: text, digits, left and right"),
         "augment.policy": ("randaugment", "colour and shape; none if your classes differ only by colour"),
         "augment.cutout": (0 if photograph else size // 4, "a quarter of a small image; none with crop: resized"),
+        "augment.fill": (
+            summary.background or [0, 0, 0],
+            "the light background of your images" if summary.background else "black, of padding and Cutout",
+        ),
     }
     suggested: Suggestions = {
         "image.size": (size, f"the median of your images' shorter sides is {summary.shorter} pixels"),

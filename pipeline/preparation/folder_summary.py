@@ -15,10 +15,10 @@ from models.sample_size import SampleSize, sample_sizes
 from pipeline.data.profiles import test_size, validation_size
 from pipeline.shared.errors import DataError, ParamsError
 from pipeline.sources.folder import FolderSource
-from pipeline.sources.source import Row
 from serving.shared.terminal import counted
 
 DECODED_IMAGES = 300  # approximate limit
+LIGHT, NEAR = 160, 32  # levels: a light background, and a difference that is not seen as another colour
 TEST_SHARE, MOST_TESTED = 0.2, 50  # per class; 50 at most, because all classes have equal weight in the metrics
 VALIDATION_SHARE, MOST_VALIDATED = 0.1, 20
 
@@ -28,6 +28,7 @@ class FolderSummary:
     """Summary of a folder of images. counts: training images of each class; shorter: median shorter side in pixels.
 
     tested: images of each class in a test folder; None if there is no test folder. source: the folder that was read.
+    background: the colour of the images' borders, if most have one light colour; else None.
     """
 
     classes: list[str]
@@ -37,6 +38,7 @@ class FolderSummary:
     shorter: int
     unreadable: list[str]
     remarks: list[str] = field(default_factory=list)
+    background: list[int] | None = None
     source: FolderSource | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -78,13 +80,15 @@ def inspect_folder(folder: Path) -> FolderSummary:
     source = FolderSource(folder)
     train = [row for row in source.rows if row.split == "train"]
     counts = np.bincount([row.label for row in train], minlength=len(source.classes)).tolist()
-    sides, unreadable = [], []
+    sides, borders, unreadable = [], [], []
     for row in source.rows[:: max(1, len(source.rows) // DECODED_IMAGES)]:
-        side = _shorter_side(source, row)
-        if side is None:
+        try:
+            image = decode(source.read(row.reference))
+        except (DataError, ImageError):
             unreadable.append(row.reference)
         else:
-            sides.append(side)
+            sides.append(min(image.size))
+            borders.append(_border(np.asarray(image)))
     if not sides:
         raise DataError(
             f"{folder}: none of {counted(len(unreadable), 'inspected image')} can be read; the first: {unreadable[0]}"
@@ -93,14 +97,21 @@ def inspect_folder(folder: Path) -> FolderSummary:
     tested = np.bincount(test, minlength=len(source.classes)).tolist() if test else None
     own_validation = any(row.split == "validation" for row in source.rows)
     median = round(statistics.median(sides))
-    return FolderSummary(source.classes, counts, tested, own_validation, median, unreadable, source.remarks, source)
+    return FolderSummary(
+        source.classes, counts, tested, own_validation, median, unreadable, source.remarks, _light(borders), source
+    )
 
 
-def _shorter_side(source: FolderSource, row: Row) -> int | None:
-    try:
-        return min(decode(source.read(row.reference)).size)
-    except (DataError, ImageError):
-        return None
+def _border(pixels: np.ndarray) -> np.ndarray:
+    # Median colour [3] of the outermost pixels of an image [H,W,3].
+    return np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
+
+
+def _light(borders: list[np.ndarray]) -> list[int] | None:
+    # The colour of the borders if it is light and nine of ten images have about this colour.
+    colour = np.median(borders, axis=0)
+    near = np.abs(np.array(borders) - colour).max(axis=1) <= NEAR
+    return colour.astype(int).tolist() if colour.min() >= LIGHT and near.mean() >= 0.9 else None
 
 
 def expected_tests(summary: FolderSummary) -> dict[str, SampleSize]:

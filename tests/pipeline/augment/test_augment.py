@@ -284,3 +284,14 @@ def test_the_number_of_threads_changes_no_byte_and_is_restored():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*views)
+
+
+def test_padding_and_cutout_have_the_colour_of_fill_where_they_are_black_else():
+    images = torch.full((20, 3, 8, 8), 10, dtype=torch.uint8)
+    params = AugmentParams(crop_padding=2, flip=True, cutout=3)
+    draws = draw_views(20, 8, 8, 2, params, torch.Generator().manual_seed(0))
+    black = apply_views(images, draws, params)
+    filled = apply_views(images, draws, params.model_copy(update={"fill": [1, 2, 255]}))
+    empty = (black == 0).all(2, keepdim=True)
+    colour = torch.tensor([1, 2, 255], dtype=torch.uint8).view(3, 1, 1)
+    assert empty.any() and torch.equal(filled, torch.where(empty, colour, black))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -38,6 +39,18 @@ def folder(tmp_path: Path) -> Path:
         for seed in range(count):
             (tmp_path / "trees" / name / f"{seed}.png").write_bytes(encode(picture(seed, (40, 48))))
     return tmp_path / "trees"
+
+
+def test_a_light_background_is_the_colour_of_padding_and_cutout(folder: Path) -> None:
+    assert inspect_folder(folder).background is None
+    for file in folder.rglob("*.png"):
+        pixels = np.full((40, 48, 3), (250, 240, 230), dtype=np.uint8)
+        pixels[10:30, 10:30] = picture(int(file.stem), (20, 20))
+        file.write_bytes(encode(pixels))
+    summary = inspect_folder(folder)
+    assert summary.background == [250, 240, 230]
+    assert chosen_params(summary).student.augment.fill == chosen_params(summary).teacher.augment.fill == [250, 240, 230]
+    assert chosen_params(folder_summary([30, 9])).student.augment.fill == [0, 0, 0]
 
 
 @pytest.mark.slow
