@@ -6,6 +6,7 @@ so the pixels in memory do not grow with the split.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from models.preprocess import ImageError
 from pipeline.augment import Draws, cut_boxes
 from pipeline.data.split_tables import ArrowStrings, read_split
 from pipeline.data.stream_decoding import (
+    DecodingStream,
     crop_and_resize,
     decode_exact,
     decode_fast,
@@ -178,6 +180,11 @@ class ImageStream:
         for slot, pixels, views in zip(slots, originals, boxes, strict=True):
             for view, box in enumerate(views):
                 out[slot, view] = crop_and_resize(pixels, box, self._image, exactly=self._decode == "exact")
+
+    @functools.cached_property
+    def decoding(self) -> DecodingStream:
+        """The stream on which nvJPEG decodes; one for all epochs, because PyTorch keeps freed memory for its stream."""
+        return DecodingStream(self.device)
 
     def decode_on_gpu(self, pixels: Tensor, nvjpeg: list[NvjpegImage], draws: Draws | None = None) -> Tensor:
         """Copy a batch to the device and add the images that nvJPEG decodes."""

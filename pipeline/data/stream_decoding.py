@@ -112,7 +112,7 @@ class DecodingStream:
     """A CUDA stream for batches that nvJPEG decodes; the CPU has none.
 
     torchvision's decoder writes into memory that was freed while queued kernels still read it, and does not wait for them
-    (pytorch/vision issue 9606: most batches were corrupted). So its batches have a stream apart from the training steps, and
+    (pytorch/vision 9606: most batches were corrupted). So its batches have a stream apart from the training steps, and
     that stream is empty when the decoder starts.
     """
 

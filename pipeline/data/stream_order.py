@@ -5,7 +5,6 @@ libjpeg-turbo and torch release the GIL during their work.
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections import deque
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from pipeline.augment import Draws
-from pipeline.data.stream_decoding import DecodingStream
 from pipeline.sources import Groups, in_parts
 
 if TYPE_CHECKING:
@@ -104,19 +102,15 @@ class PrefetchIterator(Iterator[Tensor]):
     def __next__(self) -> Tensor:
         if not self._ahead:
             raise StopIteration
-        started = time.perf_counter()
+        started, queued = time.perf_counter(), queued_steps(self._stream.device)
         pixels, parts, draws = self._ahead.popleft()
         nvjpeg = [(start + slot, index, data) for start, part in parts for slot, index, data in part.result()]
         self._submit_batch()
         if nvjpeg:
-            pixels = self._decoding.run(partial(self._stream.decode_on_gpu, pixels, nvjpeg, *draws))
-        if is_idle(self._stream.device):
+            pixels = self._stream.decoding.run(partial(self._stream.decode_on_gpu, pixels, nvjpeg, *draws))
+        if queued is None or queued.query():
             self._stream.wait_seconds += time.perf_counter() - started
         return pixels
-
-    @functools.cached_property
-    def _decoding(self) -> DecodingStream:
-        return DecodingStream(self._stream.device)
 
     def _submit_batch(self) -> None:
         indices = next(self._indices, None)
@@ -140,9 +134,9 @@ class PrefetchIterator(Iterator[Tensor]):
         self._pool.shutdown(cancel_futures=True)
 
 
-def is_idle(device: torch.device) -> bool:
-    """Whether a device has no work left: the CPU, which works while the host does, or a GPU without queued steps."""
-    return device.type == "cpu" or bool(torch.cuda.current_stream(device).query())
+def queued_steps(device: torch.device) -> torch.cuda.Event | None:
+    """Event that is complete when a GPU has run the steps that are queued now; None for the CPU, which queues none."""
+    return None if device.type == "cpu" else torch.cuda.current_stream(device).record_event()
 
 
 def default_workers() -> int:

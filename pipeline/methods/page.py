@@ -18,8 +18,8 @@ KINDS = {
     "class loss": ("many", "circle"), "contrast": ("few", "diamond"), "experts": ("train", "triangle-up"),
     "second stage": ("medium", "square"), "own recipe": ("ink", "star"),
 }  # fmt: skip
-HEIGHT, TOP, BOTTOM = 460, 40, 60  # pixels of the chart of cost, and of its margins
-WIDTH = 900  # pixels of the chart on a screen that is not narrow
+HEIGHT, TOP, BOTTOM = 460, 12, 52  # pixels of the chart of cost, and of its margins in `layout`
+WIDTH = 960  # pixels between the margins where the page has its full width
 LINE, LETTER, MARK = 14, 6.6, 7  # pixels: height of a name, its width per letter, half the size of a point
 # Pixels to the right or left and down by which a name is moved from its point, the nearest first.
 SHIFTS = sorted(
@@ -193,7 +193,7 @@ def name_boxes(points: list[tuple[float, float]], names: list[str]) -> list[Box]
         places = [Box(left, top, left + width, top + LINE) for left, top in starts]
         inside = [box for box in places if min(box) >= 0 and box.right <= WIDTH and box.bottom <= height]
         free = (box for box in inside if not any(box.overlaps(other) for other in taken))
-        boxes.append(next(free, places[0]))
+        boxes.append(next(free, (inside or places)[0]))
         taken.append(boxes[-1])
     return boxes
 

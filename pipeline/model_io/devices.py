@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from pipeline.shared.errors import ParamsError
+from pipeline.shared.errors import ParamsError, StageError
 
 
 @contextlib.contextmanager
@@ -17,22 +17,27 @@ def joined_ranks(name: str) -> Iterator[torch.device]:
     """The device of this process; joins the process group if torchrun started several, and leaves it when the block ends.
 
     name is params.device: `auto` is the first GPU or the CPU, under torchrun the GPU of the local rank. Raises
-    ParamsError when the device does not exist.
+    ParamsError when the device does not exist, StageError when the block needs more memory than a GPU has.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(name, int(os.environ.get("LOCAL_RANK", "0")) if ranks > 1 else 0)
+    if device.type == "cuda":
+        # PyTorch makes streams and events on the current GPU, whatever the device of the tensors.
+        torch.cuda.set_device(device)
     if ranks == 1 or dist.is_initialized():
-        yield device
+        with memory_named():
+            yield device
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield device
+        with memory_named():
+            yield device
     finally:
         dist.destroy_process_group()
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of params.device for one process, a GPU as the current one. Raises ParamsError when it does not exist."""
+    """The device of params.device for one process. Raises ParamsError when the device does not exist."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cpu":
         return device
@@ -42,6 +47,17 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             f"device is {name!r} (process {local_rank}), but {torch.cuda.device_count()} GPUs are visible; "
             "expected auto or cpu, or fewer processes"
         )
-    # PyTorch makes streams and events on the current GPU, whatever the device of the tensors.
-    torch.cuda.set_device(device)
     return device
+
+
+@contextlib.contextmanager
+def memory_named() -> Iterator[None]:
+    """Context in which too little memory of a GPU is a StageError that names what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(str(error).split(". ")[:2])  # without the advice for PyTorch's allocator
+        raise StageError(
+            f"{reason}; lower the stage's batch_size, raise its accumulate, or train fewer seeds at once "
+            "(engine.side_by_side); `tailor memory` estimates a step"
+        ) from None

@@ -52,7 +52,7 @@ class LearningRateParams(Section):
 class AugmentParams(Section):
     """Augmentation of each view, in this order: crop, flip, policy, Cutout; then the mix of the classifier view.
 
-    mix: CutMix or mixup. crop: `pad` adds crop_padding black pixels on each side of the test view; `resized` resizes a
+    mix: CutMix or mixup. crop: `pad` adds crop_padding pixels of colour fill on each side of the test view; `resized` resizes a
     box with crop_scale of the original image's area. contrast_policy: policy of the query and key views. randaugment,
     simaugment and stacked (both, with grey and blur before RandAugment) start with colour jitter of strength `jitter`.
     simaugment always crops `resized` and has no Cutout. fill: colour, in levels of red, green and blue, of the padding and of

@@ -103,11 +103,9 @@ def _network(summary: FolderSummary, total: int, gpu: bool) -> Suggestions:
         "augment.flip": (True, "false if a mirror image has another meaning: text, digits, left and right"),
         "augment.policy": ("randaugment", "colour and shape; none if your classes differ only by colour"),
         "augment.cutout": (0 if photograph else size // 4, "a quarter of a small image; none with crop: resized"),
-        "augment.fill": (
-            summary.background or [0, 0, 0],
-            "the light background of your images" if summary.background else "black, of padding and Cutout",
-        ),
     }
+    if summary.background:
+        network["augment.fill"] = (summary.background, "the light background of your images")
     suggested: Suggestions = {
         "image.size": (size, f"the median of your images' shorter sides is {summary.shorter} pixels"),
         "image.resize_to": (resize, "before the centre crop"),
@@ -237,6 +235,9 @@ def _with_values(template: str, suggested: Suggestions, block_mappings: bool) ->
     document = load_document(template, block_mappings)  # puts each key on one line, lists too
     for key in suggested:
         _clear_mapping(document, key)
+        if key.endswith(".augment.fill"):  # which a params.yaml of an older release lacks
+            section = document.get(key.partition(".")[0]) or {}
+            section.get("augment", {}).setdefault("fill", None)
     template = dump_document(document)
     remaining, lines, path = dict(suggested), [], []
     for line in template.splitlines():

@@ -49,7 +49,7 @@ from pipeline.shared.artifacts import (
     write_file,
     write_json,
 )
-from pipeline.shared.errors import ParamsError, StageError
+from pipeline.shared.errors import ParamsError
 from pipeline.training.engine import ACCURACY, Score, Training
 from pipeline.training.history import METRICS, PRETRAINING, History, as_jsonl, validation_score, write_scalars
 from pipeline.training.method_setup import check_experts, class_loss
@@ -169,14 +169,7 @@ def train_network(
     if name == "student" and params.student.memory:
         assert isinstance(train, FeatureImages) and isinstance(validation, FeatureImages)  # params have an encoder
         memory = StudentMemory(params.student.memory, train, validation, prior, params.image)
-    try:
-        history = training.run(train, validation)
-    except torch.OutOfMemoryError as error:
-        reason = ". ".join(str(error).split(". ")[:2])  # without the advice for PyTorch's allocator
-        raise StageError(
-            f"{name}: the device has too little memory: {reason}; lower {name}.batch_size, raise {name}.accumulate, or train "
-            "fewer seeds at once (engine.side_by_side); `tailor memory` estimates a step"
-        ) from None
+    history = training.run(train, validation)
     return save_run(training, config, history, output, memory, pretraining)
 
 

@@ -48,7 +48,9 @@ def check_capture(
     """Train two steps with equal state for some epochs, one as a graph that was recorded before the first as in the engine."""
     monkeypatch.setattr("pipeline.augment.operations.computes_all_rows", lambda _: True)  # as on CUDA
     inputs = drawn(plain, images, section.batch_size)
+    numbers = torch.get_rng_state()
     graph = CapturedStep(captured, next(inputs), recorded_graph)
+    assert torch.equal(torch.get_rng_state(), numbers)
     for epoch, number in itertools.product(range(EPOCHS), range(2)):
         for step in (plain, captured):
             step.objective.begin_epoch(epoch, EPOCHS)

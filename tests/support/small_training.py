@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -165,7 +166,9 @@ RANKS = 2
 def in_each_rank(rank: int, work, folder: Path, arguments: tuple) -> None:
     """Run `work` as one rank of a gloo group; save its result in a file of the rank."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(minutes=2)
+    )
     try:
         torch.save(work(*arguments), folder / f"{rank}.pt")
     finally:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -263,11 +264,13 @@ def test_the_time_that_steps_wait_for_data_includes_the_decoding_by_nvjpeg(made,
     with stream.feed(torch.arange(4).view(2, 2)) as batches:
         list(batches)
     assert stream.wait_seconds >= 0.2
-    monkeypatch.setattr("pipeline.data.stream_order.is_idle", lambda _: False)  # a GPU with queued steps
-    waited = stream.wait_seconds
-    with stream.feed(torch.arange(4).view(2, 2)) as batches:
-        list(batches)
-    assert stream.wait_seconds == waited
+    waited, queued = stream.wait_seconds, mock.Mock()
+    monkeypatch.setattr("pipeline.data.stream_order.queued_steps", lambda _: queued)
+    for ended in (False, True):  # a GPU with steps left at the end of the wait, and one without
+        queued.query.return_value = ended
+        with stream.feed(torch.arange(4).view(2, 2)) as batches:
+            list(batches)
+        assert (stream.wait_seconds > waited) == ended
 
 
 def test_auto_streams_a_split_above_half_of_the_free_memory_and_returns_the_reason(made):

@@ -51,6 +51,8 @@ def test_a_light_background_is_the_colour_of_padding_and_cutout(folder: Path) ->
     assert summary.background == [250, 240, 230]
     assert chosen_params(summary).student.augment.fill == chosen_params(summary).teacher.augment.fill == [250, 240, 230]
     assert chosen_params(folder_summary([30, 9])).student.augment.fill == [0, 0, 0]
+    older = (ROOT / "tests/data/release-0.1.0/params.yaml").read_text(encoding="utf-8")  # without the key
+    assert write_text(older, suggest_params(summary, "data/source", False))[1].student.augment.fill == [250, 240, 230]
 
 
 @pytest.mark.slow

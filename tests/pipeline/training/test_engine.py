@@ -10,7 +10,7 @@ import torch
 
 from pipeline.model_io import inference
 from pipeline.model_io.checkpoint import ModelConfig, load_model, save_model
-from pipeline.model_io.devices import choose_device
+from pipeline.model_io.devices import choose_device, joined_ranks
 from pipeline.model_io.inference import accuracy, evaluation_batch, outputs
 from pipeline.params import EngineParams
 from pipeline.shared.artifacts import as_csv
@@ -100,12 +100,14 @@ def test_a_missing_device_is_rejected():
         choose_device(missing)
 
 
-def test_the_chosen_gpu_is_the_current_one(monkeypatch):
+def test_a_training_makes_its_gpu_the_current_one(monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert choose_device("cuda:1") == torch.device("cuda:1") and choose_device("cuda", 1) == torch.device("cuda:1")
-    assert current == [torch.device("cuda:1")] * 2
+    assert not current
+    with joined_ranks("cuda:1") as device:
+        assert current == [device] == [torch.device("cuda:1")]
 
 
 def test_a_finished_run_leaves_no_image_and_no_state_behind():
