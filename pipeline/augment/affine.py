@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.augment.crops import colour
 from pipeline.augment.pixels import in_bytes
 
 AFFINE = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
@@ -63,10 +64,9 @@ def resample(images: Tensor, matrix: Tensor, *, fill: tuple[int, int, int], meth
         resampled = _bicubic(images, x, y)
     else:
         resampled = _pixels(images, (x >> FRACTION_BITS).clamp(0, width - 1), (y >> FRACTION_BITS).clamp(0, height - 1))
-    outside = torch.stack([torch.full((), level, dtype=torch.uint8, device=images.device) for level in fill])
     # A sum of products, because `where` on uint8 is many times slower on the CPU.
     inside, beyond = inside[:, None].to(torch.uint8), (~inside)[:, None].to(torch.uint8)
-    return resampled * inside + outside[:, None, None] * beyond
+    return resampled * inside + colour(fill, images.device) * beyond
 
 
 def _bilinear(images: Tensor, x: Tensor, y: Tensor) -> Tensor:

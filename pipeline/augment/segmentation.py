@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.augment.crops import resize_axis
+from pipeline.augment.crops import colour, resize_axis
 from pipeline.augment.photometric import apply_photometric, draw_photometric
 from pipeline.augment.views import Draws, one_thread
 from pipeline.params import SegmentationAugmentParams
@@ -87,10 +87,9 @@ def _apply(
     if params.photometric:
         cut = apply_photometric(cut[0], table[:, 2 * ATTEMPTS + 2 :])[None]
     valid = valid_rows[:, :, None] & valid_columns[:, None, :]
-    # Filled on the device: a captured step may not copy from the host.
-    fill = torch.stack([torch.full((), round(255 * v), dtype=torch.uint8, device=images.device) for v in mean])
+    fill = colour([round(255 * v) for v in mean], images.device)
     own = _nearest(labels, rows, crop.height, height, columns, crop.width, width)
-    return torch.where(valid[:, None], cut, fill[:, None, None]), own.masked_fill(~valid, ignored)
+    return torch.where(valid[:, None], cut, fill), own.masked_fill(~valid, ignored)
 
 
 def choose_crops(

@@ -18,7 +18,7 @@ from pipeline.params import ImageParams
 from pipeline.shared.errors import StageError
 
 EVALUATION_BATCH = 512
-EVALUATION_PIXELS = 128 * 224**2  # of a batch on a GPU: about 1.5 GB of activations of a ResNet-50
+EVALUATION_PIXELS = 128 * 224**2  # of a batch on a GPU; by an estimate 1.5 GB of activations of a ResNet-50
 
 
 class NotFiniteError(StageError):
