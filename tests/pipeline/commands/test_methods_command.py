@@ -21,6 +21,8 @@ from pipeline.methods import page as page_of_methods
 from pipeline.methods.catalogue import METHODS
 from pipeline.model_io.devices import choose_device
 from pipeline.shared.errors import StageError
+from tests.support.browser import Reader
+from tests.support.chromium import needs_chromium, started
 from tests.support.label_maps import label_map_folder, segmentation_params
 from tests.support.making import folder
 from tests.support.small_encoder import tiny_encoder, tiny_params
@@ -146,6 +148,18 @@ def test_every_method_is_trained_again_at_the_cost_of_one_of_them(capsys) -> Non
         assert row["cost"]["macs"] + before["cost"]["macs"] / 2 > macs[2]
     assert "6/6  seed 0  gml at equal cost: " in capsys.readouterr().out
     assert "At the training cost of gml" in Path("comparison/comparison.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.usefixtures("project")
+def test_on_a_phone_the_picture_of_cost_keeps_the_width_for_which_its_names_are_placed() -> None:
+    assert main([*COMPARE, "cross_entropy,post_hoc,label_smoothing", "--seeds", "1"]) == 0
+    with started() as browser:
+        reader = Reader(browser, Path("comparison/comparison.html").absolute(), viewport={"width": 390, "height": 844})
+        plot = reader.evaluate("document.querySelector('#cost .bglayer .bg').getBoundingClientRect().width")
+        page = reader.evaluate("document.documentElement.scrollWidth")
+    assert plot > page_of_methods.WIDTH - 20 and page == 390
 
 
 @pytest.mark.slow
